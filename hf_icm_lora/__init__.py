@@ -1,0 +1,60 @@
+"""LoRA adapters written by a conditional VAE from in-context task vectors (arXiv 2501.17635)."""
+
+from .adapter import attach_adapter, load_adapter, save_adapter
+from .collection import CollectionArguments, collect_zoo
+from .configuration_lora_generator import LoraGeneratorConfig
+from .errors import (
+    CorruptAdapterError,
+    IcmLoraError,
+    IncompatibleAdapterError,
+    NotFittedError,
+    TaskError,
+    TaskVectorError,
+    ZooError,
+)
+from .evaluation import evaluate_generator, format_report, recovered_gain
+from .layout import LoraLayout
+from .modeling_lora_generator import LoraGeneratorModel, LoraGeneratorOutput
+from .smollm2 import smollm2_path
+from .suite import built_in_tasks
+from .task_vectors import TaskVectorExtractor, TaskVectors, TaskVectorSpec
+from .tasks import Sample, Task, load_tasks, save_tasks, task_from_dataset
+from .trainer import LoraGeneratorTrainer, LoraGeneratorTrainingArguments
+from .zoo import LoraZoo
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CollectionArguments",
+    "CorruptAdapterError",
+    "IcmLoraError",
+    "IncompatibleAdapterError",
+    "LoraGeneratorConfig",
+    "LoraGeneratorModel",
+    "LoraGeneratorOutput",
+    "LoraGeneratorTrainer",
+    "LoraGeneratorTrainingArguments",
+    "LoraLayout",
+    "LoraZoo",
+    "NotFittedError",
+    "Sample",
+    "Task",
+    "TaskError",
+    "TaskVectorError",
+    "TaskVectorExtractor",
+    "TaskVectorSpec",
+    "TaskVectors",
+    "ZooError",
+    "attach_adapter",
+    "built_in_tasks",
+    "collect_zoo",
+    "evaluate_generator",
+    "format_report",
+    "load_adapter",
+    "load_tasks",
+    "recovered_gain",
+    "save_adapter",
+    "save_tasks",
+    "smollm2_path",
+    "task_from_dataset",
+]

@@ -1,0 +1,256 @@
+"""One adapter: a PEFT folder on disk, read and written strictly; a state dict attached to a base model.
+
+PEFT itself falls back to pickles and only warns about keys that do not fit. Here both are errors.
+"""
+
+import enum
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from .errors import CorruptAdapterError, IncompatibleAdapterError
+from .files import commit_directory, sha256_of
+from .layout import PREFIX, check_plain_lora
+
+WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+
+
+def lora_config_to_dict(lora_config: LoraConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a `LoraConfig` that differ from its defaults, as sorted JSON values.
+
+    Only those are stored, so that versions of PEFT with more or fewer fields can read them.
+    """
+    values = lora_config.to_dict() if isinstance(lora_config, LoraConfig) else dict(lora_config)
+    defaults = LoraConfig().to_dict()
+    plain = {}
+    for field, value in sorted(values.items()):
+        value = sorted(value) if isinstance(value, set) else value.value if isinstance(value, enum.Enum) else value
+        if field in ("r", "lora_alpha", "target_modules", "peft_type") or (field in defaults and value != defaults[field]):
+            plain[field] = value
+    return plain
+
+
+def canonical_lora_config(lora_config: Mapping[str, Any], rank: int) -> dict[str, Any]:
+    """Return the configuration of an adapter whose scaling is folded into B: one rank, `lora_alpha == r`, no patterns."""
+    folded = ("rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout", "init_lora_weights", "inference_mode")
+    kept = {field: value for field, value in lora_config.items() if field not in folded}
+    return kept | {"r": rank, "lora_alpha": rank, "inference_mode": True}
+
+
+def load_adapter(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Read an ordinary PEFT LoRA folder.
+
+    Args:
+        path (`str` or `Path`): A folder with `adapter_config.json` and `adapter_model.safetensors`.
+
+    Returns:
+        `tuple[dict, dict[str, torch.Tensor]]`: the `LoraConfig` as a dictionary, and the state dict as stored.
+
+    Raises:
+        CorruptAdapterError: if a file is missing or malformed, or a value is not finite. Pickles are never opened.
+        IncompatibleAdapterError: if it is not a plain LoRA.
+    """
+    path = Path(path)
+    config_path, weights_path = path / CONFIG_FILE, path / WEIGHTS_FILE
+    try:
+        lora_config = json.loads(config_path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CorruptAdapterError(f"{config_path}: expected a PEFT configuration in JSON: {error}") from error
+    if not isinstance(lora_config, dict):
+        raise IncompatibleAdapterError(f"{config_path}: expected a JSON object, found {type(lora_config).__name__}.")
+    try:
+        check_plain_lora(lora_config)
+    except IncompatibleAdapterError as error:
+        raise IncompatibleAdapterError(f"{config_path}: {error}") from error
+    if not weights_path.is_file():
+        found = sorted(file.name for file in path.iterdir())
+        raise CorruptAdapterError(f"{weights_path} is missing (found {found}). Only safetensors files are read.")
+    try:
+        with safe_open(weights_path, framework="pt") as file:
+            state_dict = {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise CorruptAdapterError(f"{weights_path}: not a whole safetensors file: {error}") from error
+    for key, tensor in state_dict.items():
+        if not tensor.isfinite().all():
+            raise CorruptAdapterError(f"{weights_path}: {key} holds values that are not finite.")
+    if not state_dict:
+        raise CorruptAdapterError(f"{weights_path} holds no tensors.")
+    return lora_config, state_dict
+
+
+def save_adapter(path: str | Path, lora_config: Mapping[str, Any], state_dict: Mapping[str, torch.Tensor], **extra: Any):
+    """Write a PEFT LoRA folder that appears whole or not at all.
+
+    Args:
+        path (`str` or `Path`): A folder that does not exist yet.
+        lora_config (`Mapping`): Fields of `LoraConfig`, including `base_model_name_or_path`.
+        state_dict (`Mapping[str, torch.Tensor]`): Keys as PEFT saves them.
+        extra: Name of a further JSON file without its ending -> its content.
+
+    Raises:
+        FileExistsError: if `path` exists.
+    """
+    with commit_directory(path) as folder:
+        tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in sorted(state_dict.items())}
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        LoraConfig(**lora_config).save_pretrained(folder)
+        for name, content in extra.items():
+            (folder / f"{name}.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def attach_adapter(
+    base_model: nn.Module,
+    lora_config: Mapping[str, Any],
+    state_dict: Mapping[str, torch.Tensor],
+    adapter_name: str = "default",
+) -> PeftModel:
+    """Attach LoRA weights to a base model, or put them in place of an adapter that is already there.
+
+    Args:
+        base_model (`PreTrainedModel` or `PeftModel`): The base, wrapped by PEFT or not. A base without an adapter is
+            wrapped as `get_peft_model` does; a `PeftModel` gets one more adapter; an adapter that already has this
+            name is overwritten in place, which is fast.
+        lora_config (`Mapping`): Fields of `LoraConfig`.
+        state_dict (`Mapping[str, torch.Tensor]`): Keys as PEFT saves them. Copied, never aliased.
+        adapter_name (`str`, *optional*, defaults to `"default"`): Name of the adapter, which becomes the active one.
+
+    Returns:
+        `PeftModel`: in eval mode, with the adapter frozen, in fp32 if the base is, else in the base's dtype.
+
+    Raises:
+        IncompatibleAdapterError: if modules or shapes do not fit; the base is then as it was.
+    """
+    _check_fit(base_model, state_dict)
+    if isinstance(base_model, PeftModel) and adapter_name in base_model.peft_config:
+        _overwrite(base_model, lora_config, state_dict, adapter_name)
+        model = base_model
+    else:
+        config = LoraConfig(**lora_config)  # a new object for each call: PEFT keeps and changes it
+        if isinstance(base_model, PeftModel):
+            model = base_model
+            model.add_adapter(adapter_name, config, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
+        else:
+            model = get_peft_model(
+                base_model, config, adapter_name=adapter_name, low_cpu_mem_usage=True, autocast_adapter_dtype=False
+            )
+        dtype, device = _dtype_and_device(base_model)
+        tensors = {key: tensor.detach().to(device, dtype, copy=True) for key, tensor in state_dict.items()}
+        result = set_peft_model_state_dict(model, tensors, adapter_name=adapter_name, low_cpu_mem_usage=True)
+        missing = [key for key in result.missing_keys if f".{adapter_name}." in key and ".lora_" in key]
+        if missing or result.unexpected_keys:
+            model.delete_adapter(adapter_name) if model is base_model else model.unload()
+            raise IncompatibleAdapterError(
+                f"LoraConfig and weights disagree: without weights {missing[:3]}, without a place "
+                f"{result.unexpected_keys[:3]}."
+            )
+    model.set_adapter(adapter_name, inference_mode=True)
+    return model.eval()
+
+
+def adapter_state_dict(model: PeftModel, adapter_name: str = "default") -> dict[str, torch.Tensor]:
+    """Return copies of an adapter's LoRA matrices on the CPU under the keys that PEFT saves, and nothing else.
+
+    Unlike `get_peft_model_state_dict` this never asks the Hub about the base model's vocabulary.
+    """
+    marker = f".{adapter_name}.weight"
+    return {
+        name.removesuffix(marker) + ".weight": parameter.detach().cpu().clone()
+        for name, parameter in model.named_parameters()
+        if ".lora_" in name and name.endswith(marker)
+    }
+
+
+def base_model_fingerprint(model: nn.Module) -> str:
+    """Return a hash of a base model's weights that LoRA layers, adapters and a load in bf16 or fp32 do not change.
+
+    Names, shapes and up to 64 evenly spaced values of every parameter count, rounded to bf16: enough to tell two
+    checkpoints apart, and a matter of milliseconds on a large model.
+    """
+    parts = []
+    for name, parameter in sorted(_base_parameters(model).items()):
+        values = parameter.detach().reshape(-1)
+        sampled = values[:: max(1, values.numel() // 64)][:64].to("cpu", torch.bfloat16)
+        parts += [name, str(tuple(parameter.shape)), sampled.view(torch.int16).numpy().tobytes()]
+    return sha256_of(*parts)
+
+
+@contextmanager
+def frozen_base(model: nn.Module) -> Iterator[nn.Module]:
+    """Within this context the base model is as it was before any adapter: adapters off, eval mode, no gradients.
+
+    Yields:
+        `PreTrainedModel`: the base model itself, also when a `PeftModel` was given. Every module's mode is restored.
+    """
+    base_model = model.get_base_model() if isinstance(model, PeftModel) else model
+    modes = {module: module.training for module in model.modules()}
+    with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext(), torch.no_grad():
+        model.eval()
+        try:
+            yield base_model
+        finally:
+            for module, training in modes.items():
+                module.training = training
+
+
+def _base_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    return {name.replace(".base_layer.", "."): p for name, p in model.named_parameters() if ".lora_" not in name}
+
+
+def _check_fit(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> None:
+    parameters = _base_parameters(model)
+    shapes = Counter()
+    for key, tensor in state_dict.items():
+        name, factor = key.removeprefix(PREFIX).removesuffix(".weight").rsplit(".", 1)
+        weight = parameters.get(f"{name}.weight")
+        if weight is None:
+            raise IncompatibleAdapterError(
+                f"The base model ({type(model).__name__}) has no module {name!r}, which the adapter's {key} needs. "
+                "Load the base model that the adapter was made for."
+            )
+        size = tensor.shape[1] if factor == "lora_A" else tensor.shape[0]
+        if size not in weight.shape:  # either side: GPT-2's Conv1D stores (in_features, out_features)
+            raise IncompatibleAdapterError(
+                f"{key}: found {tuple(tensor.shape)}, which does not fit the base weight {tuple(weight.shape)}."
+            )
+        shapes[name] += 1
+    if halves := sorted(name for name, count in shapes.items() if count != 2):
+        raise IncompatibleAdapterError(f"Expected lora_A and lora_B for each module, found one of them for {halves[:3]}.")
+
+
+def _overwrite(model: PeftModel, lora_config: Mapping, state_dict: Mapping[str, torch.Tensor], adapter_name: str) -> None:
+    targets = {
+        f"{name}.lora_{factor}.weight": (getattr(module, f"lora_{factor}")[adapter_name].weight, module)
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and adapter_name in module.lora_A
+        for factor in "AB"
+    }
+    shapes = {key: tuple(weight.shape) for key, (weight, _) in targets.items()}
+    given = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
+    if shapes != given:
+        differing = sorted(key for key in shapes.keys() | given.keys() if shapes.get(key) != given.get(key))
+        raise IncompatibleAdapterError(
+            f"Adapter {adapter_name!r} exists with another layout: {differing[0]} is {shapes.get(differing[0])} in the "
+            f"model, {given.get(differing[0])} in the new weights. Choose another adapter_name."
+        )
+    scaling = lora_config["lora_alpha"] / lora_config["r"]
+    with torch.no_grad():
+        for key, (weight, module) in targets.items():
+            weight.copy_(state_dict[key])
+            module.scaling[adapter_name] = scaling
+    model.peft_config[adapter_name] = LoraConfig(**lora_config)
+
+
+def _dtype_and_device(model: nn.Module) -> tuple[torch.dtype, torch.device]:
+    parameter = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    return parameter.dtype, parameter.device

@@ -1,0 +1,218 @@
+"""Collecting a zoo: one LoRA per task, fine-tuned with `transformers.Trainer` on the frozen base model."""
+
+import math
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import logging
+
+from .adapter import adapter_state_dict, base_model_fingerprint, lora_config_to_dict
+from .completion import DEFAULT_TEMPLATE, CompletionCollator, score_completions
+from .errors import IncompatibleAdapterError
+from .files import sweep_temporary
+from .layout import LoraLayout, check_plain_lora
+from .tasks import Task, check_unique_names
+from .zoo import LoraZoo
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class CollectionArguments(TrainingArguments):
+    r"""How each task's LoRA is fine-tuned: `TrainingArguments` with defaults for short runs, and a few fields more.
+
+    Args:
+        freeze_a (`bool`, *optional*, defaults to `True`): Whether all tasks share one untrained A, so that only B is
+            trained and later generated. It reaches the loss of training both, with half the numbers.
+        num_snapshots (`int`, *optional*, defaults to 4): Snapshots to keep per task: the best on the `demo` samples
+            and those before it, `eval_steps` apart.
+        patience (`int`, *optional*, defaults to 2): Evaluations without improvement after which a task ends.
+        template (`str`, *optional*): Text with `{prompt}` and `{completion}`.
+
+    > Fields of `TrainingArguments` with other defaults:
+
+        max_steps 48, eval_steps 8, learning_rate 1e-2 (B starts at zero and is alone), per_device_train_batch_size 16,
+        linear schedule with 4 warm-up steps.
+    """
+
+    max_steps: int = field(default=48)
+    eval_steps: float | None = field(default=8)
+    learning_rate: float = field(default=1e-2)
+    warmup_steps: float = field(default=4)
+    per_device_train_batch_size: int = field(default=16)
+    per_device_eval_batch_size: int = field(default=32)
+    freeze_a: bool = field(default=True, metadata={"help": "Share one untrained A; train and generate B alone."})
+    num_snapshots: int = field(default=4, metadata={"help": "Snapshots to keep per task, up to the best one."})
+    patience: int = field(default=2, metadata={"help": "Evaluations without improvement after which a task ends."})
+    template: str = field(default=DEFAULT_TEMPLATE, metadata={"help": "Text with {prompt} and {completion}."})
+
+    def __post_init__(self):
+        self.eval_strategy, self.save_strategy, self.report_to = "steps", "no", []
+        self.remove_unused_columns, self.disable_tqdm, self.logging_strategy = False, True, "no"
+        super().__post_init__()
+
+
+def collect_zoo(
+    output_dir: str | Path,
+    base_model: nn.Module,
+    processing_class,
+    tasks: Sequence[Task],
+    lora_config: LoraConfig,
+    args: CollectionArguments | None = None,
+) -> LoraZoo:
+    """Fine-tune one LoRA per task and keep the last snapshots of each in a zoo.
+
+    Tasks that the zoo already holds are skipped, so an interrupted collection is resumed by the same call; several
+    processes may collect different tasks into one zoo.
+
+    Args:
+        output_dir (`str` or `Path`): The zoo's directory.
+        base_model (`PreTrainedModel`): The base. It comes back unchanged, also after an error.
+        processing_class: Its tokenizer.
+        tasks (`Sequence[Task]`): Tasks with `train` and `demo` samples.
+        lora_config (`LoraConfig`): A plain LoRA; its `init_lora_weights` is ignored, since all tasks start from one A
+            drawn from `args.seed`, and B = 0.
+        args (`CollectionArguments`, *optional*): How to train.
+
+    Returns:
+        `LoraZoo`: all complete tasks of the directory, those of earlier calls included.
+
+    Raises:
+        TaskError: if a task lacks samples or a name stands twice.
+        IncompatibleAdapterError: if the base already carries adapters, or the LoRA is no plain one.
+        ZooError: if the directory holds a zoo of something else.
+    """
+    tasks = check_unique_names(tasks)
+    for task in tasks:
+        task.require("train", 1, "a LoRA")
+        task.require("demo", 1, "early stopping")
+    if isinstance(base_model, PeftModel) or getattr(base_model, "_hf_peft_config_loaded", False):
+        raise IncompatibleAdapterError("Expected a base model without adapters, found one with: call unload() first.")
+    check_plain_lora(lora_config.to_dict())
+    args = args or CollectionArguments(output_dir=tempfile.gettempdir())
+    fingerprint = base_model_fingerprint(base_model)
+    requires_grad = {parameter: parameter.requires_grad for parameter in base_model.parameters()}
+    modes = {module: module.training for module in base_model.modules()}
+    # PEFT keeps and changes its configuration; dropout-free evaluation and a shared start are ours to arrange.
+    model = get_peft_model(base_model, LoraConfig(**lora_config_to_dict(lora_config)))
+    try:
+        start = _shared_start(model, args.seed)
+        gauge = "frozen_a" if args.freeze_a else "shared_init"
+        zoo = LoraZoo.create(
+            output_dir,
+            layout=LoraLayout.from_state_dict(start, lora_config_to_dict(lora_config), gauge),
+            lora_config=lora_config_to_dict(lora_config),
+            base_model_name_or_path=base_model.config._name_or_path,
+            base_model_fingerprint=fingerprint,
+            template=args.template,
+        )
+        remaining = [task for task in tasks if task.name not in zoo]
+        if len(remaining) < len(tasks):
+            logger.info(f"{output_dir}: {len(tasks) - len(remaining)} of {len(tasks)} tasks are complete already.")
+        progress = tqdm(remaining, desc="Collecting LoRAs", disable=not logging.is_progress_bar_enabled())
+        for task in progress:
+            progress.set_postfix_str(task.name)
+            _collect_task(zoo, model, processing_class, task, args, start)
+    finally:
+        model.unload()
+        for module, training in modes.items():
+            module.training = training
+        for parameter, flag in requires_grad.items():
+            parameter.requires_grad_(flag)
+    sweep_temporary(zoo.path)
+    return LoraZoo(zoo.path)
+
+
+class _TaskTrainer(Trainer):
+    """Completion loss, with logits where there is a label and nowhere else."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        scores = score_completions(model, inputs)
+        loss = scores.loss.sum() / (scores.num_tokens.sum() if num_items_in_batch is None else num_items_in_batch)
+        return (loss, {"scores": scores}) if return_outputs else loss
+
+    @torch.no_grad()
+    def evaluate(self, *_, **__):
+        """Loss per token over the validation samples, without the gathering that Trainer's loop does."""
+        self.model.eval()
+        total, tokens = 0.0, 0
+        for batch in self.get_eval_dataloader():
+            scores = score_completions(self.model, batch)
+            total, tokens = total + scores.loss.sum().item(), tokens + scores.num_tokens.sum().item()
+        metrics = {"eval_loss": total / tokens}
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class _SnapshotCallback(TrainerCallback):
+    """Keep the adapter at every evaluation, and stop when the validation loss no longer falls."""
+
+    def __init__(self, num_snapshots: int, patience: int):
+        self.num_snapshots, self.patience = num_snapshots, patience
+        self.losses: dict[int, float] = {}
+        self.snapshots: dict[int, dict[str, torch.Tensor]] = {}
+
+    @property
+    def best_step(self) -> int:
+        return min(self.losses, key=self.losses.get)
+
+    def on_evaluate(self, args, state, control, metrics, model=None, **kwargs):
+        self.losses[state.global_step] = metrics["eval_loss"] if math.isfinite(metrics["eval_loss"]) else math.inf
+        self.snapshots[state.global_step] = adapter_state_dict(model)
+        kept = [step for step in sorted(self.snapshots) if step <= self.best_step][-self.num_snapshots :]
+        self.snapshots = {s: w for s, w in self.snapshots.items() if s in kept or s > self.best_step}
+        since_best = sum(step > self.best_step for step in self.losses)
+        control.should_training_stop |= since_best >= self.patience
+
+
+def _collect_task(zoo: LoraZoo, model: PeftModel, processing_class, task: Task, args: CollectionArguments, start) -> None:
+    started = time.perf_counter()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                parameter.copy_(start[name.replace(".default.", ".")])
+                parameter.requires_grad_(".lora_B" in name or not args.freeze_a)
+    snapshots = _SnapshotCallback(args.num_snapshots, args.patience)
+    trainer = _TaskTrainer(
+        model=model,
+        args=args,
+        data_collator=CompletionCollator(processing_class, model.config.is_encoder_decoder, args.template),
+        train_dataset=list(task.train),
+        eval_dataset=list(task.demo),
+        callbacks=[snapshots],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    if args.max_steps % args.eval_steps:
+        trainer.evaluate()  # the last steps count as well
+    best = snapshots.best_step
+    zoo.add(
+        task.name,
+        {step: weights for step, weights in snapshots.snapshots.items() if step <= best},
+        best_step=best,
+        description=task.description,
+        family=task.family,
+        validation_losses=snapshots.losses,
+        seed=args.seed,
+        seconds=round(time.perf_counter() - started, 2),
+    )
+
+
+def _shared_start(model: PeftModel, seed: int) -> dict[str, torch.Tensor]:
+    """Draw the A that all tasks start from, without touching the global random state; B starts at zero."""
+    generator = torch.Generator().manual_seed(seed)
+    start = adapter_state_dict(model)
+    for name in sorted(start):
+        if ".lora_A." in name:  # as PEFT does by default
+            nn.init.kaiming_uniform_(start[name], a=math.sqrt(5), generator=generator)
+        else:
+            start[name].zero_()
+    return start

@@ -1,0 +1,125 @@
+"""Configuration of [`LoraGeneratorModel`]."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from .completion import DEFAULT_TEMPLATE
+from .errors import IncompatibleAdapterError
+from .layout import LoraLayout
+from .task_vectors import TaskVectorSpec
+
+FORMAT_VERSION = 1
+
+
+@strict
+class LoraGeneratorConfig(PreTrainedConfig):
+    r"""Everything that a generator knows besides its weights. Made by [`~LoraGeneratorConfig.from_zoo`].
+
+    Args:
+        layout (`dict`, *optional*): The [`LoraLayout`] of the adapters, as a dictionary.
+        lora_config (`dict`, *optional*): Non-default fields of the zoo's `peft.LoraConfig`.
+        base_model_name_or_path (`str`, *optional*): The base model.
+        base_model_fingerprint (`str`, *optional*): Hash of its weights, checked before an adapter is attached.
+        task_vector_spec (`dict`, *optional*): The [`TaskVectorSpec`], as a dictionary.
+        training_tasks (`list[str]`, *optional*): Names of the tasks of the training zoo: the seen tasks.
+        template (`str`, *optional*): Text with `{prompt}` and `{completion}` that the adapters were trained on.
+        num_task_vectors (`int`, *optional*, defaults to 1): Rows of a task vector.
+        task_vector_size (`int`, *optional*, defaults to 576): Columns, the base model's hidden size.
+        architecture (`str`, *optional*, defaults to `"transformer"`): `"transformer"` (one token per matrix) or
+            `"conv1d"` (the paper's convolutions over the flat vector).
+        token_granularity (`str`, *optional*, defaults to `"matrix"`): One token per `"matrix"` or per `"rank"` component.
+        hidden_size (`int`, *optional*, defaults to 256): Width of the tokens.
+        intermediate_size (`int`, *optional*, defaults to 1024): Width of the feed-forward layers.
+        num_encoder_layers (`int`, *optional*, defaults to 2), num_decoder_layers (`int`, *optional*, defaults to 3).
+        num_attention_heads (`int`, *optional*, defaults to 4).
+        latent_size (`int`, *optional*, defaults to 32): Size of z.
+        prior (`str`, *optional*, defaults to `"learned"`): p(z | task) is a network (`"learned"`) or N(0, I)
+            (`"standard"`); `"none"` leaves the latent out, which makes the model a deterministic regressor.
+        dropout (`float`, *optional*, defaults to 0.0): Dropout in the transformer.
+        format_version (`int`, *optional*): Version of this configuration's meaning.
+
+    Raises:
+        IncompatibleAdapterError: if the layout is malformed, or the format is newer than this version of the package.
+        TaskVectorError: if the task vector specification is malformed.
+
+    Example:
+        >>> config = LoraGeneratorConfig.from_zoo(zoo, hidden_size=128)  # doctest: +SKIP
+    """
+
+    model_type = "icm_lora_generator"
+    keys_to_ignore_at_inference = ["lora_weights", "posterior_mean", "posterior_logvar", "prior_mean", "prior_logvar"]
+
+    layout: dict | None = None
+    lora_config: dict | None = None
+    base_model_name_or_path: str | None = None
+    base_model_fingerprint: str | None = None
+    task_vector_spec: dict | None = None
+    training_tasks: list[str] | None = None
+    template: str = DEFAULT_TEMPLATE
+    num_task_vectors: int = 1
+    task_vector_size: int = 576
+    architecture: str = "transformer"
+    token_granularity: str = "matrix"
+    hidden_size: int = 256
+    intermediate_size: int = 1024
+    num_encoder_layers: int = 2
+    num_decoder_layers: int = 3
+    num_attention_heads: int = 4
+    latent_size: int = 32
+    prior: str = "learned"
+    dropout: float | int = 0.0
+    format_version: int = FORMAT_VERSION
+
+    def validate_architecture(self):
+        """Check what no single field can: called at construction and before saving."""
+        choices = {"architecture": ("transformer", "conv1d"), "token_granularity": ("matrix", "rank")}
+        for field, allowed in (choices | {"prior": ("learned", "standard", "none")}).items():
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{field}: expected one of {allowed}, found {getattr(self, field)!r}.")
+        sizes = ("num_task_vectors", "task_vector_size", "hidden_size", "intermediate_size", "num_encoder_layers",
+                 "num_decoder_layers", "num_attention_heads", "latent_size")  # fmt: skip
+        for field in sizes:
+            if not 1 <= getattr(self, field) <= 65536:
+                raise ValueError(f"{field}: expected a number from 1 to 65536, found {getattr(self, field)}.")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of {self.num_attention_heads} heads.")
+        if self.format_version > FORMAT_VERSION:
+            raise IncompatibleAdapterError(
+                f"This generator has format version {self.format_version}, this package reads up to {FORMAT_VERSION}: "
+                "upgrade hf_icm_lora."
+            )
+        if self.layout is not None:
+            self.lora_layout  # noqa: B018  raises if it is malformed
+        if self.task_vector_spec is not None:
+            TaskVectorSpec(**self.task_vector_spec)
+
+    @property
+    def lora_layout(self) -> LoraLayout:
+        """The layout as an object."""
+        return LoraLayout.from_dict(self.layout)
+
+    @classmethod
+    def from_zoo(cls, zoo, **kwargs) -> "LoraGeneratorConfig":
+        """Take layout, LoRA configuration, base model and task vector specification from a [`LoraZoo`].
+
+        Args:
+            zoo (`LoraZoo`): The training split of a zoo with task vectors; its tasks are the seen ones.
+            kwargs: Further fields of the configuration.
+
+        Raises:
+            ZooError: if the zoo has no task vectors yet.
+        """
+        vectors = zoo.task_vectors
+        num_task_vectors, task_vector_size = next(iter(next(iter(vectors.banks.values())).values())).shape[1:]
+        return cls(
+            layout=zoo.layout.to_dict(),
+            lora_config=zoo.lora_config,
+            base_model_name_or_path=zoo.base_model_name_or_path,
+            base_model_fingerprint=zoo.base_model_fingerprint,
+            task_vector_spec=vectors.spec.to_dict(),
+            training_tasks=list(zoo),
+            template=zoo.template,
+            num_task_vectors=num_task_vectors,
+            task_vector_size=task_vector_size,
+            **kwargs,
+        )

@@ -1,0 +1,369 @@
+"""Evaluation: the generator against every plain rival, on seen and unseen tasks, in one run.
+
+Recovered gain G = (base loss - loss) / (base loss - task LoRA loss) on test samples, where the task LoRA was stopped
+early on validation samples; clipped to [-1, 1] per task. 1 is as good as fine-tuning, 0 no better than the base.
+
+    base              the base model alone (G = 0)
+    task_lora         the LoRA fine-tuned on the task: the oracle (G = 1)
+    generated         from the task vector of the given examples
+    wrong_condition   from the vector of another task of the same split
+    mean_lora         the mean of all seen tasks' LoRAs
+    nearest_lora      the LoRA of the seen task whose vector has the largest cosine
+    top_k_merge       a softmax over the cosines of the 4 nearest seen tasks weighs their LoRAs
+    ridge             kernel ridge regression from task vector to weights
+    few_shot_prompt   the base model prompted with the same examples
+
+For a seen task, `nearest_lora` and `top_k_merge` may not choose the task itself. Temperature and ridge penalty are
+chosen by leaving one seen task out, in weight space, so no rival sees a test sample either.
+"""
+
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from .adapter import attach_adapter, canonical_lora_config, frozen_base
+from .completion import CompletionCollator, fill_template, score_completions
+from .errors import IncompatibleAdapterError
+from .files import commit_file, write_json
+from .modeling_lora_generator import LoraGeneratorModel
+from .task_vectors import TaskVectorExtractor, TaskVectorSpec
+from .tasks import Task, check_unique_names
+from .zoo import LoraZoo
+
+ROWS = ("base", "task_lora", "generated", "wrong_condition", "mean_lora", "nearest_lora", "top_k_merge", "ridge",
+        "few_shot_prompt")  # fmt: skip
+
+
+def recovered_gain(base_loss: float, loss: float, task_lora_loss: float) -> float | None:
+    """Return G clipped to [-1, 1], or `None` where fine-tuning itself gained nothing, so that G means nothing.
+
+    Example:
+        >>> recovered_gain(base_loss=3.0, loss=1.5, task_lora_loss=1.0)
+        0.75
+    """
+    gain = base_loss - task_lora_loss
+    return max(-1.0, min(1.0, (base_loss - loss) / gain)) if gain > 0 else None
+
+
+def evaluate_generator(
+    generator: LoraGeneratorModel,
+    base_model: nn.Module,
+    processing_class,
+    zoo: LoraZoo,
+    tasks: Sequence[Task],
+    *,
+    num_examples: int = 12,
+    batch_size: int = 32,
+    output_dir: str | Path | None = None,
+) -> dict[str, Any]:
+    """Score the generator and all plain rivals on tasks whose LoRAs are in the zoo.
+
+    Args:
+        generator (`LoraGeneratorModel`): A trained generator. Its `config.training_tasks` are the seen tasks; all
+            others are unseen.
+        base_model (`PreTrainedModel`): The base model, without adapters; it comes back unchanged.
+        processing_class: Its tokenizer.
+        zoo (`LoraZoo`): The seen tasks' LoRAs, and one for each task that is scored, as the oracle.
+        tasks (`Sequence[Task]`): The tasks to score, with `demo` and `test` samples.
+        num_examples (`int`, *optional*, defaults to 12): `demo` samples that the generator, the rivals that need a
+            task vector, and the few-shot prompt are given, the same for all.
+        batch_size (`int`, *optional*, defaults to 32): Samples per forward pass.
+        output_dir (`str` or `Path`, *optional*): Where to write `evaluation.json` and `evaluation.md`.
+
+    Returns:
+        `dict`: The report, as written to `evaluation.json`; [`format_report`] makes a table of it.
+
+    Raises:
+        IncompatibleAdapterError: if zoo, generator and base model do not belong together.
+        TaskError: if a task lacks samples.
+        ZooError: if a task has no LoRA in the zoo.
+    """
+    started = time.perf_counter()
+    if generator.config.base_model_fingerprint != zoo.base_model_fingerprint or generator.layout != zoo.layout:
+        raise IncompatibleAdapterError(
+            f"The generator ({generator.layout.fingerprint[:12]}) and {zoo} ({zoo.layout.fingerprint[:12]}) differ in "
+            "layout or base model. Use the zoo that the generator was trained on."
+        )
+    tasks = check_unique_names(tasks)
+    for task in tasks:
+        task.require("demo", 2, "a task vector")
+        task.require("test", 1, "a score")
+    zoo.subset([task.name for task in tasks])  # or ZooError now, and not after minutes
+    seen = set(generator.config.training_tasks or ())
+    splits = {
+        "seen": [task for task in tasks if task.name in seen],
+        "unseen": [task for task in tasks if task.name not in seen],
+    }
+    seconds: dict[str, list[float]] = {"task_vector": [], "generation": [], "attachment": []}
+    extractor = TaskVectorExtractor(TaskVectorSpec(**generator.config.task_vector_spec))
+    vectors = {}  # task name -> (num_draws, num_task_vectors, task_vector_size)
+    for task in tasks:
+        with _timed(seconds["task_vector"]):
+            vectors[task.name] = extractor.vector(base_model, processing_class, task.demo[:num_examples])
+    rivals = _Rivals(zoo.subset(sorted(seen)))
+
+    lora_config = canonical_lora_config(zoo.lora_config, zoo.layout.max_rank)
+    shared_weights = generator.zoo_normalizer.shared_weights.cpu()
+    device = next(base_model.parameters()).device
+    requires_grad = {parameter: parameter.requires_grad for parameter in base_model.parameters()}
+    modes = {module: module.training for module in base_model.modules()}
+    zeros = torch.zeros(zoo.layout.num_weights)
+    model = attach_adapter(base_model, lora_config, zoo.layout.unpack(zeros, shared_weights), "evaluation")
+    try:
+        rows: dict[str, dict[str, dict[str, dict]]] = {split: {row: {} for row in ROWS} for split in splits}
+        progress = tqdm(
+            total=len(tasks) * len(ROWS), desc="Evaluating", disable=not logging.is_progress_bar_enabled()
+        )
+        for split, members in splits.items():
+            for index, task in enumerate(members):
+                own = vectors[task.name]
+                others = members if len(members) > 1 else tasks
+                # Half a list away: neighbours in a list are often of one family, and alike.
+                other = vectors[others[(index + len(others) // 2) % len(others)].name]
+                with _timed(seconds["generation"]):
+                    generated = generator.decode_task_vector(own).cpu()
+                weights = {
+                    "task_lora": zoo.lora_weights(task.name),
+                    "generated": generated,
+                    "wrong_condition": generator.decode_task_vector(other).cpu(),
+                    "mean_lora": rivals.mean,
+                    "nearest_lora": rivals.nearest(own, task.name),
+                    "top_k_merge": rivals.top_k_merge(own, task.name),
+                    "ridge": rivals.ridge(own),
+                }
+                for row in ROWS:
+                    context = ""
+                    if row == "few_shot_prompt":
+                        context = "".join("".join(fill_template(s, zoo.template)) for s in task.demo[:num_examples])
+                    collate = CompletionCollator(
+                        processing_class, base_model.config.is_encoder_decoder, zoo.template, context, max_length=1024
+                    )
+                    if row in weights:
+                        state_dict = zoo.layout.unpack(weights[row].to(device), shared_weights.to(device))
+                        with _timed(seconds["attachment"]):
+                            attach_adapter(model, lora_config, state_dict, "evaluation")
+                        scores = _score(model, collate, task, batch_size)
+                    else:
+                        with frozen_base(model) as bare:
+                            scores = _score(bare, collate, task, batch_size)
+                    if row == "generated":
+                        scores |= _weight_errors(generated, weights["task_lora"], zoo)
+                    rows[split][row][task.name] = scores
+                    progress.update()
+        progress.close()
+    finally:
+        model.unload()
+        for module, training in modes.items():
+            module.training = training
+        for parameter, flag in requires_grad.items():
+            parameter.requires_grad_(flag)
+
+    report = {
+        **run_metadata(generator.config.task_vector_spec["seed"]),
+        "num_examples": num_examples,
+        "splits": {split: _summarize(tables) for split, tables in rows.items() if tables["base"]},
+        "storage": storage(generator, zoo),
+        "seconds": {
+            **{name: round(statistics.median(times), 4) for name, times in seconds.items()},
+            "fine_tuning": round(statistics.mean(zoo.records[task.name].get("seconds", 0.0) for task in tasks), 2),
+            "evaluation": round(time.perf_counter() - started, 1),
+        },
+    }
+    if output_dir is not None:
+        write_report(report, output_dir)
+    return report
+
+
+class _Rivals:
+    """What can be done with the seen tasks' LoRAs and vectors without training anything.
+
+    Task vectors are standardized per entry and averaged over draws; cosines are taken between those.
+    """
+
+    def __init__(self, seen: LoraZoo, top_k: int = 4):
+        banks = seen.task_vectors.banks
+        self.names = list(seen)
+        self.weights = torch.stack([seen.lora_weights(name) for name in self.names])  # (tasks, num_weights)
+        self.mean = self.weights.mean(0)
+        vectors = torch.stack([banks[name]["demonstrations"].mean(0).flatten() for name in self.names])
+        self.center, self.scale = vectors.mean(0), vectors.std(0, correction=0).clamp(min=1e-6)
+        self.vectors = self._standardize(vectors)  # (tasks, features)
+        self.top_k = min(top_k, len(self.names) - 1)
+        self.temperature = min((0.02, 0.05, 0.1, 0.2, 0.5), key=self._merge_error)
+        self.kernel = self.vectors @ self.vectors.T / self.vectors.shape[1]
+        self.penalty = min((0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0), key=self._ridge_error)
+        self.dual = torch.linalg.solve(self._penalized(self.penalty), self.weights - self.mean)  # (tasks, num_weights)
+
+    def nearest(self, vector: torch.Tensor, task: str) -> torch.Tensor:
+        return self.weights[self._cosines(vector, task).argmax()]
+
+    def top_k_merge(self, vector: torch.Tensor, task: str) -> torch.Tensor:
+        return self._merge(self._cosines(vector, task), self.temperature)
+
+    def ridge(self, vector: torch.Tensor) -> torch.Tensor:
+        query = self._standardize(vector.mean(0).flatten())
+        return self.mean + (self.vectors @ query / len(query)) @ self.dual
+
+    def _standardize(self, vectors: torch.Tensor) -> torch.Tensor:
+        return (vectors - self.center) / self.scale
+
+    def _cosines(self, vector: torch.Tensor, task: str) -> torch.Tensor:
+        query = self._standardize(vector.mean(0).flatten())
+        cosines = nn.functional.cosine_similarity(self.vectors, query[None])
+        if task in self.names and len(self.names) > 1:
+            cosines[self.names.index(task)] = -torch.inf
+        return cosines
+
+    def _merge(self, cosines: torch.Tensor, temperature: float) -> torch.Tensor:
+        values, indices = cosines.topk(max(1, self.top_k))
+        return (values / temperature).softmax(0) @ self.weights[indices]
+
+    def _merge_error(self, temperature: float) -> float:
+        cosines = nn.functional.cosine_similarity(self.vectors[:, None], self.vectors[None], dim=2)
+        cosines.fill_diagonal_(-torch.inf)
+        merged = torch.stack([self._merge(row, temperature) for row in cosines])
+        return (merged - self.weights).square().mean().item()
+
+    def _penalized(self, penalty: float) -> torch.Tensor:
+        return self.kernel + penalty * torch.eye(len(self.names))
+
+    def _ridge_error(self, penalty: float) -> float:
+        # The closed form of leaving one task out: its residual is its dual weight over the inverse's diagonal.
+        inverse = torch.linalg.inv(self._penalized(penalty))
+        residuals = inverse @ (self.weights - self.mean) / inverse.diagonal()[:, None]
+        return residuals.square().mean().item()
+
+
+class _timed:  # noqa: N801
+    """Append the seconds spent in the `with` block to a list."""
+
+    def __init__(self, times: list[float]):
+        self.times = times
+
+    def __enter__(self):
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_):
+        self.times.append(time.perf_counter() - self.start)
+
+
+@torch.no_grad()
+def _score(model: nn.Module, collate: CompletionCollator, task: Task, batch_size: int) -> dict[str, float]:
+    loss, tokens, exact = 0.0, 0, 0
+    for start in range(0, len(task.test), batch_size):
+        scores = score_completions(model, collate(task.test[start : start + batch_size]))
+        loss, tokens = loss + scores.loss.sum().item(), tokens + scores.num_tokens.sum().item()
+        exact += int(scores.exact.sum())
+    return {"loss": loss / tokens, "exact_match": exact / len(task.test)}
+
+
+def _weight_errors(generated: torch.Tensor, target: torch.Tensor, zoo: LoraZoo) -> dict[str, float]:
+    """Compare packed weights; with a frozen A this compares B @ A up to the metric that A gives."""
+    return {
+        "relative_error": ((generated - target).norm() / target.norm()).item(),
+        "cosine": nn.functional.cosine_similarity(generated, target, dim=0).item(),
+    }
+
+
+def _summarize(tables: Mapping[str, Mapping[str, dict]]) -> dict[str, dict]:
+    summary = {}
+    for row, scores in tables.items():
+        for name, score in scores.items():
+            base, oracle = tables["base"][name]["loss"], tables["task_lora"][name]["loss"]
+            score["recovered_gain"] = recovered_gain(base, score["loss"], oracle)
+        gains = [score["recovered_gain"] for score in scores.values() if score["recovered_gain"] is not None]
+        summary[row] = {
+            "mean_recovered_gain": statistics.mean(gains) if gains else None,
+            "median_recovered_gain": statistics.median(gains) if gains else None,
+            "min_recovered_gain": min(gains, default=None),
+            "mean_loss": statistics.mean(score["loss"] for score in scores.values()),
+            "exact_match": statistics.mean(score["exact_match"] for score in scores.values()),
+            "tasks": scores,
+        }
+    return summary
+
+
+def storage(generator: LoraGeneratorModel, zoo: LoraZoo) -> dict[str, Any]:
+    """Compare the generator's size with that of one fp16 adapter per seen task.
+
+    Returns:
+        `dict`: `generator_bytes` (as stored), `adapter_bytes` (fp16, A and B), `num_seen_tasks`, `ratio` of the first to
+        all adapters, and `break_even_tasks`, the number of adapters from which on the generator is smaller.
+    """
+    tensors = list(generator.state_dict().values())
+    generator_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    adapter_bytes = 2 * (zoo.layout.num_weights + zoo.layout.num_shared_weights)
+    num_seen = len(generator.config.training_tasks or ())
+    return {
+        "generator_bytes": generator_bytes,
+        "adapter_bytes": adapter_bytes,
+        "num_seen_tasks": num_seen,
+        "ratio": round(generator_bytes / (adapter_bytes * num_seen), 3) if num_seen else None,
+        "break_even_tasks": -(-generator_bytes // adapter_bytes),
+    }
+
+
+def run_metadata(seed: int) -> dict[str, Any]:
+    """Return what a figure needs beside it to be reproduced: command, date, versions, machine, seed."""
+    packages = ("hf_icm_lora", "transformers", "peft", "torch", "safetensors", "datasets", "accelerate")
+    return {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "machine": {"processor": platform.machine(), "system": platform.system(), "threads": torch.get_num_threads()},
+        "seed": seed,
+    }
+
+
+def format_report(report: Mapping[str, Any]) -> str:
+    """Return the report as Markdown: a table per split, then storage and times."""
+    parts = []
+    for split, rows in report["splits"].items():
+        excluded = [n for n, s in rows["generated"]["tasks"].items() if s["recovered_gain"] is None]
+        lines = [
+            f"### {split.capitalize()} tasks ({len(rows['base']['tasks'])})\n",
+            "| row | mean G | median G | min G | loss | exact match |",
+            "|---|---|---|---|---|---|",
+        ]
+        for row, summary in rows.items():
+            gains = [summary[f"{kind}_recovered_gain"] for kind in ("mean", "median", "min")]
+            cells = ["-" if gain is None else f"{gain:.2f}" for gain in gains]
+            cells += [f"{summary['mean_loss']:.3f}", f"{100 * summary['exact_match']:.0f} %"]
+            lines.append(f"| {row} | " + " | ".join(cells) + " |")
+        if excluded:
+            lines.append(f"\nWithout G, since fine-tuning gained nothing: {', '.join(excluded)}.")
+        parts.append("\n".join(lines))
+    store, seconds = report["storage"], report["seconds"]
+    parts.append(
+        f"Generator {store['generator_bytes'] / 1e6:.1f} MB, one fp16 adapter {store['adapter_bytes'] / 1e6:.2f} MB: "
+        f"smaller than {store['break_even_tasks']} adapters or more ({store['num_seen_tasks']} seen tasks).\n"
+        f"Seconds: task vector {seconds['task_vector']:.2f}, generation {seconds['generation']:.3f}, attachment "
+        f"{seconds['attachment']:.3f}; fine-tuning one LoRA {seconds['fine_tuning']:.1f}."
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def write_report(report: Mapping[str, Any], output_dir: str | Path) -> None:
+    """Write `evaluation.json` and `evaluation.md` into a directory."""
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_json(output_dir / "evaluation.json", report)
+    with commit_file(output_dir / "evaluation.md") as temporary:
+        temporary.write_text(format_report(report), encoding="utf-8")
+
+
+def read_report(path: str | Path) -> dict[str, Any]:
+    """Read a report that [`write_report`] wrote."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))

@@ -1,0 +1,116 @@
+"""Files: a directory that appears whole or not at all, names that are safe as directories, hashes."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import unicodedata
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+TEMPORARY = ".tmp-"  # a path component that starts so is never part of a result
+
+
+@contextlib.contextmanager
+def commit_directory(path: str | Path) -> Iterator[Path]:
+    """Fill a temporary directory beside `path`, then make it appear there by one rename.
+
+    Args:
+        path (`str` or `Path`): The final directory, which must not exist yet.
+
+    Yields:
+        `Path`: the temporary directory to write into. It is removed when the body raises.
+
+    Raises:
+        FileExistsError: if `path` exists before, or was made by another process meanwhile; its content is untouched.
+    """
+    path = Path(path)
+    if path.exists():
+        raise FileExistsError(f"{path} exists already.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
+    temporary.mkdir()
+    try:
+        yield temporary
+        for entry in [*temporary.rglob("*"), temporary]:
+            _respect_umask(entry)
+            _fsync(entry)
+        try:
+            os.rename(temporary, path)
+        except OSError as error:
+            if path.exists():  # a rename onto a non-empty directory fails differently on each system
+                raise FileExistsError(f"{path} was made by another process meanwhile.") from error
+            raise
+        _fsync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def commit_file(path: str | Path) -> Iterator[Path]:
+    """Write a temporary file beside `path`, then put it in place of the old one by one rename."""
+    path = Path(path)
+    temporary = path.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
+    try:
+        yield temporary
+        _respect_umask(temporary)
+        _fsync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never a part."""
+    with commit_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def sweep_temporary(root: str | Path) -> None:
+    """Remove what interrupted writers left below `root`."""
+    for leftover in Path(root).rglob(f"{TEMPORARY}*"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+
+
+def safe_dirname(name: str) -> str:
+    """Return a directory name for any text: readable ASCII, plus a hash that keeps different names apart.
+
+    Names that differ only in Unicode normal form share a directory; names that differ only in case do not, also on
+    file systems that ignore case.
+
+    Example:
+        >>> safe_dirname("country names/Größe")
+        'country_names-Gro_e-9f4c2b1d'
+    """
+    name = unicodedata.normalize("NFC", name)
+    decomposed = unicodedata.normalize("NFD", name)
+    ascii_only = "".join(c if c.isascii() and c.isalnum() else "-" if c == "/" else "_" for c in decomposed
+                         if not unicodedata.combining(c))  # fmt: skip
+    return f"{ascii_only.strip('_-')[:60] or 'task'}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def sha256_of(*parts: bytes | str) -> str:
+    """Return the SHA-256 of the parts in hexadecimal, unambiguous in where one part ends and the next begins."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        digest.update(len(data).to_bytes(8, "big") + data)
+    return digest.hexdigest()
+
+
+def _respect_umask(path: Path) -> None:
+    # safetensors creates files with mode 0600, which would hide a shared zoo from one's own group.
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,545 @@
+"""The generator: a conditional VAE over LoRA weights, conditioned on task vectors.
+
+In-Context Meta LoRA Generation (arXiv 2501.17635, section 3.3), with the prior learned, p(z | task), and with the
+network aware of the modules that it writes for:
+
+    encoder  q(z | weights, task)     training only
+    prior    p(z | task)              what generation draws z from, or takes the mean of
+    decoder  weights(z, task)
+
+Shapes: `lora_weights (batch, num_weights)`, `task_vector (batch, num_task_vectors, task_vector_size)`,
+`z (batch, latent_size)`, tokens `(batch, num_tokens, hidden_size)`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput, logging
+
+from .adapter import attach_adapter, base_model_fingerprint, canonical_lora_config
+from .configuration_lora_generator import LoraGeneratorConfig
+from .errors import IncompatibleAdapterError, NotFittedError, TaskError, TaskVectorError
+from .layout import LoraLayout, MatrixBlock, split
+from .task_vectors import TaskVectorExtractor, TaskVectorSpec
+
+
+@dataclass
+class LoraGeneratorOutput(ModelOutput):
+    """What [`LoraGeneratorModel`] returns.
+
+    Args:
+        loss (`torch.Tensor` of shape `()`): Negative evidence lower bound per weight: the mean of
+            `reconstruction_loss + kl / num_weights`. The trainer weighs the two terms in its own way.
+        reconstruction_loss (`torch.Tensor` of shape `(batch,)`): Squared error of the normalized weights, averaged over
+            weights: 1 is the error of the mean adapter over the training tasks.
+        kl (`torch.Tensor` of shape `(batch,)`): KL(q(z | weights, task) || p(z | task)) in nats.
+        lora_weights (`torch.Tensor` of shape `(batch, num_weights)`): Reconstructed weights, or generated ones if
+            none were given.
+        posterior_mean, posterior_logvar, prior_mean, prior_logvar (`torch.Tensor` of shape `(batch, latent_size)`).
+    """
+
+    loss: torch.Tensor | None = None
+    reconstruction_loss: torch.Tensor | None = None
+    kl: torch.Tensor | None = None
+    lora_weights: torch.Tensor | None = None
+    posterior_mean: torch.Tensor | None = None
+    posterior_logvar: torch.Tensor | None = None
+    prior_mean: torch.Tensor | None = None
+    prior_logvar: torch.Tensor | None = None
+
+
+class ZooNormalizer(nn.Module):
+    """Statistics of the training zoo, in fp32: what one unit of weight and of task vector means.
+
+    The elementwise mean adapter and one scale per matrix, since B is small beside A and layers differ; mean and scale
+    of every entry of the task vector; and the weights that all adapters share.
+    """
+
+    def __init__(self, config: LoraGeneratorConfig):
+        super().__init__()
+        layout = config.lora_layout
+        self.sizes = [block.rank * block.width for block in layout.blocks for _ in block.modules]
+        vector = (config.num_task_vectors, config.task_vector_size)
+        self.register_buffer("weight_mean", torch.zeros(layout.num_weights))
+        self.register_buffer("weight_scale", torch.ones(len(self.sizes)))
+        self.register_buffer("shared_weights", torch.zeros(layout.num_shared_weights))
+        self.register_buffer("vector_mean", torch.zeros(vector))
+        self.register_buffer("vector_scale", torch.ones(vector))
+        self.register_buffer("is_fitted", torch.zeros(1))
+
+    def fit(self, weights: DataLoader, shared_weights: torch.Tensor) -> None:
+        count, sums = 0, None
+        for batch in weights:
+            moments = [m for x in (batch["lora_weights"], batch["task_vector"]) for m in (x.double(), x.double() ** 2)]
+            sums = [m.sum(0) if sums is None else s + m.sum(0) for m, s in zip(moments, sums or moments, strict=True)]
+            count += len(batch["lora_weights"])
+        weight_mean, weight_square, vector_mean, vector_square = (s / count for s in sums)
+        variance = (weight_square - weight_mean**2).clamp(min=0)
+        scale = torch.stack([v.mean().sqrt() for v in variance.split(self.sizes)])
+        vector_scale = (vector_square - vector_mean**2).clamp(min=0).sqrt()
+        self.weight_mean.copy_(weight_mean)
+        # A matrix that never varies has scale 0: the floor makes it come out as its mean, instead of as NaN.
+        self.weight_scale.copy_(scale.clamp(min=max(1e-3 * scale.median().item(), 1e-8)))
+        self.vector_mean.copy_(vector_mean)
+        self.vector_scale.copy_(vector_scale.clamp(min=max(1e-3 * vector_scale.median().item(), 1e-8)))
+        self.shared_weights.copy_(shared_weights)
+        self.is_fitted.fill_(1)
+
+    def normalize(self, lora_weights: torch.Tensor) -> torch.Tensor:
+        return (lora_weights.float() - self.weight_mean) / self._scale_of_each_weight()
+
+    def denormalize(self, normalized: torch.Tensor) -> torch.Tensor:
+        return normalized.float() * self._scale_of_each_weight() + self.weight_mean
+
+    def normalize_vector(self, task_vector: torch.Tensor) -> torch.Tensor:
+        return (task_vector.float() - self.vector_mean) / self.vector_scale
+
+    def _scale_of_each_weight(self) -> torch.Tensor:
+        sizes = torch.tensor(self.sizes, device=self.weight_scale.device)
+        return self.weight_scale.repeat_interleave(sizes, output_size=self.weight_mean.numel())
+
+
+class Attention(nn.Module):
+    """Self-attention over all tokens."""
+
+    def __init__(self, config: LoraGeneratorConfig):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.dropout = config.dropout
+        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (batch, heads, ...)
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, config: LoraGeneratorConfig):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.hidden_size)
+        self.attention = Attention(config)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x)))
+        return x + self.dropout(self.down_proj(F.gelu(self.up_proj(self.mlp_norm(x)))))
+
+
+class WeightTokens(nn.Module):
+    """Weights as tokens: one per matrix, or one per rank component of each matrix.
+
+    Matrices of one kind share one projection; what tells them apart is an embedding of their position, number by
+    number of the module's path, and of their rank component.
+    """
+
+    def __init__(self, config: LoraGeneratorConfig):
+        super().__init__()
+        self.blocks: tuple[MatrixBlock, ...] = config.lora_layout.blocks
+        self.per_matrix = [1 if config.token_granularity == "matrix" else block.rank for block in self.blocks]
+        widths = [b.rank * b.width // n for b, n in zip(self.blocks, self.per_matrix, strict=True)]
+        self.in_projections = nn.ModuleList(nn.Linear(width, config.hidden_size) for width in widths)
+        self.out_projections = nn.ModuleList(nn.Linear(config.hidden_size, width) for width in widths)
+        # A number outside a module's path (paths differ in depth) is 0, a present one is itself + 1.
+        depth = max(len(module.position) for block in self.blocks for module in block.modules)
+        positions = [module.position for block in self.blocks for module in block.modules]
+        highest = [max((p[slot] for p in positions if len(p) > slot), default=0) for slot in range(depth)]
+        self.kind_embedding = nn.Embedding(len(self.blocks), config.hidden_size)
+        self.position_embeddings = nn.ModuleList(nn.Embedding(top + 2, config.hidden_size) for top in highest)
+        self.rank_embedding = nn.Embedding(max(self.per_matrix), config.hidden_size)
+
+    def identities(self) -> torch.Tensor:
+        """Return what says which matrix a token stands for, `(num_tokens, hidden_size)`."""
+        device, parts = self.kind_embedding.weight.device, []
+        for index, (block, per_matrix) in enumerate(zip(self.blocks, self.per_matrix, strict=True)):
+            slots = len(self.position_embeddings)
+            positions = [[p + 1 for p in m.position] + [0] * (slots - len(m.position)) for m in block.modules]
+            positions = torch.tensor(positions, device=device)  # (count, slots)
+            matrix = self.kind_embedding.weight[index] + sum(
+                embedding(positions[:, slot]) for slot, embedding in enumerate(self.position_embeddings)
+            )  # (count, hidden_size), or (hidden_size,) if no path has a number
+            rank = self.rank_embedding.weight[:per_matrix]
+            parts.append((matrix.expand(block.count, -1)[:, None] + rank).flatten(0, 1))
+        return torch.cat(parts)
+
+    def embed(self, normalized: torch.Tensor) -> torch.Tensor:
+        """Turn weights `(batch, num_weights)` into tokens `(batch, num_tokens, hidden_size)`."""
+        views = [w.flatten(1).unflatten(1, (block.count * n, -1))
+                 for w, block, n in zip(split(normalized, self.blocks), self.blocks, self.per_matrix, strict=True)]  # fmt: skip
+        return torch.cat([project(view) for project, view in zip(self.in_projections, views, strict=True)], dim=1)
+
+    def unembed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Turn tokens back into weights `(batch, num_weights)`."""
+        parts = tokens.split([block.count * n for block, n in zip(self.blocks, self.per_matrix, strict=True)], dim=1)
+        weights = [project(part).flatten(1) for project, part in zip(self.out_projections, parts, strict=True)]
+        return torch.cat(weights, dim=1)
+
+
+class TransformerCVAE(nn.Module):
+    """Encoder and decoder over weight tokens; the task vector's rows are tokens that both attend to."""
+
+    def __init__(self, config: LoraGeneratorConfig):
+        super().__init__()
+        self.tokens = WeightTokens(config)
+        self.condition_proj = nn.Linear(config.task_vector_size, config.hidden_size)
+        self.condition_embedding = nn.Embedding(config.num_task_vectors, config.hidden_size)
+        if config.prior != "none":
+            self.summary_embedding = nn.Embedding(1, config.hidden_size)
+            self.encoder = nn.ModuleList(Block(config) for _ in range(config.num_encoder_layers))
+            self.encoder_norm = nn.LayerNorm(config.hidden_size)
+            self.posterior_proj = nn.Linear(config.hidden_size, 2 * config.latent_size)
+        self.latent_proj = nn.Linear(config.latent_size, config.hidden_size)
+        self.decoder = nn.ModuleList(Block(config) for _ in range(config.num_decoder_layers))
+        self.decoder_norm = nn.LayerNorm(config.hidden_size)
+
+    def encode(self, normalized: torch.Tensor, vector: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return mean and log variance of q(z | weights, task), each `(batch, latent_size)`."""
+        batch = len(normalized)
+        summary = self.summary_embedding.weight.expand(batch, 1, -1)
+        weights = self.tokens.embed(normalized) + self.tokens.identities()
+        x = torch.cat([summary, self._condition(vector), weights], dim=1)
+        for block in self.encoder:
+            x = block(x)
+        mean, logvar = self.posterior_proj(self.encoder_norm(x[:, 0])).chunk(2, dim=-1)
+        return mean, logvar
+
+    def decode(self, z: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+        """Return normalized weights `(batch, num_weights)`."""
+        queries = self.tokens.identities().expand(len(z), -1, -1)
+        condition = self._condition(vector)
+        x = torch.cat([self.latent_proj(z)[:, None], condition, queries], dim=1)
+        for block in self.decoder:
+            x = block(x)
+        return self.tokens.unembed(self.decoder_norm(x[:, 1 + condition.shape[1] :]))
+
+    def _condition(self, vector: torch.Tensor) -> torch.Tensor:
+        return self.condition_proj(vector) + self.condition_embedding.weight
+
+
+class Conv1dCVAE(nn.Module):
+    """The paper's network: stride-2 convolutions over the flat weight vector (arXiv 2501.17635, section 4.1).
+
+    Twelve blocks of kernel 7 halve the length each, and twelve transposed ones double it again; the condition joins
+    the encoder's output and z. Unlike the published code, the padding at the end never enters a loss, and group
+    normalization stands where batch normalization over a batch of two stood.
+    """
+
+    CHANNELS = (8, 16, 32, 64, 128, 256, 256, 128, 64, 32, 16, 8)
+
+    def __init__(self, config: LoraGeneratorConfig):
+        super().__init__()
+        stride = 2 ** len(self.CHANNELS)
+        self.num_weights = config.lora_layout.num_weights
+        self.padding = -self.num_weights % stride
+        self.length = (self.num_weights + self.padding) // stride  # after the last convolution
+        condition, features = config.num_task_vectors * config.task_vector_size, self.CHANNELS[-1] * self.length
+        downwards = (1, *self.CHANNELS)
+        if config.prior != "none":
+            self.encoder = nn.Sequential(
+                *[self._conv(nn.Conv1d, i, o) for i, o in zip(downwards, downwards[1:], strict=False)]
+            )
+            self.posterior_proj = nn.Linear(features + condition, 2 * config.latent_size)
+        self.latent_proj = nn.Linear(config.latent_size + condition, features)
+        upwards = (*reversed(self.CHANNELS), self.CHANNELS[0])
+        self.decoder = nn.Sequential(
+            *[self._conv(nn.ConvTranspose1d, i, o) for i, o in zip(upwards, upwards[1:], strict=False)]
+        )
+        self.out_conv = nn.Conv1d(self.CHANNELS[0], 1, kernel_size=7, padding=3)
+
+    @staticmethod
+    def _conv(kind: type, in_channels: int, out_channels: int) -> nn.Module:
+        extra = {"output_padding": 1} if kind is nn.ConvTranspose1d else {}
+        conv = kind(in_channels, out_channels, kernel_size=7, stride=2, padding=3, **extra)
+        return nn.Sequential(conv, nn.GroupNorm(1, out_channels), nn.LeakyReLU())
+
+    def encode(self, normalized: torch.Tensor, vector: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features = self.encoder(F.pad(normalized, (0, self.padding))[:, None]).flatten(1)
+        mean, logvar = self.posterior_proj(torch.cat([features, vector.flatten(1)], dim=1)).chunk(2, dim=-1)
+        return mean, logvar
+
+    def decode(self, z: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+        features = self.latent_proj(torch.cat([z, vector.flatten(1)], dim=1))
+        x = self.decoder(features.unflatten(1, (-1, self.length)))
+        return self.out_conv(x)[:, 0, : self.num_weights]
+
+
+class Prior(nn.Module):
+    """p(z | task): mean and log variance from the task vector, starting near N(0, I)."""
+
+    def __init__(self, config: LoraGeneratorConfig):
+        super().__init__()
+        self.in_proj = nn.Linear(config.num_task_vectors * config.task_vector_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, 2 * config.latent_size)
+
+    def forward(self, vector: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, logvar = self.out_proj(F.gelu(self.norm(self.in_proj(vector.flatten(1))))).chunk(2, dim=-1)
+        return mean, logvar
+
+
+class LoraGeneratorModel(PreTrainedModel):
+    """A conditional VAE that writes LoRA adapters for tasks that it knows by a task vector.
+
+    Args:
+        config (`LoraGeneratorConfig`): With a layout; see [`LoraGeneratorConfig.from_zoo`].
+
+    Example:
+        >>> generator = LoraGeneratorModel.from_pretrained("user/smollm2-lora-generator")  # doctest: +SKIP
+        >>> model = generator.generate_adapter(  # doctest: +SKIP
+        ...     base_model, processing_class=tokenizer, examples=[("France", "Paris"), ("Japan", "Tokyo")]
+        ... )
+    """
+
+    config: LoraGeneratorConfig
+    config_class = LoraGeneratorConfig
+    base_model_prefix = "generator"
+    main_input_name = "task_vector"
+    model_tags = ["hf_icm_lora"]
+    accepts_loss_kwargs = False
+    _keep_in_fp32_modules_strict = ["zoo_normalizer"]
+
+    def __init__(self, config: LoraGeneratorConfig):
+        if config.layout is None:
+            raise IncompatibleAdapterError("A generator needs a layout: make its configuration with from_zoo().")
+        super().__init__(config)
+        self.zoo_normalizer = ZooNormalizer(config)
+        self.network = {"transformer": TransformerCVAE, "conv1d": Conv1dCVAE}[config.architecture](config)
+        self.prior = Prior(config) if config.prior == "learned" else None
+        self.layout: LoraLayout = config.lora_layout
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):  # N(0, 0.02) would fade out over 24 layers
+            init.kaiming_normal_(module.weight, nonlinearity="leaky_relu")
+            init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
+
+    def fit_normalizer(self, dataset: Dataset, batch_size: int = 32) -> None:
+        """Compute the normalization statistics from the training split, once, before training.
+
+        Args:
+            dataset (`Dataset`): Items `{"lora_weights": (num_weights,), "task_vector": (num_task_vectors,
+                task_vector_size)}`, and the attribute `shared_weights` `(num_shared_weights,)`.
+            batch_size (`int`, *optional*, defaults to 32): Items per step.
+
+        Raises:
+            IncompatibleAdapterError: if the dataset's shared weights are not of this layout.
+        """
+        if tuple(dataset.shared_weights.shape) != tuple(self.zoo_normalizer.shared_weights.shape):
+            raise IncompatibleAdapterError(
+                f"Expected {self.zoo_normalizer.shared_weights.numel()} shared weights, found "
+                f"{tuple(dataset.shared_weights.shape)}: the dataset comes from a zoo of another layout."
+            )
+        batches = DataLoader(dataset, batch_size=batch_size)
+        disable = len(batches) < 32 or not logging.is_progress_bar_enabled()
+        self.zoo_normalizer.fit(tqdm(batches, desc="Normalizer", leave=False, disable=disable), dataset.shared_weights)
+
+    def forward(
+        self,
+        lora_weights: torch.Tensor | None = None,
+        task_vector: torch.Tensor | None = None,
+        return_loss: bool = True,
+        return_dict: bool | None = None,
+    ) -> LoraGeneratorOutput | tuple:
+        """Reconstruct adapters, or generate them if only task vectors are given.
+
+        In training mode z is drawn from the posterior, in eval mode it is the posterior's mean.
+
+        Args:
+            lora_weights (`torch.Tensor` of shape `(batch, num_weights)`, *optional*): Packed adapters.
+            task_vector (`torch.Tensor` of shape `(batch, num_task_vectors, task_vector_size)`): Their tasks' vectors.
+            return_loss (`bool`, *optional*, defaults to `True`): Whether to compute `loss`.
+            return_dict (`bool`, *optional*): Whether to return a [`LoraGeneratorOutput`] instead of a tuple.
+
+        Raises:
+            NotFittedError: if `fit_normalizer` was never called.
+            TaskVectorError, IncompatibleAdapterError: if a shape is not the generator's.
+        """
+        vector = self._normalized_vector(task_vector)
+        prior_mean, prior_logvar = self._prior(vector)
+        if lora_weights is None:
+            generated = self.zoo_normalizer.denormalize(self.network.decode(prior_mean, vector))
+            output = LoraGeneratorOutput(lora_weights=generated, prior_mean=prior_mean, prior_logvar=prior_logvar)
+        else:
+            if lora_weights.shape != (len(vector), self.layout.num_weights):
+                raise IncompatibleAdapterError(
+                    f"Expected lora_weights of shape {(len(vector), self.layout.num_weights)}, found "
+                    f"{tuple(lora_weights.shape)}."
+                )
+            target = self.zoo_normalizer.normalize(lora_weights)
+            if self.config.prior == "none":
+                z = posterior_mean = posterior_logvar = torch.zeros_like(prior_mean)
+            else:
+                posterior_mean, posterior_logvar = self.network.encode(target.to(vector.dtype), vector)
+                noise = torch.randn_like(posterior_mean) if self.training else 0.0
+                z = posterior_mean + noise * (0.5 * posterior_logvar).exp()
+            normalized = self.network.decode(z, vector)
+            output = LoraGeneratorOutput(
+                reconstruction_loss=F.mse_loss(normalized.float(), target, reduction="none").mean(1),
+                kl=kl_per_unit(posterior_mean, posterior_logvar, prior_mean, prior_logvar).sum(1),
+                lora_weights=self.zoo_normalizer.denormalize(normalized),
+                posterior_mean=posterior_mean,
+                posterior_logvar=posterior_logvar,
+                prior_mean=prior_mean,
+                prior_logvar=prior_logvar,
+            )
+            if return_loss:
+                output.loss = (output.reconstruction_loss + output.kl / self.layout.num_weights).mean()
+        use_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if use_dict else output.to_tuple()
+
+    @torch.no_grad()
+    def decode_task_vector(self, task_vector: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Generate packed weights for one task.
+
+        Args:
+            task_vector (`torch.Tensor`): `(num_task_vectors, task_vector_size)`, or several draws of it
+                `(num_draws, num_task_vectors, task_vector_size)`, whose adapters are averaged; for one row also
+                `(task_vector_size,)`.
+            generator (`torch.Generator`, *optional*): If given, z is drawn from the prior instead of being its mean.
+
+        Returns:
+            `torch.Tensor` of shape `(num_weights,)`, fp32.
+
+        Raises:
+            NotFittedError, TaskVectorError: as in `forward`.
+        """
+        training = self.training
+        self.eval()
+        try:
+            draws = task_vector.reshape((1,) * (3 - task_vector.ndim) + tuple(task_vector.shape))
+            vector = self._normalized_vector(draws)
+            mean, logvar = self._prior(vector)
+            if generator is not None:
+                noise = torch.randn(mean.shape[1:], generator=generator, device=generator.device)  # one for all draws
+                mean = mean + noise.to(mean) * (0.5 * logvar).exp()
+            return self.zoo_normalizer.denormalize(self.network.decode(mean, vector)).mean(0)
+        finally:
+            self.train(training)
+
+    def generate_lora_weights(
+        self, task_vector: torch.Tensor, generator: torch.Generator | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Generate an adapter as a PEFT state dict, whose scaling is 1.
+
+        Args:
+            task_vector (`torch.Tensor`), generator (`torch.Generator`, *optional*): As in `decode_task_vector`.
+
+        Returns:
+            `dict[str, torch.Tensor]`: fp32 tensors under keys like
+            `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`.
+        """
+        lora_weights = self.decode_task_vector(task_vector, generator)
+        return self.layout.unpack(lora_weights, self.zoo_normalizer.shared_weights)
+
+    def generate_adapter(
+        self,
+        base_model: nn.Module,
+        *,
+        task_vector: torch.Tensor | None = None,
+        examples: Sequence | None = None,
+        description: str | None = None,
+        processing_class=None,
+        adapter_name: str = "default",
+        generator: torch.Generator | None = None,
+        check_base_model: bool = True,
+    ) -> PeftModel:
+        """Generate an adapter for a task and attach it to its base model. No gradient step is taken.
+
+        Args:
+            base_model (`PreTrainedModel` or `PeftModel`): The model that the generator was made for. A `PeftModel`
+                gets one more adapter; an adapter that already has the name is overwritten in place.
+            task_vector (`torch.Tensor`, *optional*): As in `decode_task_vector`; instead of the next three.
+            examples (`Sequence`, *optional*): Samples of the task, `(prompt, completion)` pairs for instance.
+            description (`str`, *optional*): The task in a sentence, with or without examples.
+            processing_class (*optional*): The base model's tokenizer, needed for examples and descriptions.
+            adapter_name (`str`, *optional*, defaults to `"default"`): Name of the adapter, which becomes active.
+            generator (`torch.Generator`, *optional*): If given, the latent is drawn instead of being its mean.
+            check_base_model (`bool`, *optional*, defaults to `True`): Whether to compare the base model's fingerprint.
+                A base in 4 or 8 bits has no comparable one.
+
+        Returns:
+            `PeftModel`: in eval mode, the adapter frozen.
+
+        Raises:
+            TaskError: if there is neither a task vector, nor examples, nor a description; or no `processing_class`.
+            TaskVectorError: if the task vector does not fit this generator.
+            IncompatibleAdapterError: if the base model is another one. It is then unchanged.
+
+        Example:
+            >>> model = generator.generate_adapter(base, processing_class=tokenizer,  # doctest: +SKIP
+            ...     description="Give the capital of the country.", examples=[("France", "Paris")])
+        """
+        if check_base_model:
+            self._check_base_model(base_model)
+        if task_vector is None:
+            if not examples and not description:
+                raise TaskError("Expected a task_vector, examples or a description; found none of them.")
+            if processing_class is None:
+                raise TaskError("Examples and descriptions are read by the base model: pass its processing_class too.")
+            extractor = TaskVectorExtractor(TaskVectorSpec(**self.config.task_vector_spec))
+            task_vector = extractor.vector(base_model, processing_class, examples, description)
+        elif examples or description:
+            raise TaskError("Expected either a task_vector, or examples and/or a description; found both.")
+        state_dict = self.generate_lora_weights(task_vector, generator)
+        return attach_adapter(base_model, self.adapter_config(), state_dict, adapter_name)
+
+    def adapter_config(self) -> dict:
+        """Return the `LoraConfig` fields of generated adapters: one rank, `lora_alpha == r`, nothing else needed."""
+        extra = {"base_model_name_or_path": self.config.base_model_name_or_path}
+        return canonical_lora_config(self.config.lora_config, self.layout.max_rank) | extra
+
+    def _check_base_model(self, base_model: nn.Module) -> None:
+        expected, found = self.config.base_model_fingerprint, base_model_fingerprint(base_model)
+        if expected != found:
+            raise IncompatibleAdapterError(
+                f"This generator was made for {self.config.base_model_name_or_path!r} (fingerprint {expected[:12]}), "
+                f"found {base_model.config._name_or_path!r} (fingerprint {found[:12]}). Load that base model. For a "
+                "quantized copy of it pass check_base_model=False."
+            )
+
+    def _prior(self, vector: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.prior is not None:
+            return self.prior(vector)
+        zeros = vector.new_zeros(len(vector), self.config.latent_size)
+        return zeros, zeros
+
+    def _normalized_vector(self, task_vector: torch.Tensor) -> torch.Tensor:
+        if not self.zoo_normalizer.is_fitted:
+            raise NotFittedError("This generator has no statistics yet: call fit_normalizer(train_dataset) or train it.")
+        expected = (self.config.num_task_vectors, self.config.task_vector_size)
+        if task_vector is None or task_vector.ndim != 3 or tuple(task_vector.shape[1:]) != expected:
+            found = None if task_vector is None else tuple(task_vector.shape)
+            raise TaskVectorError(f"Expected a task vector of shape (batch, {expected[0]}, {expected[1]}), found {found}.")
+        if not task_vector.isfinite().all():
+            raise TaskVectorError("The task vector holds values that are not finite.")
+        return self.zoo_normalizer.normalize_vector(task_vector.to(self.device)).to(self.dtype)
+
+
+def kl_per_unit(
+    mean: torch.Tensor, logvar: torch.Tensor, prior_mean: torch.Tensor, prior_logvar: torch.Tensor
+) -> torch.Tensor:
+    """Return KL(N(mean, exp(logvar)) || N(prior_mean, exp(prior_logvar))) per latent unit in nats, fp32."""
+    mean, logvar, prior_mean, prior_logvar = (x.float() for x in (mean, logvar, prior_mean, prior_logvar))
+    difference = prior_logvar - logvar
+    return 0.5 * (difference + (-difference).exp() + (mean - prior_mean) ** 2 * (-prior_logvar).exp() - 1)
+
+
+AutoConfig.register("icm_lora_generator", LoraGeneratorConfig, exist_ok=True)
+AutoModel.register(LoraGeneratorConfig, LoraGeneratorModel, exist_ok=True)
+

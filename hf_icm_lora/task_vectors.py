@@ -1,0 +1,233 @@
+"""Task vectors: what the frozen base model makes of a task's demonstrations, its description, or both.
+
+The hidden state at the last prompt token, after reading demonstrations in context (Hendel et al., arXiv 2310.15916;
+In-Context Meta LoRA Generation, arXiv 2501.17635, section 3.2). It is read from the base model without any adapter:
+the paper's public code reads it from a model that was already fine-tuned on the task.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from .adapter import base_model_fingerprint, frozen_base
+from .completion import DEFAULT_TEMPLATE, encode_prompt, fill_template
+from .errors import TaskError, TaskVectorError
+from .files import sha256_of
+from .tasks import Sample, Task, check_unique_names, to_sample
+
+MODES = ("demonstrations", "both", "description")
+
+
+@dataclass(frozen=True)
+class TaskVectorSpec:
+    """How task vectors are made: all that a generator must know to make one for a new task.
+
+    Args:
+        template (`str`, *optional*): Text with `{prompt}` and `{completion}`, one demonstration.
+        num_demonstrations (`int`, *optional*, defaults to 12): Most demonstrations in one prompt.
+        min_demonstrations (`int`, *optional*, defaults to 3): Fewest. The draws of a task run evenly from most to
+            fewest, so that a generator also knows prompts with few examples.
+        num_draws (`int`, *optional*, defaults to 16): Vectors per task and mode, each from demonstrations drawn anew.
+        layers (`tuple[int, ...]`, *optional*, defaults to `(-1,)`): Hidden states to take, one row of the task vector
+            each; 0 is the embedding, -1 the last layer.
+        pooling (`str`, *optional*, defaults to `"last"`): `"last"` takes the last token, `"mean"` averages all.
+        max_length (`int`, *optional*, defaults to 512): Longest prompt in tokens; a longer one loses its beginning.
+        seed (`int`, *optional*, defaults to 0): Seed of the draws.
+
+    Raises:
+        TaskVectorError: if a number is out of range or the pooling unknown.
+    """
+
+    template: str = DEFAULT_TEMPLATE
+    num_demonstrations: int = 12
+    min_demonstrations: int = 3
+    num_draws: int = 16
+    layers: tuple[int, ...] = (-1,)
+    pooling: str = "last"
+    max_length: int = 512
+    seed: int = 0
+
+    def __post_init__(self):
+        object.__setattr__(self, "layers", tuple(self.layers))  # JSON gives a list
+        if not 1 <= self.min_demonstrations <= self.num_demonstrations or self.num_draws < 1 or not self.layers:
+            raise TaskVectorError(
+                "Expected 1 <= min_demonstrations <= num_demonstrations, num_draws >= 1 and at least one layer; found "
+                f"{self.min_demonstrations}, {self.num_demonstrations}, {self.num_draws}, {self.layers}."
+            )
+        if self.pooling not in ("last", "mean"):
+            raise TaskVectorError(f"Expected the pooling to be 'last' or 'mean', found {self.pooling!r}.")
+        fill_template(Sample("x", "y"), self.template)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON values; `TaskVectorSpec(**values)` is the way back."""
+        return dataclasses.asdict(self) | {"layers": list(self.layers)}
+
+
+@dataclass(frozen=True)
+class TaskVectors:
+    """Task vectors of many tasks, with all that says where they come from.
+
+    Args:
+        spec (`TaskVectorSpec`): How they were made.
+        base_model_fingerprint (`str`): Of the base model that made them.
+        banks (`dict[str, dict[str, torch.Tensor]]`): Task name -> mode -> `(num_draws, num_vectors, hidden_size)`
+            fp32. Mode `"description"` has one draw, and tasks without a description lack it.
+    """
+
+    spec: TaskVectorSpec
+    base_model_fingerprint: str
+    banks: Mapping[str, Mapping[str, torch.Tensor]]
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file whose header holds the specification."""
+        names = list(self.banks)
+        tensors = {f"{i}.{mode}": bank for i, name in enumerate(names) for mode, bank in self.banks[name].items()}
+        metadata = {"tasks": json.dumps(names), "spec": json.dumps(self.spec.to_dict())}
+        save_file(tensors, path, metadata=metadata | {"base_model_fingerprint": self.base_model_fingerprint})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "TaskVectors":
+        """Read a file that [`TaskVectors.save`] wrote.
+
+        Raises:
+            TaskVectorError: if the file is no such file.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata()
+                banks: dict[str, dict[str, torch.Tensor]] = {name: {} for name in json.loads(metadata["tasks"])}
+                names = list(banks)
+                for key in file.keys():
+                    index, mode = key.split(".")
+                    banks[names[int(index)]][mode] = file.get_tensor(key)
+                return cls(TaskVectorSpec(**json.loads(metadata["spec"])), metadata["base_model_fingerprint"], banks)
+        except Exception as error:  # SafetensorError is a plain Exception
+            raise TaskVectorError(f"{path}: not a file of task vectors: {error}") from error
+
+
+class TaskVectorExtractor:
+    """Make task vectors with a frozen base model.
+
+    Args:
+        spec (`TaskVectorSpec`, *optional*): How; by default as its own defaults say.
+        batch_size (`int`, *optional*, defaults to 8): Prompts per forward pass; the vectors do not depend on it.
+
+    Example:
+        >>> extractor = TaskVectorExtractor(TaskVectorSpec(num_demonstrations=8))
+        >>> vectors = extractor.extract(base_model, tokenizer, tasks)  # doctest: +SKIP
+        >>> vectors.banks["capital"]["demonstrations"].shape  # doctest: +SKIP
+        torch.Size([16, 1, 576])
+    """
+
+    def __init__(self, spec: TaskVectorSpec | None = None, batch_size: int = 8):
+        self.spec = spec or TaskVectorSpec()
+        self.batch_size = batch_size
+
+    def extract(self, base_model: nn.Module, processing_class, tasks: Sequence[Task]) -> TaskVectors:
+        """Make a bank of vectors for every task, from its `demo` samples and its description.
+
+        Args:
+            base_model (`PreTrainedModel`): The base. Its adapters, if any, are off meanwhile; its mode is restored.
+            processing_class: Its tokenizer.
+            tasks (`Sequence[Task]`): Tasks with `demo` samples.
+
+        Raises:
+            TaskError: if a task has fewer than two `demo` samples, or a name stands twice.
+        """
+        prompts: list[tuple[str, str, str]] = []  # task, mode, text
+        for task in check_unique_names(tasks):
+            task.require("demo", 2, "a task vector (demonstrations and a prompt to answer)")
+            for mode in MODES if task.description else ("demonstrations",):
+                prompts += [(task.name, mode, text) for text in self.prompts(task.demo, task.description, mode, task.name)]
+        vectors = self._hidden_states(base_model, processing_class, [text for *_, text in prompts])
+        banks: dict[str, dict[str, list]] = {}
+        for (name, mode, _), vector in zip(prompts, vectors, strict=True):
+            banks.setdefault(name, {}).setdefault(mode, []).append(vector)
+        stacked = {name: {mode: torch.stack(rows) for mode, rows in bank.items()} for name, bank in banks.items()}
+        return TaskVectors(self.spec, base_model_fingerprint(base_model), stacked)
+
+    def vector(
+        self, base_model: nn.Module, processing_class, examples: Sequence | None = None, description: str | None = None
+    ) -> torch.Tensor:
+        """Make the vectors of one new task from examples, a description, or both.
+
+        Args:
+            examples (`Sequence`, *optional*): Samples in any form that [`Task`] takes.
+            description (`str`, *optional*): The task in a sentence.
+
+        Returns:
+            `torch.Tensor` of shape `(num_draws, num_vectors, hidden_size)`, fp32 on the CPU; one draw if there is
+            nothing to draw from.
+
+        Raises:
+            TaskError: if there are neither examples nor a description.
+        """
+        samples = [to_sample(raw, f"examples[{index}]") for index, raw in enumerate(examples or ())]
+        if not samples and not description:
+            raise TaskError("A task vector needs examples, a description, or both; found neither.")
+        mode = "both" if samples and description else "demonstrations" if samples else "description"
+        return self._hidden_states(base_model, processing_class, self.prompts(samples, description, mode))
+
+    def prompts(self, samples: Sequence[Sample], description: str | None, mode: str, name: str = "") -> list[str]:
+        """Write the texts whose last hidden state is the task vector, one per draw.
+
+        Args:
+            samples (`Sequence[Sample]`): What demonstrations and queries are drawn from.
+            description (`str`, *optional*): Put first in the modes `"both"` and `"description"`.
+            mode (`str`): One of `MODES`.
+            name (`str`, *optional*): The task's name, which together with the seed fixes the draws.
+        """
+        heading = "" if mode == "demonstrations" else f"{description}\n"
+        if mode == "description":
+            return [heading + fill_template(Sample("...", "x"), self.spec.template)[0]]
+        rng = torch.Generator().manual_seed(int(sha256_of(name, str(self.spec.seed))[:12], 16))
+        texts = []
+        for count in self._counts(len(samples)):
+            order = torch.randperm(len(samples), generator=rng)[: count + 1].tolist()
+            *demonstrations, query = [samples[i] for i in order] if len(order) > 1 else [samples[0]] * 2
+            shown = "".join("".join(fill_template(sample, self.spec.template)) for sample in demonstrations)
+            text = shown + fill_template(query, self.spec.template)[0] if query.prompt else shown + query.completion
+            texts.append(heading + text)
+        return list(dict.fromkeys(texts))  # few samples give the same draw twice
+
+    def _counts(self, num_samples: int) -> list[int]:
+        most = min(self.spec.num_demonstrations, max(1, num_samples - 1))
+        fewest = min(self.spec.min_demonstrations, most)
+        return torch.linspace(most, fewest, self.spec.num_draws).round().int().tolist()
+
+    def _hidden_states(self, base_model: nn.Module, processing_class, texts: Sequence[str]) -> torch.Tensor:
+        rows = [encode_prompt(processing_class, text)[-self.spec.max_length :] for text in texts]
+        by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # little padding in a batch
+        vectors: list[torch.Tensor | None] = [None] * len(rows)
+        with frozen_base(base_model) as model, tqdm(
+            total=len(rows), desc="Task vectors", leave=False, disable=len(rows) < 64 or not logging.is_progress_bar_enabled()
+        ) as progress:  # fmt: skip
+            body = model.get_encoder() if model.config.is_encoder_decoder else model.base_model  # without the head
+            device = next(model.parameters()).device
+            for start in range(0, len(rows), self.batch_size):
+                indices = by_length[start : start + self.batch_size]
+                # Right padding, whatever the tokenizer's habit: no real token's hidden state can depend on it.
+                lengths = torch.tensor([len(rows[i]) for i in indices], device=device)
+                mask = (torch.arange(int(lengths.max()), device=device) < lengths[:, None]).long()
+                ids = torch.zeros_like(mask)
+                ids[mask.bool()] = torch.tensor([token for i in indices for token in rows[i]], device=device)
+                states = body(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
+                chosen = torch.stack([states[layer] for layer in self.spec.layers], dim=2).float()  # (batch, length, ...)
+                if self.spec.pooling == "last":
+                    pooled = chosen[torch.arange(len(indices)), lengths - 1]
+                else:
+                    pooled = (chosen * mask[:, :, None, None]).sum(1) / lengths[:, None, None]
+                for i, vector in zip(indices, pooled.cpu(), strict=True):
+                    vectors[i] = vector
+                progress.update(len(indices))
+        return torch.stack(vectors)

