@@ -5,22 +5,24 @@ PEFT itself falls back to pickles and only warns about keys that do not fit. Her
 
 import enum
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from .errors import CorruptAdapterError, IncompatibleAdapterError
 from .files import commit_directory, sha256_of
-from .layout import PREFIX, check_plain_lora
+from .layout import PREFIX, check_plain_lora, lora_rank, lora_scaling
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 
@@ -34,14 +36,18 @@ def lora_config_to_dict(lora_config: LoraConfig | Mapping[str, Any]) -> dict[str
     defaults = LoraConfig().to_dict()
     plain = {}
     for field, value in sorted(values.items()):
-        value = sorted(value) if isinstance(value, set) else value.value if isinstance(value, enum.Enum) else value
-        if field in ("r", "lora_alpha", "target_modules", "peft_type") or (field in defaults and value != defaults[field]):
+        value = value.value if isinstance(value, enum.Enum) else value
+        if isinstance(value, set) or (field == "target_modules" and isinstance(value, (list, tuple))):
+            value = sorted(value)  # PEFT makes a set of it and saves that in any order
+        if field in ("r", "lora_alpha", "target_modules", "peft_type") or (
+            field in defaults and value != defaults[field]
+        ):
             plain[field] = value
     return plain
 
 
 def canonical_lora_config(lora_config: Mapping[str, Any], rank: int) -> dict[str, Any]:
-    """Return the configuration of an adapter whose scaling is folded into B: one rank, `lora_alpha == r`, no patterns."""
+    """Return the configuration of an adapter whose scaling is folded into B: `lora_alpha == r`, no patterns."""
     folded = ("rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout", "init_lora_weights", "inference_mode")
     kept = {field: value for field, value in lora_config.items() if field not in folded}
     return kept | {"r": rank, "lora_alpha": rank, "inference_mode": True}
@@ -88,7 +94,9 @@ def load_adapter(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tens
     return lora_config, state_dict
 
 
-def save_adapter(path: str | Path, lora_config: Mapping[str, Any], state_dict: Mapping[str, torch.Tensor], **extra: Any):
+def save_adapter(
+    path: str | Path, lora_config: Mapping[str, Any], state_dict: Mapping[str, torch.Tensor], **extra: Any
+):
     """Write a PEFT LoRA folder that appears whole or not at all.
 
     Args:
@@ -130,29 +138,13 @@ def attach_adapter(
     Raises:
         IncompatibleAdapterError: if modules or shapes do not fit; the base is then as it was.
     """
-    _check_fit(base_model, state_dict)
+    check_plain_lora(lora_config)
+    _check_fit(base_model, lora_config, state_dict)
     if isinstance(base_model, PeftModel) and adapter_name in base_model.peft_config:
         _overwrite(base_model, lora_config, state_dict, adapter_name)
         model = base_model
     else:
-        config = LoraConfig(**lora_config)  # a new object for each call: PEFT keeps and changes it
-        if isinstance(base_model, PeftModel):
-            model = base_model
-            model.add_adapter(adapter_name, config, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
-        else:
-            model = get_peft_model(
-                base_model, config, adapter_name=adapter_name, low_cpu_mem_usage=True, autocast_adapter_dtype=False
-            )
-        dtype, device = _dtype_and_device(base_model)
-        tensors = {key: tensor.detach().to(device, dtype, copy=True) for key, tensor in state_dict.items()}
-        result = set_peft_model_state_dict(model, tensors, adapter_name=adapter_name, low_cpu_mem_usage=True)
-        missing = [key for key in result.missing_keys if f".{adapter_name}." in key and ".lora_" in key]
-        if missing or result.unexpected_keys:
-            model.delete_adapter(adapter_name) if model is base_model else model.unload()
-            raise IncompatibleAdapterError(
-                f"LoraConfig and weights disagree: without weights {missing[:3]}, without a place "
-                f"{result.unexpected_keys[:3]}."
-            )
+        model = _add(base_model, lora_config, state_dict, adapter_name)
     model.set_adapter(adapter_name, inference_mode=True)
     return model.eval()
 
@@ -191,44 +183,108 @@ def frozen_base(model: nn.Module) -> Iterator[nn.Module]:
     Yields:
         `PreTrainedModel`: the base model itself, also when a `PeftModel` was given. Every module's mode is restored.
     """
-    base_model = model.get_base_model() if isinstance(model, PeftModel) else model
     modes = {module: module.training for module in model.modules()}
-    with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext(), torch.no_grad():
+    requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    # Also in a base that PEFT changed in place while the caller still holds it unwrapped.
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not m.disable_adapters]
+    with torch.no_grad():
         model.eval()
         try:
-            yield base_model
+            for layer in layers:
+                layer.enable_adapters(False)
+            yield _base(model)
         finally:
+            for layer in layers:
+                layer.enable_adapters(True)
             for module, training in modes.items():
                 module.training = training
+            for parameter, flag in requires_grad.items():  # PEFT unfreezes an adapter that it turns on
+                parameter.requires_grad_(flag)
 
 
 def _base_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
-    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    model = _base(model)
     return {name.replace(".base_layer.", "."): p for name, p in model.named_parameters() if ".lora_" not in name}
 
 
-def _check_fit(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> None:
+def _base(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _check_fit(model: nn.Module, lora_config: Mapping, state_dict: Mapping[str, torch.Tensor]) -> None:
     parameters = _base_parameters(model)
     shapes = Counter()
     for key, tensor in state_dict.items():
-        name, factor = key.removeprefix(PREFIX).removesuffix(".weight").rsplit(".", 1)
+        match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.(lora_[AB])\.weight", key)
+        if not match or tensor.ndim != 2:
+            raise IncompatibleAdapterError(
+                f"Expected only matrices '{PREFIX}<module>.lora_A.weight', found {key!r} of {tuple(tensor.shape)}."
+            )
+        name, factor = match.groups()
         weight = parameters.get(f"{name}.weight")
         if weight is None:
             raise IncompatibleAdapterError(
-                f"The base model ({type(model).__name__}) has no module {name!r}, which the adapter's {key} needs. "
-                "Load the base model that the adapter was made for."
+                f"The base model ({type(_base(model)).__name__}) has no module {name!r}, which the adapter's {key} "
+                "needs. Load the base model that the adapter was made for."
             )
-        size = tensor.shape[1] if factor == "lora_A" else tensor.shape[0]
+        rank, size = tensor.shape if factor == "lora_A" else reversed(tensor.shape)
+        if rank != (expected := lora_rank(lora_config, name)):
+            raise IncompatibleAdapterError(f"{key}: found rank {rank}, but LoraConfig says {expected}.")
         if size not in weight.shape:  # either side: GPT-2's Conv1D stores (in_features, out_features)
             raise IncompatibleAdapterError(
                 f"{key}: found {tuple(tensor.shape)}, which does not fit the base weight {tuple(weight.shape)}."
             )
         shapes[name] += 1
     if halves := sorted(name for name, count in shapes.items() if count != 2):
-        raise IncompatibleAdapterError(f"Expected lora_A and lora_B for each module, found one of them for {halves[:3]}.")
+        raise IncompatibleAdapterError(
+            f"Expected lora_A and lora_B for each module, found one of them for {halves[:3]}."
+        )
 
 
-def _overwrite(model: PeftModel, lora_config: Mapping, state_dict: Mapping[str, torch.Tensor], adapter_name: str) -> None:
+def _add(
+    model: nn.Module, lora_config: Mapping, state_dict: Mapping[str, torch.Tensor], adapter_name: str
+) -> PeftModel:
+    config = LoraConfig(**lora_config)  # a new object for each call: PEFT keeps and changes it
+    dtype, device = _dtype_and_device(model)
+    requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    options = {"low_cpu_mem_usage": True, "autocast_adapter_dtype": False}
+    try:
+        if isinstance(model, PeftModel):
+            model.add_adapter(adapter_name, config, **options)
+            peft_model = model
+        else:
+            peft_model = get_peft_model(model, config, adapter_name=adapter_name, **options)
+        tensors = {key: tensor.detach().to(device, dtype, copy=True) for key, tensor in state_dict.items()}
+        result = set_peft_model_state_dict(peft_model, tensors, adapter_name=adapter_name, low_cpu_mem_usage=True)
+        missing = [key for key in result.missing_keys if f".{adapter_name}." in key and ".lora_" in key]
+        if missing or result.unexpected_keys:
+            raise IncompatibleAdapterError(
+                f"without weights {missing[:3]}, without a place {result.unexpected_keys[:3]}."
+            )
+    except (ValueError, RuntimeError) as error:  # PEFT's own, when targets or sizes do not fit
+        _remove(model, adapter_name)
+        for parameter, flag in requires_grad.items():
+            parameter.requires_grad_(flag)
+        raise IncompatibleAdapterError(f"LoraConfig and weights disagree: {error}") from error
+    return peft_model
+
+
+def _remove(model: nn.Module, adapter_name: str) -> None:
+    if isinstance(model, PeftModel):
+        if adapter_name in model.peft_config:
+            model.delete_adapter(adapter_name)
+        return
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoraLayer):
+            model.set_submodule(name, module.get_base_layer())
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+
+
+def _overwrite(
+    model: PeftModel, lora_config: Mapping, state_dict: Mapping[str, torch.Tensor], adapter_name: str
+) -> None:
+    config = LoraConfig(**lora_config)
     targets = {
         f"{name}.lora_{factor}.weight": (getattr(module, f"lora_{factor}")[adapter_name].weight, module)
         for name, module in model.named_modules()
@@ -240,15 +296,15 @@ def _overwrite(model: PeftModel, lora_config: Mapping, state_dict: Mapping[str, 
     if shapes != given:
         differing = sorted(key for key in shapes.keys() | given.keys() if shapes.get(key) != given.get(key))
         raise IncompatibleAdapterError(
-            f"Adapter {adapter_name!r} exists with another layout: {differing[0]} is {shapes.get(differing[0])} in the "
-            f"model, {given.get(differing[0])} in the new weights. Choose another adapter_name."
+            f"Adapter {adapter_name!r} exists with another layout: {differing[0]} is {shapes.get(differing[0])} in "
+            f"the model, {given.get(differing[0])} in the new weights. Choose another adapter_name."
         )
-    scaling = lora_config["lora_alpha"] / lora_config["r"]
     with torch.no_grad():
         for key, (weight, module) in targets.items():
             weight.copy_(state_dict[key])
-            module.scaling[adapter_name] = scaling
-    model.peft_config[adapter_name] = LoraConfig(**lora_config)
+            name = key.removeprefix(PREFIX).rsplit(".", 2)[0]
+            module.scaling[adapter_name] = lora_scaling(lora_config, name, module.r[adapter_name])
+    model.peft_config[adapter_name] = config
 
 
 def _dtype_and_device(model: nn.Module) -> tuple[torch.dtype, torch.device]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -94,22 +95,24 @@ def collect_zoo(
     for task in tasks:
         task.require("train", 1, "a LoRA")
         task.require("demo", 1, "early stopping")
-    if isinstance(base_model, PeftModel) or getattr(base_model, "_hf_peft_config_loaded", False):
+    if any(isinstance(module, (PeftModel, BaseTunerLayer)) for module in base_model.modules()):
         raise IncompatibleAdapterError("Expected a base model without adapters, found one with: call unload() first.")
-    check_plain_lora(lora_config.to_dict())
+    lora_config = {k: v for k, v in lora_config_to_dict(lora_config).items() if k != "init_lora_weights"}
+    check_plain_lora(lora_config)
     args = args or CollectionArguments(output_dir=tempfile.gettempdir())
     fingerprint = base_model_fingerprint(base_model)
     requires_grad = {parameter: parameter.requires_grad for parameter in base_model.parameters()}
     modes = {module: module.training for module in base_model.modules()}
+    use_cache = getattr(base_model.config, "use_cache", None)  # Trainer turns it off
     # PEFT keeps and changes its configuration; dropout-free evaluation and a shared start are ours to arrange.
-    model = get_peft_model(base_model, LoraConfig(**lora_config_to_dict(lora_config)))
+    model = get_peft_model(base_model, LoraConfig(**lora_config))
     try:
         start = _shared_start(model, args.seed)
         gauge = "frozen_a" if args.freeze_a else "shared_init"
         zoo = LoraZoo.create(
             output_dir,
-            layout=LoraLayout.from_state_dict(start, lora_config_to_dict(lora_config), gauge),
-            lora_config=lora_config_to_dict(lora_config),
+            layout=LoraLayout.from_state_dict(start, lora_config, gauge),
+            lora_config=lora_config,
             base_model_name_or_path=base_model.config._name_or_path,
             base_model_fingerprint=fingerprint,
             template=args.template,
@@ -123,6 +126,7 @@ def collect_zoo(
             _collect_task(zoo, model, processing_class, task, args, start)
     finally:
         model.unload()
+        base_model.config.use_cache = use_cache
         for module, training in modes.items():
             module.training = training
         for parameter, flag in requires_grad.items():
@@ -173,7 +177,9 @@ class _SnapshotCallback(TrainerCallback):
         control.should_training_stop |= since_best >= self.patience
 
 
-def _collect_task(zoo: LoraZoo, model: PeftModel, processing_class, task: Task, args: CollectionArguments, start) -> None:
+def _collect_task(
+    zoo: LoraZoo, model: PeftModel, processing_class, task: Task, args: CollectionArguments, start
+) -> None:
     started = time.perf_counter()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

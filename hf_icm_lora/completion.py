@@ -46,7 +46,7 @@ class CompletionCollator:
     """Turn samples into one batch for the base model.
 
     Args:
-        processing_class: The base model's tokenizer. It is only read: not its padding side, nor its pad token, matters.
+        processing_class: The base model's tokenizer. Neither its padding side nor its pad token matters.
         is_encoder_decoder (`bool`): Whether prompts go to an encoder and completions to a decoder.
         template (`str`, *optional*): Text with `{prompt}` and `{completion}`.
         context (`str`, *optional*, defaults to `""`): Text before every prompt, such as demonstrations.
@@ -79,7 +79,8 @@ class CompletionCollator:
         rows = [self._encode(sample) for sample in samples]
         if self.is_encoder_decoder:
             end = [self.processing_class.eos_token_id]
-            inputs, labels = [prompt for prompt, _ in rows], [completion + end for _, completion in rows]
+            # An encoder must read something: plain text has no prompt, so it reads the end of one.
+            inputs, labels = [prompt or end for prompt, _ in rows], [completion + end for _, completion in rows]
         else:
             inputs = [prompt + completion for prompt, completion in rows]
             labels = [[IGNORED] * len(prompt) + completion for prompt, completion in rows]

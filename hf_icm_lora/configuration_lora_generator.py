@@ -4,7 +4,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from .completion import DEFAULT_TEMPLATE
-from .errors import IncompatibleAdapterError
+from .errors import IncompatibleAdapterError, TaskVectorError
 from .layout import LoraLayout
 from .task_vectors import TaskVectorSpec
 
@@ -70,6 +70,22 @@ class LoraGeneratorConfig(PreTrainedConfig):
     dropout: float | int = 0.0
     format_version: int = FORMAT_VERSION
 
+    def __post_init__(self, **kwargs):
+        # Not in a validator, whose errors @strict wraps in one of its own: these are ours to catch.
+        super().__post_init__(**kwargs)
+        if self.format_version > FORMAT_VERSION:
+            raise IncompatibleAdapterError(
+                f"This generator has format version {self.format_version}, this package reads up to {FORMAT_VERSION}: "
+                "upgrade hf_icm_lora."
+            )
+        if self.layout is not None:
+            self.lora_layout  # noqa: B018  raises if it is malformed
+        if self.task_vector_spec is not None:
+            try:
+                TaskVectorSpec(**self.task_vector_spec)
+            except TypeError as error:
+                raise TaskVectorError(f"task_vector_spec: not a TaskVectorSpec: {error}") from error
+
     def validate_architecture(self):
         """Check what no single field can: called at construction and before saving."""
         choices = {"architecture": ("transformer", "conv1d"), "token_granularity": ("matrix", "rank")}
@@ -83,15 +99,8 @@ class LoraGeneratorConfig(PreTrainedConfig):
                 raise ValueError(f"{field}: expected a number from 1 to 65536, found {getattr(self, field)}.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is no multiple of {self.num_attention_heads} heads.")
-        if self.format_version > FORMAT_VERSION:
-            raise IncompatibleAdapterError(
-                f"This generator has format version {self.format_version}, this package reads up to {FORMAT_VERSION}: "
-                "upgrade hf_icm_lora."
-            )
-        if self.layout is not None:
-            self.lora_layout  # noqa: B018  raises if it is malformed
-        if self.task_vector_spec is not None:
-            TaskVectorSpec(**self.task_vector_spec)
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: expected a number from 0 to below 1, found {self.dropout}.")
 
     @property
     def lora_layout(self) -> LoraLayout:

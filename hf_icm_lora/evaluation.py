@@ -29,13 +29,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .adapter import attach_adapter, canonical_lora_config, frozen_base
 from .completion import CompletionCollator, fill_template, score_completions
-from .errors import IncompatibleAdapterError
+from .errors import IncompatibleAdapterError, TaskError
 from .files import commit_file, write_json
 from .modeling_lora_generator import LoraGeneratorModel
 from .task_vectors import TaskVectorExtractor, TaskVectorSpec
@@ -87,7 +88,7 @@ def evaluate_generator(
 
     Raises:
         IncompatibleAdapterError: if zoo, generator and base model do not belong together.
-        TaskError: if a task lacks samples.
+        TaskError: if there is no task, or one lacks samples.
         ZooError: if a task has no LoRA in the zoo.
     """
     started = time.perf_counter()
@@ -96,12 +97,20 @@ def evaluate_generator(
             f"The generator ({generator.layout.fingerprint[:12]}) and {zoo} ({zoo.layout.fingerprint[:12]}) differ in "
             "layout or base model. Use the zoo that the generator was trained on."
         )
+    if isinstance(base_model, PeftModel) or getattr(base_model, "_hf_peft_config_loaded", False):
+        raise IncompatibleAdapterError("Expected a base model without adapters, found one with: call unload() first.")
+    generator.check_base_model(base_model)
     tasks = check_unique_names(tasks)
+    if not tasks:
+        raise TaskError("Expected at least one task to score, found none.")
     for task in tasks:
         task.require("demo", 2, "a task vector")
         task.require("test", 1, "a score")
-    zoo.subset([task.name for task in tasks])  # or ZooError now, and not after minutes
     seen = set(generator.config.training_tasks or ())
+    zoo.subset([*(task.name for task in tasks), *seen])  # or ZooError now, and not after minutes
+    shared_weights = generator.zoo_normalizer.shared_weights.cpu()
+    if generator.zoo_normalizer.is_fitted and not torch.equal(shared_weights, zoo.shared_weights):
+        raise IncompatibleAdapterError(f"{zoo} has another lora_A than the zoo that the generator was trained on.")
     splits = {
         "seen": [task for task in tasks if task.name in seen],
         "unseen": [task for task in tasks if task.name not in seen],
@@ -115,7 +124,6 @@ def evaluate_generator(
     rivals = _Rivals(zoo.subset(sorted(seen)))
 
     lora_config = canonical_lora_config(zoo.lora_config, zoo.layout.max_rank)
-    shared_weights = generator.zoo_normalizer.shared_weights.cpu()
     device = next(base_model.parameters()).device
     requires_grad = {parameter: parameter.requires_grad for parameter in base_model.parameters()}
     modes = {module: module.training for module in base_model.modules()}
@@ -127,11 +135,12 @@ def evaluate_generator(
             total=len(tasks) * len(ROWS), desc="Evaluating", disable=not logging.is_progress_bar_enabled()
         )
         for split, members in splits.items():
-            for index, task in enumerate(members):
+            for task in members:
                 own = vectors[task.name]
                 others = members if len(members) > 1 else tasks
                 # Half a list away: neighbours in a list are often of one family, and alike.
-                other = vectors[others[(index + len(others) // 2) % len(others)].name]
+                place = others.index(task) + len(others) // 2
+                other = vectors[others[place % len(others)].name]
                 with _timed(seconds["generation"]):
                     generated = generator.decode_task_vector(own).cpu()
                 weights = {

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import unicodedata
 import uuid
 from collections.abc import Iterator
@@ -69,10 +70,11 @@ def write_json(path: str | Path, content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def sweep_temporary(root: str | Path) -> None:
-    """Remove what interrupted writers left below `root`."""
-    for leftover in Path(root).rglob(f"{TEMPORARY}*"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+def sweep_temporary(root: str | Path, min_age: float = 3600.0) -> None:
+    """Remove what interrupted writers left below `root` at least `min_age` seconds ago: others may still be writing."""
+    for leftover in list(Path(root).rglob(f"{TEMPORARY}*")):
+        if leftover.exists() and time.time() - leftover.stat().st_mtime >= min_age:
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
 def safe_dirname(name: str) -> str:
@@ -83,7 +85,7 @@ def safe_dirname(name: str) -> str:
 
     Example:
         >>> safe_dirname("country names/Größe")
-        'country_names-Gro_e-9f4c2b1d'
+        'country_names-Gro_e-c53b79a5'
     """
     name = unicodedata.normalize("NFC", name)
     decomposed = unicodedata.normalize("NFD", name)

@@ -18,6 +18,7 @@ import dataclasses
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -42,6 +43,7 @@ _PLAIN_FIELDS: dict[str, Any] = {
     "target_parameters": None,
     "use_qalora": False,
 }
+_PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva")  # PiSSA and its kin subtract A and B from the base
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,8 @@ class LoraLayout:
             sizes = (module.in_features, module.out_features, module.rank)
             if not all(isinstance(size, int) and size > 0 for size in sizes):
                 raise IncompatibleAdapterError(f"{module.name}: expected positive sizes, found {sizes}.")
+        if repeated := [name for name, count in Counter(m.name for m in self.modules).items() if count > 1]:
+            raise IncompatibleAdapterError(f"{repeated[0]}: stands twice among the adapted modules.")
         ordered = tuple(sorted(self.modules, key=lambda m: (m.kind, m.position, m.name)))
         object.__setattr__(self, "modules", ordered)
 
@@ -230,7 +234,7 @@ class LoraLayout:
                 raise CorruptAdapterError(f"{key} holds {(~matrix.isfinite()).sum()} values that are not finite.")
         for module in self.modules:
             key_a, key_b = (f"{PREFIX}{module.name}.lora_{factor}.weight" for factor in "AB")
-            matrices[key_b] = matrices[key_b] * lora_scaling(lora_config, module)
+            matrices[key_b] = matrices[key_b] * lora_scaling(lora_config, module.name, module.rank)
             if self.gauge == "canonical":
                 matrices[key_a], matrices[key_b] = canonicalize(matrices[key_a], matrices[key_b])
         return _flatten(matrices, self.blocks), _flatten(matrices, self.shared_blocks)
@@ -287,10 +291,15 @@ def canonicalize(lora_A: torch.Tensor, lora_B: torch.Tensor) -> tuple[torch.Tens
     return canonical_a, canonical_b
 
 
-def lora_scaling(lora_config: Mapping, module: LoraModule) -> float:
-    """Return the factor that PEFT puts before B @ A for this module, patterns and rsLoRA included."""
-    alpha = _from_pattern(lora_config.get("alpha_pattern") or {}, module.name, lora_config["lora_alpha"])
-    return alpha / (math.sqrt(module.rank) if lora_config.get("use_rslora") else module.rank)
+def lora_rank(lora_config: Mapping, name: str) -> int:
+    """Return the rank that PEFT gives the module of this name, patterns included."""
+    return _from_pattern(lora_config.get("rank_pattern") or {}, name, lora_config["r"])
+
+
+def lora_scaling(lora_config: Mapping, name: str, rank: int) -> float:
+    """Return the factor that PEFT puts before B @ A for the module of this name, patterns and rsLoRA included."""
+    alpha = _from_pattern(lora_config.get("alpha_pattern") or {}, name, lora_config["lora_alpha"])
+    return alpha / (math.sqrt(rank) if lora_config.get("use_rslora") else rank)
 
 
 def check_plain_lora(lora_config: Mapping) -> None:
@@ -302,15 +311,35 @@ def check_plain_lora(lora_config: Mapping) -> None:
     if str(lora_config.get("peft_type", "LORA")).removeprefix("PeftType.") != "LORA":
         raise IncompatibleAdapterError(f"Expected peft_type 'LORA', found {lora_config['peft_type']!r}.")
     for field in ("r", "lora_alpha"):
-        value = lora_config.get(field)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 65536:
+        if not _is_positive(value := lora_config.get(field)):
             raise IncompatibleAdapterError(f"LoraConfig.{field}: expected a positive number, found {value!r}.")
+    patterns = lora_config.get("alpha_pattern") or {}
+    if not isinstance(patterns, Mapping) or not all(_is_regex(k) and _is_positive(v) for k, v in patterns.items()):
+        raise IncompatibleAdapterError(
+            f"LoraConfig.alpha_pattern: expected regular expressions with positive numbers, found {patterns!r}."
+        )
+    if (init := lora_config.get("init_lora_weights")) not in _PLAIN_INITS:
+        raise IncompatibleAdapterError(
+            f"LoraConfig.init_lora_weights={init!r} is not supported: expected one of {_PLAIN_INITS}, since others "
+            "change the base model's own weights."
+        )
     for field, plain in _PLAIN_FIELDS.items():
         if (lora_config.get(field) or plain) != plain:
             raise IncompatibleAdapterError(
                 f"LoraConfig.{field}={lora_config[field]!r} is not supported: expected {plain!r}, since an adapter "
                 "must be nothing but two matrices per module."
             )
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 65536
+
+
+def _is_regex(text: Any) -> bool:
+    try:
+        return bool(re.compile(text))
+    except (re.error, TypeError):
+        return False
 
 
 def _from_pattern(pattern: Mapping[str, Any], name: str, default: Any) -> Any:

@@ -323,9 +323,15 @@ class LoraGeneratorModel(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):  # N(0, 0.02) would fade out over 24 layers
+        if isinstance(module, nn.Conv1d) and module.out_channels == 1:  # the last one: start near the mean adapter
+            init.normal_(module.weight, std=0.02)
+            init.zeros_(module.bias)
+        elif isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):  # N(0, 0.02) would fade out over 24 layers
             init.kaiming_normal_(module.weight, nonlinearity="leaky_relu")
             init.zeros_(module.bias)
+        elif isinstance(module, ZooNormalizer):  # or a checkpoint without statistics would come up with garbage
+            for name, buffer in module.named_buffers():
+                (init.ones_ if name.endswith("_scale") else init.zeros_)(buffer)
         else:
             super()._init_weights(module)
 
@@ -425,7 +431,7 @@ class LoraGeneratorModel(PreTrainedModel):
             draws = task_vector.reshape((1,) * (3 - task_vector.ndim) + tuple(task_vector.shape))
             vector = self._normalized_vector(draws)
             mean, logvar = self._prior(vector)
-            if generator is not None:
+            if generator is not None and self.config.prior != "none":
                 noise = torch.randn(mean.shape[1:], generator=generator, device=generator.device)  # one for all draws
                 mean = mean + noise.to(mean) * (0.5 * logvar).exp()
             return self.zoo_normalizer.denormalize(self.network.decode(mean, vector)).mean(0)
@@ -486,7 +492,7 @@ class LoraGeneratorModel(PreTrainedModel):
             ...     description="Give the capital of the country.", examples=[("France", "Paris")])
         """
         if check_base_model:
-            self._check_base_model(base_model)
+            self.check_base_model(base_model)
         if task_vector is None:
             if not examples and not description:
                 raise TaskError("Expected a task_vector, examples or a description; found none of them.")
@@ -501,10 +507,15 @@ class LoraGeneratorModel(PreTrainedModel):
 
     def adapter_config(self) -> dict:
         """Return the `LoraConfig` fields of generated adapters: one rank, `lora_alpha == r`, nothing else needed."""
-        extra = {"base_model_name_or_path": self.config.base_model_name_or_path}
+        extra = {"base_model_name_or_path": self.config.base_model_name_or_path or None}  # None if made in memory
         return canonical_lora_config(self.config.lora_config, self.layout.max_rank) | extra
 
-    def _check_base_model(self, base_model: nn.Module) -> None:
+    def check_base_model(self, base_model: nn.Module) -> None:
+        """Compare a base model's fingerprint with that of the one the generator was made for.
+
+        Raises:
+            IncompatibleAdapterError: if they differ.
+        """
         expected, found = self.config.base_model_fingerprint, base_model_fingerprint(base_model)
         if expected != found:
             raise IncompatibleAdapterError(

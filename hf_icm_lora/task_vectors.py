@@ -64,6 +64,8 @@ class TaskVectorSpec:
                 "Expected 1 <= min_demonstrations <= num_demonstrations, num_draws >= 1 and at least one layer; found "
                 f"{self.min_demonstrations}, {self.num_demonstrations}, {self.num_draws}, {self.layers}."
             )
+        if self.max_length < 1:
+            raise TaskVectorError(f"Expected max_length >= 1, found {self.max_length}.")
         if self.pooling not in ("last", "mean"):
             raise TaskVectorError(f"Expected the pooling to be 'last' or 'mean', found {self.pooling!r}.")
         fill_template(Sample("x", "y"), self.template)
@@ -143,12 +145,15 @@ class TaskVectorExtractor:
 
         Raises:
             TaskError: if a task has fewer than two `demo` samples, or a name stands twice.
+            TaskVectorError: if the base model lacks one of the layers.
         """
         prompts: list[tuple[str, str, str]] = []  # task, mode, text
         for task in check_unique_names(tasks):
             task.require("demo", 2, "a task vector (demonstrations and a prompt to answer)")
             for mode in MODES if task.description else ("demonstrations",):
-                prompts += [(task.name, mode, text) for text in self.prompts(task.demo, task.description, mode, task.name)]
+                prompts += [
+                    (task.name, mode, text) for text in self.prompts(task.demo, task.description, mode, task.name)
+                ]
         vectors = self._hidden_states(base_model, processing_class, [text for *_, text in prompts])
         banks: dict[str, dict[str, list]] = {}
         for (name, mode, _), vector in zip(prompts, vectors, strict=True):
@@ -222,7 +227,13 @@ class TaskVectorExtractor:
                 ids = torch.zeros_like(mask)
                 ids[mask.bool()] = torch.tensor([token for i in indices for token in rows[i]], device=device)
                 states = body(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
-                chosen = torch.stack([states[layer] for layer in self.spec.layers], dim=2).float()  # (batch, length, ...)
+                if not all(-len(states) <= layer < len(states) for layer in self.spec.layers):
+                    raise TaskVectorError(
+                        f"Expected layers among the base model's {len(states)} hidden states, found {self.spec.layers}."
+                    )
+                chosen = torch.stack(
+                    [states[layer] for layer in self.spec.layers], dim=2
+                ).float()
                 if self.spec.pooling == "last":
                     pooled = chosen[torch.arange(len(indices)), lengths - 1]
                 else:

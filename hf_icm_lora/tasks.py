@@ -61,8 +61,12 @@ class Task:
         if not isinstance(self.name, str) or not self.name.strip():
             raise TaskError(f"A task needs a non-empty name, found {self.name!r}.")
         for split in SPLITS:
-            samples = tuple(to_sample(raw, f"task {self.name!r}, {split}[{index}]")
-                            for index, raw in enumerate(getattr(self, split)))  # fmt: skip
+            raws = getattr(self, split)
+            if isinstance(raws, (str, Mapping)) or not isinstance(raws, Iterable):
+                raise TaskError(
+                    f"Expected task {self.name!r}, {split} to be a sequence of samples, found {raws!r:.200}."
+                )
+            samples = tuple(to_sample(raw, f"task {self.name!r}, {split}[{index}]") for index, raw in enumerate(raws))
             object.__setattr__(self, split, samples)
         if not (self.train or self.demo or self.test):
             raise TaskError(f"Task {self.name!r} has no samples in any of its splits {SPLITS}.")
@@ -160,7 +164,9 @@ def task_from_dataset(name: str, dataset, *, description: str | None = None, fam
     """
     unknown = sorted(set(dataset) - set(SPLITS))
     if unknown:
-        raise TaskError(f"Task {name!r}: expected only the splits {SPLITS}, found also {unknown}. Rename or drop them.")
+        raise TaskError(
+            f"Task {name!r}: expected only the splits {SPLITS}, found also {unknown}. Rename or drop them."
+        )
     splits = {split: list(dataset[split]) for split in SPLITS if split in dataset}
     return Task(name, **splits, description=description, family=family)
 
@@ -175,7 +181,7 @@ def load_tasks(path: str | Path) -> list[Task]:
         OSError: if the file cannot be read.
     """
     tasks = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), start=1):  # text may hold U+2028
         if not line.strip():
             continue
         try:

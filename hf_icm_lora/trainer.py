@@ -111,11 +111,12 @@ class LoraGeneratorTrainer(Trainer):
         """Add the terms of the training loss since the last log."""
         if "loss" in logs:
             logs = logs | self._mean_terms("train")
-            if not math.isfinite(logs["loss"]):  # here and not at every step, which would wait for the device
-                raise IcmLoraError(
-                    f"The loss became {logs['loss']} by step {self.state.global_step}: {logs}. Lower the learning "
-                    "rate, or look for an adapter with extreme values in the zoo."
-                )
+        loss = logs.get("loss", logs.get("train_loss", 0.0))  # the second after the last step, however short the run
+        if not math.isfinite(loss):  # here and not at every step, which would wait for the device
+            raise IcmLoraError(
+                f"The loss became {loss} by step {self.state.global_step}: {logs}. Lower the learning rate, or look "
+                "for an adapter with extreme values in the zoo."
+            )
         super().log(logs, *args, **kwargs)
 
     def _mean_terms(self, split: str) -> dict[str, float]:

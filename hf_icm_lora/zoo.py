@@ -4,6 +4,8 @@
     task_vectors.safetensors                  see task_vectors.py
     adapters/<task>/step-40/                  one snapshot: an ordinary PEFT folder, which appears by one rename
     adapters/<task>/task.json                 written last: the task is complete; its best snapshot, losses, seconds
+
+An interrupted process leaves whole snapshots and no `task.json`.
 """
 
 import json
@@ -23,6 +25,7 @@ from .layout import LoraLayout
 from .task_vectors import MODES, TaskVectors
 
 FORMAT_VERSION = 1
+FIELDS = ("layout", "lora_config", "template", "base_model_name_or_path", "base_model_fingerprint")  # of zoo.json
 ZOO_FILE, VECTORS_FILE, TASK_FILE = "zoo.json", "task_vectors.safetensors", "task.json"
 
 
@@ -51,6 +54,8 @@ class LoraZoo:
                 f"{self.path}: format version {self.about['format_version']}, this package reads up to "
                 f"{FORMAT_VERSION}: upgrade hf_icm_lora."
             )
+        if missing := [field for field in FIELDS if field not in self.about]:
+            raise ZooError(f"{self.path / ZOO_FILE}: expected the fields {FIELDS}, found no {missing}.")
         self.layout = LoraLayout.from_dict(self.about["layout"])
         self.lora_config: dict[str, Any] = self.about["lora_config"]
         self.template: str = self.about["template"]
@@ -134,29 +139,36 @@ class LoraZoo:
             record: What else `task.json` should say, such as `best_step`, which defaults to the last one.
 
         Raises:
-            ZooError: if the task is complete already.
+            ZooError: if the task is complete already, or there is no snapshot, or none of `best_step`.
             IncompatibleAdapterError, CorruptAdapterError: if a snapshot has another layout, or values that are not
                 finite.
         """
         folder = self.task_folder(name)
         if (folder / TASK_FILE).exists():
             raise ZooError(f"{self.path} already holds the task {name!r}.")
+        if not snapshots:
+            raise ZooError(f"Task {name!r} needs at least one snapshot, found none.")
+        record = {"name": name, "snapshots": sorted(snapshots), "best_step": max(snapshots)} | record
+        if record["best_step"] not in snapshots:
+            raise ZooError(f"Task {name!r} has no snapshot of its best step {record['best_step']}.")
+        expected = self.shared_weights if self.records else None
         for step, state_dict in snapshots.items():
             _, shared = self.layout.pack(state_dict, self.lora_config)
-            self._check_shared(shared, f"task {name!r}, step {step}")
+            expected = shared if expected is None else expected
+            if not torch.equal(shared, expected):
+                raise IncompatibleAdapterError(
+                    f"Task {name!r}, step {step}: lora_A differs from the zoo's, but gauge {self.layout.gauge!r} "
+                    "means one A for all adapters."
+                )
         shutil.rmtree(folder, ignore_errors=True)  # snapshots of an interrupted try
         for step, state_dict in snapshots.items():
-            config = self.lora_config | {"base_model_name_or_path": self.base_model_name_or_path, "inference_mode": True}
+            config = self.lora_config | {
+                "base_model_name_or_path": self.base_model_name_or_path,
+                "inference_mode": True,
+            }
             save_adapter(folder / f"step-{step}", config, state_dict)
-        record = {"name": name, "snapshots": sorted(snapshots), "best_step": max(snapshots)} | record
         write_json(folder / TASK_FILE, record)
-        self.records[name] = record | {"folder": folder}
-
-    def _check_shared(self, shared_weights: torch.Tensor, where: str) -> None:
-        if self.records and not torch.equal(shared_weights, self.shared_weights):
-            raise IncompatibleAdapterError(
-                f"{where}: lora_A differs from the zoo's, but gauge {self.layout.gauge!r} means one A for all adapters."
-            )
+        self.records[name] = _read_json(folder / TASK_FILE, "a task record") | {"folder": folder}
 
     @cached_property
     def shared_weights(self) -> torch.Tensor:
@@ -196,7 +208,9 @@ class LoraZoo:
                 f"are for {self.base_model_fingerprint[:12]} ({self.base_model_name_or_path})."
             )
         if vectors.spec.template != self.template:
-            raise TaskVectorError(f"Expected task vectors with the zoo's template {self.template!r}, found {vectors.spec}.")
+            raise TaskVectorError(
+                f"Expected task vectors with the zoo's template {self.template!r}, found {vectors.spec}."
+            )
         if missing := [name for name in self.records if name not in vectors.banks]:
             raise TaskVectorError(f"There are no task vectors for {missing[:3]}.")
         with commit_file(self.path / VECTORS_FILE) as temporary:
@@ -238,6 +252,10 @@ class LoraZooDataset(Dataset):
     def __init__(self, zoo: LoraZoo, modes: Sequence[str], num_snapshots: int | None):
         if unknown := sorted(set(modes) - set(MODES)):
             raise TaskVectorError(f"Expected modes among {MODES}, found {unknown}.")
+        if num_snapshots is not None and num_snapshots < 1:
+            raise ZooError(f"Expected num_snapshots >= 1, or None for all; found {num_snapshots}.")
+        if not zoo.records:
+            raise ZooError(f"{zoo.path}: no tasks to make a dataset of.")
         banks = zoo.task_vectors.banks
         self.shared_weights = zoo.shared_weights
         weights, vectors, pairs = [], [], []
@@ -249,11 +267,9 @@ class LoraZooDataset(Dataset):
             most = max(map(len, bank))
             first = sum(map(len, vectors))
             vectors.append(torch.cat([draws.repeat(most // len(draws), 1, 1) for draws in bank]))
-            for step in steps[-num_snapshots:] if num_snapshots else steps:
+            for step in steps[-num_snapshots:] if num_snapshots is not None else steps:
                 pairs += [(len(weights), first + draw) for draw in range(len(vectors[-1]))]
                 weights.append(zoo.lora_weights(name, step))
-        if not weights:
-            raise ZooError(f"{zoo.path}: no tasks to make a dataset of.")
         self.lora_weights = torch.stack(weights)  # (snapshots, num_weights)
         self.task_vectors = torch.cat(vectors)  # (draws of all tasks, num_task_vectors, task_vector_size)
         self.pairs = pairs

@@ -1,0 +1,236 @@
+"""The command line: `hf-icm-lora collect | vectors | train | generate | evaluate | env`, each one call of the API."""
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, HfArgumentParser
+
+from .adapter import save_adapter
+from .collection import CollectionArguments, collect_zoo
+from .configuration_lora_generator import LoraGeneratorConfig
+from .errors import IcmLoraError, TaskError
+from .evaluation import evaluate_generator, format_report
+from .modeling_lora_generator import LoraGeneratorModel
+from .smollm2 import smollm2_path
+from .suite import built_in_tasks
+from .task_vectors import TaskVectorExtractor, TaskVectorSpec
+from .tasks import Task, load_tasks
+from .trainer import LoraGeneratorTrainer, LoraGeneratorTrainingArguments
+from .zoo import LoraZoo
+
+
+@dataclass
+class BaseOptions:
+    base_model: str | None = field(
+        default=None,
+        metadata={"help": "Path or Hub id of the base model, or 'smollm2' for the packaged one. By default the zoo's."},
+    )
+    dtype: str = field(default="bfloat16", metadata={"help": "Of the frozen base: bfloat16, float16, float32."})
+
+
+@dataclass
+class TaskOptions:
+    tasks: str = field(default="built-in", metadata={"help": "A JSON Lines file of tasks, or 'built-in'."})
+    families: list[str] | None = field(default=None, metadata={"help": "Keep only tasks of these families."})
+    names: list[str] | None = field(default=None, metadata={"help": "Keep only these tasks."})
+
+
+@dataclass
+class CollectOptions(BaseOptions, TaskOptions):
+    r: int = field(default=8, metadata={"help": "Rank of the LoRAs."})
+    lora_alpha: int = field(default=16, metadata={"help": "Scaling is lora_alpha / r."})
+    target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+
+
+@dataclass
+class ZooOption:
+    zoo: str = field(default="zoo", metadata={"help": "Directory of the zoo."})
+
+
+@dataclass
+class VectorsOptions(BaseOptions, TaskOptions, ZooOption):
+    num_demonstrations: int = field(default=12)
+    num_draws: int = field(default=16)
+    layers: list[int] = field(default_factory=lambda: [-1])
+    pooling: str = field(default="last")
+
+
+@dataclass
+class TrainOptions(ZooOption):
+    unseen: list[str] | None = field(default=None, metadata={"help": "Tasks to keep out of training, for evaluation."})
+    architecture: str = field(default="transformer", metadata={"help": "transformer, or the paper's conv1d."})
+    hidden_size: int = field(default=256)
+    latent_size: int = field(default=32)
+    prior: str = field(default="learned", metadata={"help": "learned, standard or none."})
+
+
+@dataclass
+class GenerateOptions(BaseOptions):
+    generator: str = field(default="generator", metadata={"help": "Path or Hub id of the generator."})
+    output_dir: str = field(default="adapter", metadata={"help": "Where the adapter goes; must not exist yet."})
+    examples: str | None = field(default=None, metadata={"help": "JSON Lines with prompt and completion."})
+    description: str | None = field(default=None, metadata={"help": "The task in a sentence."})
+
+
+@dataclass
+class EvaluateOptions(BaseOptions, TaskOptions, ZooOption):
+    generator: str = field(default="generator", metadata={"help": "Path or Hub id of the generator."})
+    output_dir: str = field(default="evaluation", metadata={"help": "Where evaluation.json and .md go."})
+    num_examples: int = field(default=12, metadata={"help": "Examples per task that everyone is given."})
+
+
+def collect(options: CollectOptions, args: CollectionArguments) -> None:
+    """Fine-tune one LoRA per task into a zoo."""
+    base, tokenizer = load_base_model(options.base_model or "smollm2", options.dtype)
+    task_type = "SEQ_2_SEQ_LM" if base.config.is_encoder_decoder else "CAUSAL_LM"
+    lora_config = LoraConfig(
+        r=options.r, lora_alpha=options.lora_alpha, target_modules=options.target_modules, task_type=task_type
+    )
+    print(collect_zoo(args.output_dir, base, tokenizer, select_tasks(options), lora_config, args))
+
+
+def vectors(options: VectorsOptions) -> None:
+    """Extract the task vectors of a zoo's tasks."""
+    zoo = LoraZoo(options.zoo)
+    base, tokenizer = load_base_model(options.base_model or zoo.base_model_name_or_path, options.dtype)
+    tasks = [task for task in select_tasks(options) if task.name in zoo]
+    spec = TaskVectorSpec(
+        template=zoo.template,
+        num_demonstrations=options.num_demonstrations,
+        num_draws=options.num_draws,
+        layers=tuple(options.layers),
+        pooling=options.pooling,
+    )
+    zoo.add_task_vectors(TaskVectorExtractor(spec).extract(base, tokenizer, tasks))
+    print(f"{zoo}: task vectors of {len(tasks)} tasks")
+
+
+def train(options: TrainOptions, args: LoraGeneratorTrainingArguments) -> None:
+    """Train a generator on a zoo."""
+    zoo = LoraZoo(options.zoo)
+    unseen = options.unseen or []
+    seen = zoo.subset([name for name in zoo if name not in unseen])
+    config = LoraGeneratorConfig.from_zoo(
+        seen,
+        architecture=options.architecture,
+        hidden_size=options.hidden_size,
+        latent_size=options.latent_size,
+        prior=options.prior,
+    )
+    trainer = LoraGeneratorTrainer(
+        LoraGeneratorModel(config),
+        args,
+        train_dataset=seen.as_dataset(),
+        eval_dataset=zoo.subset(unseen).as_dataset() if unseen else None,
+    )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model()
+    if unseen:
+        print(json.dumps(trainer.evaluate()))
+
+
+def generate(options: GenerateOptions) -> None:
+    """Write the adapter of a task as a PEFT folder."""
+    generator = LoraGeneratorModel.from_pretrained(options.generator)
+    name = options.base_model or generator.config.base_model_name_or_path
+    base, tokenizer = load_base_model(name, options.dtype)
+    examples = None
+    if options.examples:
+        lines = Path(options.examples).read_text(encoding="utf-8").split("\n")
+        examples = [json.loads(line) for line in lines if line.strip()]
+    extractor = TaskVectorExtractor(TaskVectorSpec(**generator.config.task_vector_spec))
+    generator.check_base_model(base)
+    vector = extractor.vector(base, tokenizer, examples, options.description)
+    save_adapter(options.output_dir, generator.adapter_config(), generator.generate_lora_weights(vector))
+    print(options.output_dir)
+
+
+def evaluate(options: EvaluateOptions) -> None:
+    """Score a generator and all plain rivals."""
+    generator, zoo = LoraGeneratorModel.from_pretrained(options.generator), LoraZoo(options.zoo)
+    base, tokenizer = load_base_model(options.base_model or zoo.base_model_name_or_path, options.dtype)
+    tasks = [task for task in select_tasks(options) if task.name in zoo]
+    report = evaluate_generator(
+        generator, base, tokenizer, zoo, tasks, num_examples=options.num_examples, output_dir=options.output_dir
+    )
+    print(format_report(report))
+
+
+def env() -> None:
+    """Print what a bug report needs."""
+    packages = ["hf_icm_lora", "transformers", "peft", "torch", "safetensors", "huggingface_hub", "datasets", "accelerate"]
+    print(f"- Platform: {platform.platform()}\n- Python: {platform.python_version()}")
+    for name in packages:
+        try:
+            print(f"- {name}: {version(name)}")
+        except PackageNotFoundError:
+            print(f"- {name}: not installed")
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    print(f"- Device: {device}, {torch.get_num_threads()} threads")
+
+
+def load_base_model(name: str, dtype: str):
+    """Load a base model and its tokenizer; encoder-decoder models by their own class."""
+    path = smollm2_path() if name == "smollm2" else name
+    is_encoder_decoder = AutoConfig.from_pretrained(path).is_encoder_decoder
+    auto_class = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
+    base = auto_class.from_pretrained(path, dtype=getattr(torch, dtype), use_safetensors=True)
+    if torch.accelerator.is_available():
+        base.to(torch.accelerator.current_accelerator())
+    return base, AutoTokenizer.from_pretrained(path)
+
+
+def select_tasks(options: TaskOptions) -> list[Task]:
+    """Load the tasks that the options name."""
+    tasks = built_in_tasks() if options.tasks == "built-in" else load_tasks(options.tasks)
+    known = {"families": {task.family for task in tasks}, "names": {task.name for task in tasks}}
+    for option, values in known.items():
+        if unknown := sorted(set(getattr(options, option) or ()) - values):
+            raise TaskError(f"--{option}: {unknown[:3]} not found in {options.tasks!r}.")
+    tasks = [task for task in tasks if options.families is None or task.family in options.families]
+    return [task for task in tasks if options.names is None or task.name in options.names]
+
+
+COMMANDS = {
+    "collect": (collect, (CollectOptions, CollectionArguments)),
+    "vectors": (vectors, (VectorsOptions,)),
+    "train": (train, (TrainOptions, LoraGeneratorTrainingArguments)),
+    "generate": (generate, (GenerateOptions,)),
+    "evaluate": (evaluate, (EvaluateOptions,)),
+    "env": (env, ()),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; exit code 1 for an error in what it was given, 2 for a wrong command line."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    argv = [argument for argument in argv if argument != "--debug"]
+    if not argv or argv[0] not in COMMANDS:
+        parser = argparse.ArgumentParser("hf-icm-lora", description=__doc__)
+        parser.add_argument("command", choices=COMMANDS, help="one of them; `hf-icm-lora COMMAND --help` says more")
+        parser.add_argument("--debug", action="store_true", help="show tracebacks")
+        parser.parse_args(argv)  # exits
+    function, dataclasses = COMMANDS[argv[0]]
+    parser = HfArgumentParser(dataclasses, prog=f"hf-icm-lora {argv[0]}", description=function.__doc__)
+    try:
+        *options, unknown = parser.parse_args_into_dataclasses(argv[1:], return_remaining_strings=True)
+        if unknown:
+            parser.error(f"unknown arguments: {' '.join(unknown)}")  # exits
+        function(*options)
+    except (IcmLoraError, OSError, ImportError, ValueError) as error:
+        if debug:
+            raise
+        print(f"hf-icm-lora {argv[0]}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0

@@ -1,0 +1,261 @@
+"""Completions: the loss is transformers' own, computed where it counts and nowhere else."""
+
+import copy
+
+import pytest
+import torch
+from conftest import make_llama, make_t5, make_tasks
+
+from hf_icm_lora import Sample, TaskError
+from hf_icm_lora.completion import IGNORED, CompletionCollator, fill_template, logits_only_at, score_completions
+
+SAMPLES = [
+    Sample("ab", "cd"),
+    Sample("a longer prompt", "x"),
+    Sample("q", "an answer longer than its prompt"),
+    Sample("", "plain text without a prompt"),
+    Sample("z", "y z"),
+]
+
+
+def collator(tokenizer, model, **kwargs):
+    return CompletionCollator(tokenizer, model.config.is_encoder_decoder, **kwargs)
+
+
+def score(model, batch):
+    with torch.no_grad():
+        return score_completions(model, batch)
+
+
+# Text
+
+
+@pytest.mark.parametrize(
+    ("sample", "template", "expected"),
+    [
+        (("France", "Paris"), "Input: {prompt}\nOutput: {completion}\n", ("Input: France\nOutput:", " Paris\n")),
+        (("a", "b"), "{prompt}{completion}", ("a", "b")),
+        (("a", "b"), "{prompt}   {completion}", ("a", "   b")),
+        (("a", "b"), "Q {prompt}\n{completion}", ("Q a\n", "b")),
+        (("", "text"), "Q {prompt} A {completion}.", ("", "text")),
+        (("{completion}", "{prompt}"), "{prompt}: {completion}", ("{completion}:", " {prompt}")),  # braces are text
+        (("a{0}", "b{x}"), "{{}} {prompt} {completion} {}", ("{{}} a{0}", " b{x} {}")),
+    ],
+)
+def test_template_is_cut_before_the_space(sample, template, expected):
+    assert fill_template(Sample(*sample), template) == expected
+
+
+@pytest.mark.parametrize(
+    "template", ["", "{prompt}", "{completion}", "{completion} {prompt}", "{Prompt} {completion}"]
+)
+def test_template_needs_both_in_order(template):
+    with pytest.raises(TaskError, match=r"\{prompt\} and, after it, \{completion\}"):
+        fill_template(Sample("a", "b"), template)
+
+
+# Batches
+
+
+def test_causal_batch_reads_all_and_scores_the_completion(tokenizer):
+    batch = CompletionCollator(tokenizer)(SAMPLES)
+    assert {name: (tensor.dtype, tensor.shape) for name, tensor in batch.items()} == dict.fromkeys(
+        ["input_ids", "attention_mask", "labels"], (torch.int64, batch["labels"].shape)
+    )
+    for row, sample in enumerate(SAMPLES):
+        read, scored = fill_template(sample, CompletionCollator(tokenizer).template)
+        length = int(batch["attention_mask"][row].sum())
+        assert tokenizer.decode(batch["input_ids"][row, :length]).replace(" ", "") == (read + scored).replace(" ", "")
+        labels = batch["labels"][row]
+        assert labels.tolist() == [
+            *[IGNORED] * len(read), *tokenizer(scored)["input_ids"], *[IGNORED] * (len(labels) - length)
+        ]  # fmt: skip
+        assert batch["attention_mask"][row].tolist() == [1] * length + [0] * (len(labels) - length)
+
+
+def test_encoder_decoder_batch_reads_the_prompt_and_scores_the_completion_and_its_end(tokenizer):
+    batch = CompletionCollator(tokenizer, is_encoder_decoder=True)([Sample("ab", "c"), Sample("a", "cde")])
+    ids = tokenizer(["Input: ab\nOutput:", "Input: a\nOutput:", " c\n", " cde\n"])["input_ids"]
+    end = [tokenizer.eos_token_id]
+    assert batch["input_ids"].tolist() == [ids[0], ids[1] + [0]]
+    assert batch["attention_mask"].tolist() == [[1] * len(ids[0]), [1] * len(ids[1]) + [0]]
+    assert batch["labels"].tolist() == [ids[2] + end + [IGNORED] * 2, ids[3] + end]
+
+
+def test_context_stands_before_the_prompt_and_is_not_scored(tokenizer):
+    plain, with_context = (
+        CompletionCollator(tokenizer, context=text)([Sample("a", "b")]) for text in ("", "Input: x\n")
+    )
+    added = tokenizer("Input: x\n")["input_ids"]
+    assert with_context["input_ids"].tolist() == [added + plain["input_ids"][0].tolist()]
+    assert with_context["labels"].tolist() == [[IGNORED] * len(added) + plain["labels"][0].tolist()]
+
+
+@pytest.mark.parametrize("is_encoder_decoder", [False, True])
+@pytest.mark.parametrize("max_length", [5, 8, 12, 40])
+def test_truncation_takes_the_beginning_of_the_prompt_and_keeps_the_completion(
+    tokenizer, is_encoder_decoder, max_length
+):
+    sample = Sample("a long prompt", "abc")  # the completion is 5 tokens: " abc\n"
+    full, cut = (CompletionCollator(tokenizer, is_encoder_decoder, max_length=n)([sample]) for n in (512, max_length))
+    assert [t for t in cut["labels"][0].tolist() if t != IGNORED] == [
+        t for t in full["labels"][0].tolist() if t != IGNORED
+    ]
+    assert cut["input_ids"].shape[1] <= max_length
+    if is_encoder_decoder and max_length == 5:  # no room for a prompt: the encoder reads its end alone
+        assert cut["input_ids"].tolist() == [[tokenizer.eos_token_id]]
+    else:
+        assert full["input_ids"][0, -cut["input_ids"].shape[1] :].tolist() == cut["input_ids"][0].tolist()
+
+
+def test_completion_longer_than_all_is_cut_at_its_end(tokenizer):
+    batch = CompletionCollator(tokenizer, max_length=4)([Sample("a", "bcdefgh")])
+    assert batch["labels"].tolist() == [tokenizer(" bcd")["input_ids"]]
+
+
+def test_tokenizer_that_begins_texts_with_a_token_begins_prompts_and_plain_text_alike(tokenizer):
+    with_bos = copy.deepcopy(tokenizer)
+    with_bos.bos_token = "</s>"
+    batch = CompletionCollator(with_bos)([Sample("", "text")])
+    assert batch["input_ids"].tolist() == [[1, *tokenizer("text")["input_ids"]]]
+    assert batch["labels"].tolist() == [[IGNORED, *tokenizer("text")["input_ids"]]]
+
+
+# Scores
+
+
+def test_loss_is_that_of_transformers(any_model, tokenizer):
+    model, _ = any_model
+    samples = [sample for sample in SAMPLES if sample.prompt]
+    collate = collator(tokenizer, model)
+    scores = score(model, collate(samples))
+    for row, sample in enumerate(samples):
+        with torch.no_grad():
+            expected = model(**collate([sample])).loss * scores.num_tokens[row]
+        torch.testing.assert_close(scores.loss[row], expected, atol=1e-4, rtol=1e-4)
+        extra = 1 if model.config.is_encoder_decoder else 0
+        assert scores.num_tokens[row] == len(sample.completion) + 2 + extra  # " " before, "\n" after, and the end
+    with torch.no_grad():
+        mean = model(**collate(samples)).loss
+    torch.testing.assert_close(scores.loss.sum() / scores.num_tokens.sum(), mean, atol=1e-4, rtol=1e-4)
+
+
+def test_loss_of_plain_text_is_that_of_transformers(llama, tokenizer):
+    batch = CompletionCollator(tokenizer)([Sample("", "some plain text")])
+    scores = score(llama, batch)
+    assert scores.num_tokens.tolist() == [14]  # nothing predicts the first token
+    with torch.no_grad():
+        torch.testing.assert_close(scores.loss[0], llama(**batch).loss * 14, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("samples", [["some plain text", "more"], ["some plain text", ("a", "b")]])
+def test_plain_text_works_in_an_encoder_decoder_too(tokenizer, samples):
+    model = make_t5()
+    samples = [Sample("", raw) if isinstance(raw, str) else Sample(*raw) for raw in samples]
+    batch = CompletionCollator(tokenizer, is_encoder_decoder=True)(samples)
+    scores = score(model, batch)
+    assert scores.loss.isfinite().all()
+    assert scores.num_tokens[0] == len("some plain text") + 1
+    torch.testing.assert_close(scores.loss[:1], score(model, CompletionCollator(tokenizer, True)(samples[:1])).loss)
+
+
+def test_loss_has_the_gradient_of_transformers(any_model, tokenizer):
+    model, _ = any_model
+    batch = collator(tokenizer, model)(SAMPLES[:3])
+    gradients = []
+    for loss in (
+        lambda: model(**batch).loss,
+        lambda: (s := score_completions(model, batch)).loss.sum() / s.num_tokens.sum(),
+    ):
+        model.zero_grad()
+        loss().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name in gradients[0]:
+        torch.testing.assert_close(gradients[1][name], gradients[0][name], atol=1e-5, rtol=1e-3)
+
+
+def test_batch_size_padding_and_tokenizer_do_not_matter(any_model, tokenizer):
+    model, _ = any_model
+    samples = [sample for sample in SAMPLES if sample.prompt]
+    together = score(model, collator(tokenizer, model)(samples))
+    other = copy.deepcopy(tokenizer)
+    other.padding_side, other.truncation_side, other.pad_token = "left", "left", "a"
+    for row, sample in enumerate(samples):
+        alone = score(model, collator(other, model)([sample]))
+        torch.testing.assert_close(together.loss[row : row + 1], alone.loss, atol=1e-4, rtol=1e-4)
+        assert together.num_tokens[row] == alone.num_tokens
+        assert together.exact[row] == alone.exact
+    batch = collator(other, model)(samples)
+    assert all(torch.equal(tensor, collator(tokenizer, model)(samples)[name]) for name, tensor in batch.items())
+
+
+def test_scoring_changes_neither_batch_nor_tokenizer(llama, tokenizer):
+    collate = CompletionCollator(tokenizer)
+    before = (tokenizer.padding_side, tokenizer.pad_token)
+    batch = collate(SAMPLES)
+    copied = {name: tensor.clone() for name, tensor in batch.items()}
+    score(llama, batch)
+    assert batch.keys() == copied.keys()
+    assert all(torch.equal(batch[name], copied[name]) for name in copied)
+    assert (tokenizer.padding_side, tokenizer.pad_token) == before
+
+
+@pytest.fixture(scope="module")
+def overfitted(tokenizer):
+    """A Llama that knows some answers by heart and others not."""
+    model = make_llama().train()
+    train = make_tasks(1)[0].train
+    batch = CompletionCollator(tokenizer)(train[:8])
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(40):
+        scores = score_completions(model, batch)
+        optimizer.zero_grad()
+        (scores.loss.sum() / scores.num_tokens.sum()).backward()
+        optimizer.step()
+    model.generation_config.eos_token_id = None  # its default is a letter of the tiny tokenizer
+    return model.eval(), train
+
+
+def test_exact_is_what_greedy_generation_writes(overfitted, tokenizer):
+    model, samples = overfitted
+    exact = score(model, CompletionCollator(tokenizer)(samples)).exact
+    assert 0 < exact.sum() < len(samples)  # else this test says nothing
+    for sample, expected in zip(samples, exact.tolist(), strict=True):
+        read, scored = (
+            tokenizer(text, return_tensors="pt")["input_ids"]
+            for text in fill_template(sample, CompletionCollator(tokenizer).template)
+        )
+        written = model.generate(
+            read, attention_mask=torch.ones_like(read), max_new_tokens=scored.shape[1], do_sample=False, pad_token_id=0
+        )
+        assert torch.equal(written[:, read.shape[1] :], scored) == expected
+
+
+# The head
+
+
+def test_head_sees_only_what_is_scored(llama, tokenizer):
+    batch = CompletionCollator(tokenizer)(SAMPLES)
+    shapes = []
+    handle = llama.lm_head.register_forward_hook(lambda _, inputs, output: shapes.append(tuple(output.shape)))
+    scores = score(llama, batch)
+    handle.remove()
+    assert shapes == [(1, int(scores.num_tokens.sum()), 128)]
+
+
+def test_head_is_as_before_also_after_an_error(any_model, tokenizer):
+    model, _ = any_model
+    batch = collator(tokenizer, model)(SAMPLES[:3])
+    with torch.no_grad():
+        before = model(**batch).logits
+    head = model.get_output_embeddings()
+    score(model, batch)
+    assert not head._forward_pre_hooks
+    with pytest.raises(IndexError):  # an id that no embedding has
+        score(model, batch | {"input_ids": batch["input_ids"] + 1000})
+    with pytest.raises(KeyError, match="mine"), logits_only_at(model, batch["labels"] != IGNORED):
+        raise KeyError("mine")
+    assert not head._forward_pre_hooks
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, before)

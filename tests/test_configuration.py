@@ -1,0 +1,158 @@
+"""LoraGeneratorConfig: a round trip through JSON, strict fields, errors that name the field."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import make_llama, make_tasks
+from huggingface_hub.errors import StrictDataclassError
+from peft import LoraConfig
+from transformers import AutoConfig
+
+from hf_icm_lora import (
+    CollectionArguments,
+    IcmLoraError,
+    IncompatibleAdapterError,
+    LoraGeneratorConfig,
+    LoraGeneratorModel,
+    TaskVectorExtractor,
+    TaskVectorSpec,
+    ZooError,
+    collect_zoo,
+)
+
+LAYOUT = {"gauge": "frozen_a", "modules": [["model.layers.0.self_attn.q_proj", 8, 6, 2]]}
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory, tokenizer):
+    """Two LoRAs of a base model that was loaded from a local folder."""
+    folder = tmp_path_factory.mktemp("configuration")
+    make_llama().save_pretrained(folder / "base")
+    base, tasks = type(make_llama()).from_pretrained(folder / "base"), make_tasks(2)
+    lora_config = LoraConfig(r=4, lora_alpha=8, target_modules=["v_proj", "q_proj"], task_type="CAUSAL_LM")
+    args = CollectionArguments(output_dir=folder / "out", max_steps=2, eval_steps=2, use_cpu=True)
+    zoo = collect_zoo(folder / "zoo", base, tokenizer, tasks, lora_config, args)
+    spec = TaskVectorSpec(num_demonstrations=4, num_draws=2, layers=(1, -1))
+    zoo.add_task_vectors(TaskVectorExtractor(spec).extract(base, tokenizer, tasks))
+    return zoo
+
+
+def test_json_round_trip(tmp_path, zoo):
+    config = LoraGeneratorConfig.from_zoo(zoo, architecture="conv1d", prior="none", latent_size=7, dropout=0.1)
+    config.save_pretrained(tmp_path)
+    for again in (LoraGeneratorConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
+        assert type(again) is LoraGeneratorConfig
+        assert again.to_dict() | {"_name_or_path": ""} == config.to_dict()
+        assert again.lora_layout == zoo.layout
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "icm_lora_generator"
+
+
+def test_defaults_make_a_configuration():
+    config = LoraGeneratorConfig()
+    assert (config.architecture, config.token_granularity, config.prior) == ("transformer", "matrix", "learned")
+    assert config.layout is None
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("layout", "q_proj"), ("hidden_size", "256"), ("latent_size", 1.5), ("training_tasks", "capital"),
+     ("dropout", "0.1"), ("architecture", 1), ("task_vector_spec", [1]), ("base_model_name_or_path", 5)],
+)  # fmt: skip
+def test_wrong_types_are_rejected(field, value):
+    with pytest.raises(StrictDataclassError, match=field):
+        LoraGeneratorConfig(**{field: value})
+
+
+@pytest.mark.parametrize("field", ["architecture", "token_granularity", "prior"])
+def test_unknown_choices_are_rejected(field):
+    with pytest.raises(StrictDataclassError, match=f"{field}: expected one of .*'matrices'"):
+        LoraGeneratorConfig(**{field: "matrices"})
+
+
+@pytest.mark.parametrize("value", [0, -4, 65537])
+@pytest.mark.parametrize(
+    "field",
+    ["num_task_vectors", "task_vector_size", "hidden_size", "intermediate_size", "num_encoder_layers",
+     "num_decoder_layers", "num_attention_heads", "latent_size"],
+)  # fmt: skip
+def test_sizes_out_of_range_are_rejected(field, value):
+    with pytest.raises(StrictDataclassError, match=f"{field}: expected a number from 1 to 65536, found {value}"):
+        LoraGeneratorConfig(**{field: value})
+
+
+def test_heads_must_divide_the_hidden_size():
+    with pytest.raises(StrictDataclassError, match="hidden_size 30 is no multiple of 4 heads"):
+        LoraGeneratorConfig(hidden_size=30)
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1.5])
+def test_dropout_is_a_probability(dropout):
+    with pytest.raises(StrictDataclassError, match="dropout"):
+        LoraGeneratorConfig(dropout=dropout)
+
+
+def test_newer_format_asks_for_an_upgrade(tmp_path):
+    LoraGeneratorConfig(layout=LAYOUT).save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(stored | {"format_version": 2}))
+    with pytest.raises(IncompatibleAdapterError, match="format version 2.*up to 1: upgrade"):
+        LoraGeneratorConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [({}, "Not a LoRA layout"), (LAYOUT | {"modules": [["q_proj", 8]]}, "Not a LoRA layout"),
+     (LAYOUT | {"gauge": "free"}, "gauge"), (LAYOUT | {"modules": []}, "at least one"),
+     (LAYOUT | {"modules": [["q_proj", 8, -6, 2]]}, "positive sizes")],
+)  # fmt: skip
+def test_malformed_layout_is_rejected(layout, message):
+    with pytest.raises(IncompatibleAdapterError, match=message):
+        LoraGeneratorConfig(layout=layout)
+
+
+@pytest.mark.parametrize("spec", [{"pooling": "max"}, {"num_draws": 0}, {"pools": "last"}])
+def test_malformed_task_vector_spec_is_rejected(spec):
+    with pytest.raises(IcmLoraError, match="pool|num_draws"):
+        LoraGeneratorConfig(task_vector_spec=spec)
+
+
+def test_model_without_layout_is_refused():
+    with pytest.raises(IncompatibleAdapterError, match="from_zoo"):
+        LoraGeneratorModel(LoraGeneratorConfig())
+
+
+def test_from_zoo_fills_everything(zoo):
+    config = LoraGeneratorConfig.from_zoo(zoo.subset(["shift/2"]), hidden_size=64)
+    assert config.lora_layout == zoo.layout
+    assert config.lora_config == zoo.lora_config
+    assert config.lora_config["target_modules"] == ["q_proj", "v_proj"]
+    assert config.base_model_name_or_path == zoo.base_model_name_or_path
+    assert config.base_model_fingerprint == zoo.base_model_fingerprint
+    assert TaskVectorSpec(**config.task_vector_spec) == zoo.task_vectors.spec
+    assert config.training_tasks == ["shift/2"]
+    assert config.template == zoo.template
+    assert (config.num_task_vectors, config.task_vector_size, config.hidden_size) == (2, 32, 64)
+
+
+def test_from_zoo_without_task_vectors_says_what_to_call(tmp_path, zoo):
+    bare = type(zoo).create(
+        tmp_path / "bare",
+        layout=zoo.layout,
+        lora_config=zoo.lora_config,
+        base_model_name_or_path="base",
+        base_model_fingerprint="0" * 64,
+        template=zoo.template,
+    )
+    with pytest.raises(ZooError, match="add_task_vectors"):
+        LoraGeneratorConfig.from_zoo(bare)
+
+
+def test_no_path_of_this_machine_is_stored_but_that_of_a_local_base(tmp_path, zoo):
+    LoraGeneratorModel(LoraGeneratorConfig.from_zoo(zoo, hidden_size=32)).save_pretrained(tmp_path / "one")
+    LoraGeneratorModel.from_pretrained(tmp_path / "one").save_pretrained(tmp_path / "two")
+    stored = json.loads((tmp_path / "two" / "config.json").read_text())
+    assert stored.pop("base_model_name_or_path") == str(zoo.path.parent / "base")
+    text = json.dumps(stored)
+    for place in (tmp_path.parent, zoo.path.parent, Path.cwd(), Path.home()):
+        assert str(place) not in text

@@ -1,0 +1,476 @@
+"""evaluate_generator: every figure means what its name says, and nothing is touched."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import make_llama, make_tasks
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+
+import hf_icm_lora.evaluation as evaluation
+from hf_icm_lora import (
+    CollectionArguments,
+    IncompatibleAdapterError,
+    LoraGeneratorConfig,
+    LoraGeneratorModel,
+    LoraZoo,
+    Task,
+    TaskError,
+    TaskVectorExtractor,
+    TaskVectorSpec,
+    ZooError,
+    collect_zoo,
+    evaluate_generator,
+    format_report,
+    recovered_gain,
+)
+from hf_icm_lora.evaluation import read_report
+
+SEEN, UNSEEN = ["shift/1", "shift/2", "shift/3"], ["shift/4"]
+ROWS = ["base", "task_lora", "generated", "wrong_condition", "mean_lora", "nearest_lora", "top_k_merge", "ridge",
+        "few_shot_prompt"]  # fmt: skip
+SIZES = dict(hidden_size=32, intermediate_size=64, num_encoder_layers=1, num_decoder_layers=1, latent_size=4)
+IDS = torch.arange(2, 42).reshape(2, 20)
+
+
+def make_zoo(folder, tokenizer, num_tasks=4, **kwargs):
+    base, tasks = make_llama(), make_tasks(num_tasks)
+    lora_config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    args = CollectionArguments(output_dir=folder, max_steps=8, eval_steps=4, use_cpu=True, **kwargs)
+    zoo = collect_zoo(folder / "zoo", base, tokenizer, tasks, lora_config, args)
+    extractor = TaskVectorExtractor(TaskVectorSpec(num_demonstrations=4, num_draws=4))
+    zoo.add_task_vectors(extractor.extract(base, tokenizer, tasks))
+    return zoo
+
+
+def make_generator(seen):
+    torch.manual_seed(0)
+    generator = LoraGeneratorModel(LoraGeneratorConfig.from_zoo(seen, **SIZES)).eval()
+    generator.fit_normalizer(seen.as_dataset())
+    with torch.no_grad():
+        for parameter in generator.parameters():
+            parameter.mul_(10 if parameter.ndim > 1 else 1)  # or the condition would hardly matter untrained
+    return generator
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory, tokenizer):
+    return make_zoo(tmp_path_factory.mktemp("evaluation"), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def generator(zoo):
+    return make_generator(zoo.subset(SEEN))
+
+
+@pytest.fixture(scope="module")
+def report_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("report")
+
+
+@pytest.fixture(scope="module")
+def report(zoo, generator, tokenizer, report_dir):
+    return evaluate_generator(generator, make_llama(), tokenizer, zoo, make_tasks(), output_dir=report_dir)
+
+
+@pytest.fixture
+def rivals(zoo):
+    return evaluation._Rivals(zoo.subset(SEEN))
+
+
+def state(model):
+    """Everything that must come back: logits, modes, gradients, modules, hooks."""
+    with torch.no_grad():
+        logits = model(input_ids=IDS).logits
+    modes = {name: module.training for name, module in model.named_modules()}
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    hooks = len(model.lm_head._forward_hooks) + len(model.lm_head._forward_pre_hooks)
+    return logits, (modes, flags, hooks)
+
+
+def assert_unchanged(model, before):
+    logits, rest = state(model)
+    assert not any(isinstance(module, LoraLayer) for module in model.modules())
+    assert torch.equal(logits, before[0])
+    assert rest == before[1]
+
+
+@pytest.mark.parametrize(
+    ("base", "loss", "oracle", "gain"),
+    [(3, 3, 1, 0), (3, 1, 1, 1), (3, 2, 1, 0.5), (3, 0, 1, 1), (3, 9, 1, -1), (3, 4, 1, -0.5), (1, 0, 1, None),
+     (1, 1, 2, None), (1, 0.5, 1.5, None), (2, 5, 1, -1)],
+)  # fmt: skip
+def test_recovered_gain(base, loss, oracle, gain):
+    assert recovered_gain(base, loss, oracle) == gain
+
+
+# The report
+
+
+def test_report_has_the_documented_shape(report):
+    assert {"command", "date", "versions", "machine", "seed", "splits", "storage", "seconds"} <= set(report)
+    assert set(report["versions"]) >= {"python", "hf_icm_lora", "transformers", "peft", "torch"}
+    assert list(report["splits"]) == ["seen", "unseen"]
+    for split, names in (("seen", SEEN), ("unseen", UNSEEN)):
+        assert list(report["splits"][split]) == ROWS
+        for row in report["splits"][split].values():
+            assert set(row) == {"mean_recovered_gain", "median_recovered_gain", "min_recovered_gain", "mean_loss",
+                                "exact_match", "tasks"}  # fmt: skip
+            assert list(row["tasks"]) == names
+            assert all({"loss", "exact_match", "recovered_gain"} <= set(score) for score in row["tasks"].values())
+    assert all({"relative_error", "cosine"} <= set(s) for s in report["splits"]["seen"]["generated"]["tasks"].values())
+
+
+def test_report_is_strict_json_and_stands_in_its_files(report, report_dir):
+    text = json.dumps(report, allow_nan=False)
+    assert json.loads(text) == report
+    assert sorted(path.name for path in report_dir.iterdir()) == ["evaluation.json", "evaluation.md"]
+    assert read_report(report_dir / "evaluation.json") == report
+    assert (report_dir / "evaluation.md").read_text(encoding="utf-8") == format_report(report)
+
+
+def test_table_shows_every_row(report):
+    table = format_report(report)
+    assert "### Seen tasks (3)" in table
+    assert "### Unseen tasks (1)" in table
+    assert all(table.count(f"| {row} |") == 2 for row in ROWS)
+
+
+def test_base_gains_nothing_and_the_task_lora_everything(report):
+    scores = [(split, name) for split, names in (("seen", SEEN), ("unseen", UNSEEN)) for name in names]
+    gains = {row: [report["splits"][s][row]["tasks"][n]["recovered_gain"] for s, n in scores] for row in ROWS}
+    assert gains["base"] == [0] * 4
+    assert gains["task_lora"] == [1] * 4
+    assert all(-1 <= gain <= 1 for row in gains.values() for gain in row)
+
+
+def test_summary_is_that_of_its_tasks(report):
+    for row in report["splits"]["seen"].values():
+        gains = sorted(score["recovered_gain"] for score in row["tasks"].values())
+        assert row["mean_recovered_gain"] == pytest.approx(sum(gains) / 3)
+        assert row["median_recovered_gain"] == gains[1]
+        assert row["min_recovered_gain"] == gains[0]
+        assert row["mean_loss"] == pytest.approx(sum(score["loss"] for score in row["tasks"].values()) / 3)
+
+
+def test_losses_are_those_of_transformers(report, zoo, tokenizer):
+    """Base and task LoRA, computed with the model's own loss, one sample at a time."""
+    for name in (*SEEN, *UNSEEN):
+        task = next(task for task in make_tasks() if task.name == name)
+        split = report["splits"]["seen" if name in SEEN else "unseen"]
+        adapted = make_llama()
+        weights = zoo.load_snapshot(name)
+        scaling = zoo.lora_config["lora_alpha"] / zoo.lora_config["r"]
+        with torch.no_grad():
+            for key in weights:
+                if ".lora_A." in key:
+                    module = adapted.get_submodule(
+                        key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+                    )
+                    module.weight += scaling * weights[key.replace("lora_A", "lora_B")] @ weights[key]
+            for row, model in (("base", make_llama()), ("task_lora", adapted)):
+                total, tokens = 0.0, 0
+                for prompt, completion in task.test:
+                    read, scored = f"Input: {prompt}\nOutput:", f" {completion}\n"
+                    ids = torch.tensor([tokenizer(read + scored)["input_ids"]])
+                    labels = ids.clone()
+                    labels[:, : len(tokenizer(read)["input_ids"])] = -100
+                    count = int((labels != -100).sum())
+                    total, tokens = total + count * model(input_ids=ids, labels=labels).loss.item(), tokens + count
+                assert split[row]["tasks"][name]["loss"] == pytest.approx(total / tokens, rel=1e-4)
+
+
+def test_losses_do_not_depend_on_the_batch_size(report, zoo, generator, tokenizer):
+    again = evaluate_generator(generator, make_llama(), tokenizer, zoo, make_tasks(), batch_size=3)
+    for split in report["splits"]:
+        for row in ROWS:
+            expected = report["splits"][split][row]["mean_loss"]
+            assert again["splits"][split][row]["mean_loss"] == pytest.approx(expected, rel=1e-4), row
+
+
+def test_storage(report, zoo, generator):
+    storage = report["storage"]
+    parameters = sum(tensor.numel() for tensor in generator.state_dict().values())
+    assert storage["generator_bytes"] == 4 * parameters
+    assert storage["adapter_bytes"] == 2 * (zoo.layout.num_weights + zoo.layout.num_shared_weights)
+    assert storage["num_seen_tasks"] == 3
+    assert storage["ratio"] == pytest.approx(storage["generator_bytes"] / (3 * storage["adapter_bytes"]), abs=1e-3)
+    assert storage["break_even_tasks"] == math.ceil(storage["generator_bytes"] / storage["adapter_bytes"])
+
+
+def test_seconds_are_measured(report):
+    assert set(report["seconds"]) >= {"task_vector", "generation", "attachment", "fine_tuning", "evaluation"}
+    assert all(value >= 0 for value in report["seconds"].values())
+    assert report["seconds"]["fine_tuning"] > 0
+    assert report["seconds"]["evaluation"] > 0
+
+
+@pytest.mark.parametrize("names", [SEEN, UNSEEN])
+def test_split_without_tasks_is_left_out(zoo, generator, tokenizer, names):
+    tasks = [task for task in make_tasks() if task.name in names]
+    report = evaluate_generator(generator, make_llama(), tokenizer, zoo, tasks)
+    assert list(report["splits"]) == (["seen"] if names == SEEN else ["unseen"])
+    json.dumps(report, allow_nan=False)
+    format_report(report)
+
+
+def test_task_that_fine_tuning_did_not_help_has_no_gain(zoo, generator, tokenizer, monkeypatch):
+    """Its row stays, with the loss; means leave it out; the table says so."""
+    score = evaluation._score
+
+    def spoiled(model, collate, task, batch_size):
+        scores = score(model, collate, task, batch_size)
+        return scores | {"loss": 5.0} if task.name in ("shift/1", "shift/4") else scores
+
+    monkeypatch.setattr(evaluation, "_score", spoiled)
+    report = evaluate_generator(generator, make_llama(), tokenizer, zoo, make_tasks())
+    seen, unseen = report["splits"]["seen"]["generated"], report["splits"]["unseen"]["generated"]
+    assert seen["tasks"]["shift/1"]["recovered_gain"] is None
+    others = [seen["tasks"][name]["recovered_gain"] for name in SEEN[1:]]
+    assert seen["mean_recovered_gain"] == pytest.approx(sum(others) / 2)
+    assert unseen["mean_recovered_gain"] is unseen["median_recovered_gain"] is unseen["min_recovered_gain"] is None
+    assert unseen["mean_loss"] == 5.0
+    json.dumps(report, allow_nan=False)
+    table = format_report(report)
+    assert "| generated | - | - | - | 5.000 |" in table
+    assert "fine-tuning gained nothing: shift/1" in table
+
+
+def test_zoo_that_trains_both_matrices(tmp_path, tokenizer):
+    zoo = make_zoo(tmp_path, tokenizer, num_tasks=3, freeze_a=False)
+    generator = make_generator(zoo.subset(SEEN[:2]))
+    report = evaluate_generator(generator, make_llama(), tokenizer, zoo, make_tasks(3))
+    assert [row["recovered_gain"] for row in report["splits"]["seen"]["task_lora"]["tasks"].values()] == [1, 1]
+    json.dumps(report, allow_nan=False)
+
+
+# The base model
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_base_comes_back_unchanged(zoo, generator, tokenizer, training):
+    base = make_llama().train(training)
+    base.lm_head.eval()
+    base.model.layers[0].requires_grad_(False)
+    before = state(base)
+    evaluate_generator(generator, base, tokenizer, zoo, make_tasks())
+    assert_unchanged(base, before)
+
+
+def test_base_comes_back_unchanged_after_an_error(zoo, generator, tokenizer, monkeypatch):
+    base = make_llama().train()
+    before, calls = state(base), []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return {"loss": 1.0, "exact_match": 0.0}
+
+    monkeypatch.setattr(evaluation, "_score", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_generator(generator, base, tokenizer, zoo, make_tasks())
+    assert_unchanged(base, before)
+
+
+def test_generator_and_global_random_state_are_left_alone(zoo, generator, tokenizer):
+    before, base = {name: tensor.clone() for name, tensor in generator.state_dict().items()}, make_llama()
+    torch.manual_seed(3)
+    rng = torch.get_rng_state()
+    evaluate_generator(generator, base, tokenizer, zoo, make_tasks())
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert all(torch.equal(before[name], tensor) for name, tensor in generator.state_dict().items())
+
+
+# Who is compared with whom
+
+
+@pytest.mark.parametrize("place", range(4))
+@pytest.mark.parametrize("unseen", ["shift/1", "shift/4"])
+def test_wrong_condition_is_another_task_of_the_split_where_there_is_one(zoo, tokenizer, monkeypatch, unseen, place):
+    generator = make_generator(zoo.subset([name for name in (*SEEN, *UNSEEN) if name != unseen]))
+    tasks = [task for task in make_tasks() if task.name != unseen]
+    tasks.insert(place, next(task for task in make_tasks() if task.name == unseen))
+    vectors, decode = [], generator.decode_task_vector
+    monkeypatch.setattr(generator, "decode_task_vector", lambda vector: (vectors.append(vector), decode(vector))[1])
+    evaluate_generator(generator, make_llama(), tokenizer, zoo, tasks)
+    assert len(vectors) == 8
+    pairs = list(zip(vectors[::2], vectors[1::2], strict=True))
+    assert not any(torch.equal(own, other) for own, other in pairs)
+    seen = [own for own, _ in pairs[:3]]
+    assert all(any(torch.equal(other, vector) for vector in seen) for _, other in pairs[:3])
+
+
+def test_everyone_is_given_the_same_examples(zoo, generator, tokenizer, monkeypatch):
+    """The first `num_examples` demo samples, in the task vector and in the prompt; never a test sample."""
+    given, contexts = [], []
+    vector, collator = TaskVectorExtractor.vector, evaluation.CompletionCollator
+
+    def spy_vector(self, base, processing_class, examples=None, description=None):
+        given.append((list(examples), description))
+        return vector(self, base, processing_class, examples, description)
+
+    def spy_collator(processing_class, is_encoder_decoder, template, context, **kwargs):
+        contexts.append(context)
+        return collator(processing_class, is_encoder_decoder, template, context, **kwargs)
+
+    monkeypatch.setattr(TaskVectorExtractor, "vector", spy_vector)
+    monkeypatch.setattr(evaluation, "CompletionCollator", spy_collator)
+    tasks = make_tasks()
+    evaluate_generator(generator, make_llama(), tokenizer, zoo, tasks, num_examples=5)
+    assert given == [(list(task.demo[:5]), None) for task in tasks]
+    shown = [context for context in contexts if context]
+    assert shown == ["".join(f"Input: {s.prompt}\nOutput: {s.completion}\n" for s in task.demo[:5]) for task in tasks]
+    assert len(contexts) - len(shown) == 4 * (len(ROWS) - 1)
+
+
+def test_nearest_and_merge_never_pick_the_task_itself(zoo, rivals):
+    banks = zoo.task_vectors.banks
+    for index, name in enumerate(SEEN):
+        vector = banks[name]["demonstrations"]
+        nearest = rivals.nearest(vector, name)
+        assert any(torch.equal(nearest, zoo.lora_weights(other)) for other in SEEN if other != name)
+        assert torch.equal(rivals.nearest(vector, "unknown"), zoo.lora_weights(name))
+        merged = rivals.top_k_merge(vector, name)
+        kept = rivals.weights[index].clone()
+        rivals.weights[index] = 1e6
+        assert torch.equal(rivals.top_k_merge(vector, name), merged)
+        rivals.weights[index] = kept
+
+
+def test_merge_is_a_convex_combination(zoo, rivals):
+    vector = zoo.task_vectors.banks["shift/4"]["demonstrations"]
+    merged = rivals.top_k_merge(vector, "shift/4")
+    assert (merged <= rivals.weights.max(0).values + 1e-6).all()
+    assert (merged >= rivals.weights.min(0).values - 1e-6).all()
+
+
+def test_mean_is_that_of_the_seen_tasks(zoo, rivals):
+    expected = torch.stack([zoo.lora_weights(name) for name in SEEN]).mean(0)
+    assert torch.equal(rivals.mean, expected)
+
+
+def test_ridge_reproduces_the_seen_tasks_as_its_penalty_vanishes(zoo, rivals):
+    banks = zoo.task_vectors.banks
+
+    def worst(penalty):
+        rivals.dual = torch.linalg.solve(rivals._penalized(penalty), rivals.weights - rivals.mean)
+        errors = [rivals.ridge(banks[n]["demonstrations"]) - rivals.weights[i] for i, n in enumerate(rivals.names)]
+        return max(error.norm() / rivals.weights.norm() for error in errors)
+
+    assert worst(1e-5) < 1e-3
+    assert worst(1e-5) < worst(1e-1) < worst(10.0)
+    rivals.dual = torch.linalg.solve(rivals._penalized(1e8), rivals.weights - rivals.mean)
+    torch.testing.assert_close(rivals.ridge(banks["shift/4"]["demonstrations"]), rivals.mean, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("penalty", [0.01, 0.3, 10.0])
+def test_leaving_one_out_in_closed_form_equals_brute_force(rivals, penalty):
+    """Up to what centres the data, which is the mean over all seen tasks in both."""
+    targets, residuals = rivals.weights - rivals.mean, []
+    for i in range(len(rivals.names)):
+        rest = [j for j in range(len(rivals.names)) if j != i]
+        kernel = rivals.kernel[rest][:, rest] + penalty * torch.eye(len(rest))
+        residuals.append(targets[i] - rivals.kernel[i, rest] @ torch.linalg.solve(kernel, targets[rest]))
+    expected = torch.stack(residuals).square().mean().item()
+    assert rivals._ridge_error(penalty) == pytest.approx(expected, rel=1e-3)
+
+
+def test_penalty_and_temperature_are_the_best_of_those_tried(rivals):
+    errors = {penalty: rivals._ridge_error(penalty) for penalty in (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)}
+    assert errors[rivals.penalty] == min(errors.values())
+    errors = {temperature: rivals._merge_error(temperature) for temperature in (0.02, 0.05, 0.1, 0.2, 0.5)}
+    assert errors[rivals.temperature] == min(errors.values())
+    assert len(set(errors.values())) > 1
+
+
+# Refusals, before anything is computed
+
+
+@pytest.fixture
+def counted():
+    """A base model that counts its forward passes."""
+    base = make_llama()
+    base.calls = 0
+
+    def count(*_):
+        base.calls += 1
+
+    base.model.register_forward_pre_hook(count)
+    return base
+
+
+def test_generator_of_another_layout_is_refused(counted, zoo, tokenizer):
+    layout = zoo.layout.to_dict()
+    config = LoraGeneratorConfig.from_zoo(zoo.subset(SEEN), **SIZES)
+    config.layout = layout | {"modules": layout["modules"][:-1]}
+    with pytest.raises(IncompatibleAdapterError, match="layout or base model"):
+        evaluate_generator(LoraGeneratorModel(config), counted, tokenizer, zoo, make_tasks())
+    assert counted.calls == 0
+
+
+def test_generator_of_another_base_is_refused(counted, zoo, tokenizer):
+    config = LoraGeneratorConfig.from_zoo(zoo.subset(SEEN), **SIZES)
+    config.base_model_fingerprint = "0" * 64
+    with pytest.raises(IncompatibleAdapterError, match="layout or base model"):
+        evaluate_generator(LoraGeneratorModel(config), counted, tokenizer, zoo, make_tasks())
+    assert counted.calls == 0
+
+
+def test_zoo_with_another_lora_a_is_refused(counted, tmp_path, generator, tokenizer):
+    """Same base, same layout, another seed: its LoRAs on the generator's A would be other adapters."""
+    zoo = make_zoo(tmp_path, tokenizer, seed=7)
+    with pytest.raises(IncompatibleAdapterError, match="another lora_A"):
+        evaluate_generator(generator, counted, tokenizer, zoo, make_tasks())
+    assert counted.calls == 0
+
+
+def test_another_base_model_is_refused(zoo, generator, tokenizer):
+    """As the documentation says: zoo, generator and base model must belong together."""
+    other = make_llama(seed=1)
+    before = state(other)
+    with pytest.raises(IncompatibleAdapterError, match="fingerprint"):
+        evaluate_generator(generator, other, tokenizer, zoo, make_tasks())
+    assert_unchanged(other, before)
+
+
+def test_task_without_a_lora_is_refused_before_any_forward_pass(counted, zoo, generator, tokenizer):
+    with pytest.raises(ZooError, match="shift/5"):
+        evaluate_generator(generator, counted, tokenizer, zoo, make_tasks(5))
+    assert counted.calls == 0
+
+
+def test_seen_task_without_a_lora_is_refused_before_any_forward_pass(counted, zoo, tokenizer):
+    generator = make_generator(zoo.subset(SEEN))
+    generator.config.training_tasks = ["shift/1", "lost"]
+    with pytest.raises(ZooError, match="lost"):
+        evaluate_generator(generator, counted, tokenizer, zoo, make_tasks())
+    assert counted.calls == 0
+
+
+@pytest.mark.parametrize("split", ["demo", "test"])
+def test_task_without_samples_is_refused(counted, zoo, generator, tokenizer, split):
+    task = make_tasks()[0]
+    parts = {name: getattr(task, name) for name in ("train", "demo", "test") if name != split}
+    with pytest.raises(TaskError, match=f"'shift/1' has 0 '{split}' samples"):
+        evaluate_generator(generator, counted, tokenizer, zoo, [Task("shift/1", **parts), *make_tasks()[1:]])
+    assert counted.calls == 0
+
+
+def test_no_tasks_are_refused(counted, zoo, generator, tokenizer):
+    with pytest.raises(TaskError, match="at least one task"):
+        evaluate_generator(generator, counted, tokenizer, zoo, [])
+
+
+def test_base_with_adapters_is_refused_and_keeps_them(zoo, generator, tokenizer):
+    model = generator.generate_adapter(make_llama(), task_vector=torch.zeros(32), adapter_name="mine")
+    with pytest.raises(IncompatibleAdapterError, match="without adapters"):
+        evaluate_generator(generator, model, tokenizer, zoo, make_tasks())
+    assert list(model.peft_config) == ["mine"]
+    assert any(isinstance(module, LoraLayer) for module in model.modules())
+
+
+def test_zoo_may_be_reopened(zoo):
+    assert LoraZoo(zoo.path).task_vectors.banks.keys() == {*SEEN, *UNSEEN}

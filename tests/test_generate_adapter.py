@@ -1,0 +1,383 @@
+"""The contract of `generate_adapter`: an ordinary PEFT model, from what a user has, and a base left as it was."""
+
+import copy
+import json
+
+import pytest
+import torch
+from conftest import LORA_TARGETS, make_gpt2, make_llama, make_t5, make_tasks
+from peft import LoraConfig, PeftModel, PeftModelForCausalLM, PeftModelForSeq2SeqLM, get_peft_model
+from peft.tuners.lora import LoraLayer
+from transformers import LlamaForCausalLM
+
+from hf_icm_lora import (
+    CollectionArguments,
+    IncompatibleAdapterError,
+    LoraGeneratorConfig,
+    LoraGeneratorModel,
+    TaskError,
+    TaskVectorError,
+    TaskVectorExtractor,
+    TaskVectorSpec,
+    attach_adapter,
+    collect_zoo,
+)
+from hf_icm_lora.adapter import adapter_state_dict, base_model_fingerprint
+
+EXAMPLES = [("ab", "bc"), ("cd", "de"), ("ef", "fg"), ("gh", "hi")]
+DESCRIPTION = "Shift each letter by 1."
+SIZES = dict(hidden_size=32, intermediate_size=64, num_encoder_layers=1, num_decoder_layers=1, latent_size=4)
+IDS = torch.arange(2, 42).reshape(2, 20)
+
+
+@pytest.fixture(scope="module")
+def base_path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("base")
+    make_llama().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def load_base(base_path):
+    return lambda: LlamaForCausalLM.from_pretrained(base_path)
+
+
+@pytest.fixture
+def base(load_base):
+    return load_base()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tokenizer, base_path):
+    """A generator for the zoo of three tasks, whose weights are large enough to be seen in the logits."""
+    folder, tasks = tmp_path_factory.mktemp("generate"), make_tasks(3)
+    base = LlamaForCausalLM.from_pretrained(base_path)
+    lora_config = LoraConfig(r=4, lora_alpha=8, target_modules=["v_proj", "q_proj"], task_type="CAUSAL_LM")
+    args = CollectionArguments(output_dir=folder / "out", max_steps=8, eval_steps=4, use_cpu=True)
+    zoo = collect_zoo(folder / "zoo", base, tokenizer, tasks, lora_config, args)
+    extractor = TaskVectorExtractor(TaskVectorSpec(num_demonstrations=4, num_draws=4))
+    zoo.add_task_vectors(extractor.extract(base, tokenizer, tasks))
+    return amplified(LoraGeneratorConfig.from_zoo(zoo, **SIZES), zoo.as_dataset())
+
+
+@pytest.fixture
+def generator(trained):
+    return copy.deepcopy(trained)
+
+
+@pytest.fixture
+def task_vector():
+    return torch.randn(3, 1, 32, generator=torch.Generator().manual_seed(1))
+
+
+def amplified(config, dataset=None):
+    """A generator as at its initialization, but with ten times its weights, so that conditions and draws matter."""
+    torch.manual_seed(0)
+    generator = LoraGeneratorModel(config).eval()
+    if dataset is not None:
+        generator.fit_normalizer(dataset)
+    with torch.no_grad():
+        for parameter in generator.parameters():
+            parameter.mul_(10 if parameter.ndim > 1 else 1)
+    return generator
+
+
+@torch.no_grad()
+def logits(model, **kwargs):
+    inputs = {"input_ids": IDS} | ({"decoder_input_ids": IDS} if model.config.is_encoder_decoder else {})
+    return model(**inputs, **kwargs).logits
+
+
+def adapters(model, name="default"):
+    return {key: tensor.clone() for key, tensor in adapter_state_dict(model, name).items()}
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def assert_untouched(base, before):
+    assert not any(isinstance(module, LoraLayer) for module in base.modules())
+    assert torch.equal(logits(base), before)
+
+
+def test_returns_a_peft_model_in_eval_mode_with_a_frozen_active_adapter(base, generator, task_vector):
+    model = generator.generate_adapter(base, task_vector=task_vector)
+    assert type(model) is PeftModelForCausalLM
+    assert list(model.peft_config) == model.active_adapters == ["default"]
+    assert not any(module.training for module in model.modules())
+    assert not any(parameter.requires_grad for name, parameter in model.named_parameters() if "lora_" in name)
+    assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.float32}
+
+
+def test_equals_generate_lora_weights_attached(base, generator, task_vector, load_base):
+    before = logits(base)
+    weights = generator.generate_lora_weights(task_vector)
+    model = generator.generate_adapter(base, task_vector=task_vector)
+    assert equal(adapters(model), weights)
+    attached = attach_adapter(load_base(), generator.adapter_config(), weights)
+    assert torch.equal(logits(model), logits(attached))
+    assert not torch.allclose(logits(model), before, atol=1e-3)
+
+
+def test_unload_gives_back_the_base(base, generator, task_vector):
+    before = logits(base)
+    model = generator.generate_adapter(base, task_vector=task_vector)
+    assert model.get_base_model() is base
+    assert not torch.equal(logits(model), before)
+    assert_untouched(model.unload(), before)
+
+
+def test_logits_are_those_of_base_plus_b_times_a(base, generator, task_vector, load_base):
+    weights = generator.generate_lora_weights(task_vector)
+    by_hand = load_base()
+    with torch.no_grad():
+        for key in weights:
+            if ".lora_A." in key:
+                module = by_hand.get_submodule(key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
+                module.weight += weights[key.replace("lora_A", "lora_B")] @ weights[key]
+    model = generator.generate_adapter(base, task_vector=task_vector)
+    torch.testing.assert_close(logits(model), logits(by_hand), rtol=1e-4, atol=1e-4)
+
+
+def test_is_deterministic_and_leaves_the_global_random_state_alone(generator, tokenizer, load_base):
+    inputs = {"processing_class": tokenizer, "examples": EXAMPLES, "description": DESCRIPTION}
+    bases = [load_base(), load_base()]
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = generator.generate_adapter(bases[0], **inputs)
+    assert torch.equal(before, torch.get_rng_state())
+    generator.generate_adapter(first, adapter_name="drawn", generator=torch.Generator().manual_seed(0), **inputs)
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(6)
+    assert equal(adapters(first), adapters(generator.generate_adapter(bases[1], **inputs)))
+
+
+def test_torch_generator_chooses_the_latent(generator, task_vector, load_base):
+    def generate(seed=None):
+        rng = None if seed is None else torch.Generator().manual_seed(seed)
+        return adapters(generator.generate_adapter(load_base(), task_vector=task_vector, generator=rng))
+
+    assert equal(generate(1), generate(1))
+    assert not equal(generate(1), generate(2))
+    assert not equal(generate(), generate(1))
+    prior_mean = generator(task_vector=task_vector).lora_weights.mean(0)
+    packed, _ = generator.layout.pack(generate(), generator.adapter_config())
+    torch.testing.assert_close(packed, prior_mean, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("given", [("examples",), ("description",), ("examples", "description")])
+def test_examples_and_descriptions_become_task_vectors(base, generator, tokenizer, given):
+    inputs = {name: value for name, value in (("examples", EXAMPLES), ("description", DESCRIPTION)) if name in given}
+    extractor = TaskVectorExtractor(TaskVectorSpec(**generator.config.task_vector_spec))
+    vector = extractor.vector(base, tokenizer, **inputs)
+    expected = generator.generate_lora_weights(vector)
+    assert equal(adapters(generator.generate_adapter(base, processing_class=tokenizer, **inputs)), expected)
+
+
+def test_what_is_given_matters(generator, tokenizer, load_base):
+    inputs = [{"examples": EXAMPLES}, {"description": DESCRIPTION}, {"examples": EXAMPLES, "description": DESCRIPTION},
+              {"examples": EXAMPLES[:2]}, {"description": "Say no."}]  # fmt: skip
+    generated = [
+        adapters(generator.generate_adapter(load_base(), processing_class=tokenizer, **each)) for each in inputs
+    ]
+    assert not any(equal(generated[i], generated[j]) for i in range(len(inputs)) for j in range(i))
+
+
+def test_draws_of_the_task_vector_are_averaged(generator, task_vector):
+    packed = generator.decode_task_vector(task_vector)
+    alone = torch.stack([generator.decode_task_vector(draw) for draw in task_vector])
+    assert alone.std(0).max() > 1e-4
+    torch.testing.assert_close(packed, alone.mean(0), rtol=1e-4, atol=1e-6)
+
+
+# Refusals: the base stays as it was
+
+
+def test_wrong_base_model_is_refused_with_both_fingerprints(generator, task_vector):
+    other = make_llama(seed=1)
+    before = logits(other)
+    expected, found = generator.config.base_model_fingerprint[:12], base_model_fingerprint(other)[:12]
+    with pytest.raises(IncompatibleAdapterError, match=rf"(?s){expected}.*{found}.*check_base_model=False"):
+        generator.generate_adapter(other, task_vector=task_vector)
+    assert_untouched(other, before)
+
+
+@pytest.mark.filterwarnings("ignore:The PEFT config's `base_model_name_or_path` was renamed")
+def test_check_base_model_can_be_switched_off(generator, task_vector):
+    model = generator.generate_adapter(make_llama(seed=1), task_vector=task_vector, check_base_model=False)
+    assert equal(adapters(model), generator.generate_lora_weights(task_vector))
+
+
+def test_base_of_another_shape_is_refused_even_unchecked(generator, task_vector):
+    for other in (make_gpt2(), make_t5()):
+        before = logits(other)
+        with pytest.raises(IncompatibleAdapterError, match="has no module"):
+            generator.generate_adapter(other, task_vector=task_vector, check_base_model=False)
+        assert_untouched(other, before)
+
+
+def test_nothing_given_is_refused(base, generator, tokenizer):
+    before = logits(base)
+    for nothing in ({}, {"examples": []}, {"examples": (), "description": ""}):
+        with pytest.raises(TaskError, match="task_vector, examples or a description"):
+            generator.generate_adapter(base, processing_class=tokenizer, **nothing)
+    assert_untouched(base, before)
+
+
+@pytest.mark.parametrize("extra", [{"examples": EXAMPLES}, {"description": DESCRIPTION}])
+def test_a_vector_and_examples_are_refused(base, generator, tokenizer, task_vector, extra):
+    before = logits(base)
+    with pytest.raises(TaskError, match="found both"):
+        generator.generate_adapter(base, task_vector=task_vector, processing_class=tokenizer, **extra)
+    assert_untouched(base, before)
+
+
+@pytest.mark.parametrize("given", [{"examples": EXAMPLES}, {"description": DESCRIPTION}])
+def test_missing_processing_class_is_refused(base, generator, given):
+    before = logits(base)
+    with pytest.raises(TaskError, match="processing_class"):
+        generator.generate_adapter(base, **given)
+    assert_untouched(base, before)
+
+
+def test_malformed_examples_are_refused(base, generator, tokenizer):
+    before = logits(base)
+    with pytest.raises(TaskError, match=r"examples\[1\]"):
+        generator.generate_adapter(base, processing_class=tokenizer, examples=[("a", "b"), ("a", "b", "c")])
+    assert_untouched(base, before)
+
+
+@pytest.mark.parametrize("vector", [torch.zeros(1, 1, 31), torch.full((1, 1, 32), float("nan"))])
+def test_unusable_task_vector_is_refused(base, generator, vector):
+    before = logits(base)
+    with pytest.raises(TaskVectorError, match="Expected a task vector of shape|not finite"):
+        generator.generate_adapter(base, task_vector=vector)
+    assert_untouched(base, before)
+
+
+# Several adapters
+
+
+def test_second_adapter_keeps_the_first(base, generator, task_vector):
+    model = generator.generate_adapter(base, task_vector=task_vector, adapter_name="one")
+    weights, before = adapters(model, "one"), logits(model)
+    again = generator.generate_adapter(model, task_vector=-task_vector, adapter_name="two")
+    assert again is model
+    assert model.active_adapters == ["two"]
+    assert equal(adapters(model, "one"), weights)
+    assert equal(adapters(model, "two"), generator.generate_lora_weights(-task_vector))
+    assert not torch.equal(logits(model), before)
+    model.set_adapter("one")
+    assert torch.equal(logits(model), before)
+
+
+def test_adapter_that_a_user_trained_stays(base, generator, task_vector):
+    """Another rank, other modules, PEFT's own initialization."""
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["k_proj"], init_lora_weights=False), "users")
+    weights, before = adapters(model, "users"), logits(model)
+    generator.generate_adapter(model, task_vector=task_vector, adapter_name="generated")
+    model.set_adapter("users")
+    assert equal(adapters(model, "users"), weights)
+    assert torch.equal(logits(model), before)
+
+
+def test_examples_are_read_without_the_adapters_that_are_there(base, generator, tokenizer, task_vector, load_base):
+    expected = adapters(generator.generate_adapter(load_base(), processing_class=tokenizer, examples=EXAMPLES))
+    model = generator.generate_adapter(base, task_vector=task_vector)
+    generator.generate_adapter(model, processing_class=tokenizer, examples=EXAMPLES, adapter_name="two")
+    assert equal(adapters(model, "two"), expected)
+
+
+def test_same_name_is_overwritten_in_place(base, generator, task_vector, load_base):
+    model = generator.generate_adapter(base, task_vector=task_vector)
+    pointers = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    again = generator.generate_adapter(model, task_vector=-task_vector)
+    assert again is model
+    assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == pointers
+    assert equal(adapters(model), generator.generate_lora_weights(-task_vector))
+    fresh = generator.generate_adapter(load_base(), task_vector=-task_vector)
+    assert torch.equal(logits(model), logits(fresh))
+    assert list(model.peft_config) == ["default"]
+
+
+# What is saved is an ordinary adapter
+
+
+def test_saved_adapter_loads_in_peft(tmp_path, base, base_path, generator, task_vector):
+    model = generator.generate_adapter(base, task_vector=task_vector)
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} <= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "README.md",
+    }
+    stored = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert stored["lora_alpha"] == stored["r"] == 4
+    assert stored["use_rslora"] is False
+    assert stored["rank_pattern"] == stored["alpha_pattern"] == {}
+    assert sorted(stored["target_modules"]) == ["q_proj", "v_proj"]
+    assert stored["base_model_name_or_path"] == str(base_path)
+    assert stored["task_type"] == "CAUSAL_LM"
+    assert stored["inference_mode"] is True
+    again = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base_path), tmp_path)
+    assert type(again) is PeftModelForCausalLM
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_saved_configuration_does_not_depend_on_the_hash_seed(tmp_path, base, generator, task_vector):
+    """PEFT keeps the modules' names as a set, whose order Python shuffles anew in every process."""
+    generator.config.lora_config["target_modules"] = sorted(["q_proj", "v_proj", *(f"none_{i}" for i in range(12))])
+    generator.generate_adapter(base, task_vector=task_vector).save_pretrained(tmp_path)
+    modules = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    assert modules == sorted(modules)
+
+
+def test_merging_gives_the_logits_of_the_adapter(base, generator, task_vector):
+    model = generator.generate_adapter(base, task_vector=task_vector)
+    before = logits(model)
+    merged = model.merge_and_unload()
+    assert type(merged) is LlamaForCausalLM
+    torch.testing.assert_close(logits(merged), before, rtol=1e-4, atol=1e-4)
+
+
+def test_generator_may_be_in_bfloat16(tmp_path, base, generator, task_vector):
+    generator.save_pretrained(tmp_path)
+    half = LoraGeneratorModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    model = half.generate_adapter(base, task_vector=task_vector)
+    assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in adapters(model).values())
+
+
+def test_base_may_be_in_bfloat16(base_path, generator, tokenizer):
+    base = LlamaForCausalLM.from_pretrained(base_path, dtype=torch.bfloat16)
+    before = logits(base)
+    model = generator.generate_adapter(base, processing_class=tokenizer, examples=EXAMPLES)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert logits(model).isfinite().all()
+    assert not torch.equal(logits(model), before)
+    assert_untouched(model.unload(), before)
+
+
+@pytest.mark.parametrize("architecture", ["transformer", "conv1d"])
+@pytest.mark.parametrize("kind", ["gpt2", "t5"])
+def test_works_on_other_architectures(tmp_path, tokenizer, kind, architecture):
+    make = {"gpt2": make_gpt2, "t5": make_t5}[kind]
+    tasks, task_type = make_tasks(2), {"gpt2": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM"}[kind]
+    lora_config = LoraConfig(
+        r=4, target_modules=LORA_TARGETS[kind], task_type=task_type, fan_in_fan_out=kind == "gpt2"
+    )  # fmt: skip
+    args = CollectionArguments(output_dir=tmp_path / "out", max_steps=2, eval_steps=2, use_cpu=True)
+    zoo = collect_zoo(tmp_path / "zoo", make(), tokenizer, tasks, lora_config, args)
+    extractor = TaskVectorExtractor(TaskVectorSpec(num_demonstrations=4, num_draws=2))
+    zoo.add_task_vectors(extractor.extract(make(), tokenizer, tasks))
+    config = LoraGeneratorConfig.from_zoo(zoo, architecture=architecture, **SIZES)
+    generator = amplified(config, zoo.as_dataset())
+    base = make()
+    before = logits(base)
+    model = generator.generate_adapter(base, processing_class=tokenizer, examples=EXAMPLES, description=DESCRIPTION)
+    assert type(model) is {"gpt2": PeftModelForCausalLM, "t5": PeftModelForSeq2SeqLM}[kind]
+    adapted = logits(model)
+    assert not torch.equal(adapted, before)
+    model.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(PeftModel.from_pretrained(make(), tmp_path / "adapter")), adapted)
+    assert_untouched(model.unload(), before)

@@ -1,0 +1,334 @@
+"""Task vectors: what the plain base model's hidden states say, whatever batch, padding or adapter is around."""
+
+import copy
+import json
+
+import pytest
+import torch
+from conftest import make_gpt2, make_llama, make_t5, make_tasks
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+
+from hf_icm_lora import Sample, Task, TaskError, TaskVectorError, TaskVectorExtractor, TaskVectors, TaskVectorSpec
+from hf_icm_lora.adapter import adapter_state_dict, attach_adapter, base_model_fingerprint
+from hf_icm_lora.completion import DEFAULT_TEMPLATE, fill_template
+
+SPEC = TaskVectorSpec(num_demonstrations=5, min_demonstrations=2, num_draws=6)
+EXAMPLES = [("a", "b"), ("c", "dd"), ("e", "fff"), ("g", "h")]
+
+
+def assert_same(one: TaskVectors, other: TaskVectors, **tolerance):
+    assert one.spec == other.spec
+    assert one.base_model_fingerprint == other.base_model_fingerprint
+    assert list(one.banks) == list(other.banks)
+    for name, bank in one.banks.items():
+        assert bank.keys() == other.banks[name].keys()
+        for mode, vectors in bank.items():
+            torch.testing.assert_close(other.banks[name][mode], vectors, **tolerance)
+
+
+def hidden_states(model, tokenizer, text):
+    """The hidden states of one text by hand, (layers + 1, length, hidden_size)."""
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    body = model.get_encoder() if model.config.is_encoder_decoder else model
+    with torch.no_grad():
+        return torch.cat(body(input_ids=ids, output_hidden_states=True).hidden_states)
+
+
+@pytest.fixture(scope="module")
+def extracted(tokenizer):
+    return TaskVectorExtractor(SPEC).extract(make_llama(), tokenizer, make_tasks(3))
+
+
+def test_banks_have_one_vector_per_draw(extracted):
+    assert list(extracted.banks) == ["shift/1", "shift/2", "shift/3"]
+    for bank in extracted.banks.values():
+        shapes = {mode: (tuple(vectors.shape), vectors.dtype) for mode, vectors in bank.items()}
+        assert shapes == {
+            "demonstrations": ((6, 1, 32), torch.float32),
+            "both": ((6, 1, 32), torch.float32),
+            "description": ((1, 1, 32), torch.float32),
+        }
+    assert extracted.base_model_fingerprint == base_model_fingerprint(make_llama())
+    assert extracted.spec == SPEC
+
+
+def test_vectors_of_tasks_modes_and_draws_differ(extracted):
+    rows = torch.cat([vectors.flatten(1) for bank in extracted.banks.values() for vectors in bank.values()])
+    assert len(rows.unique(dim=0)) == len(rows)
+
+
+def test_extraction_is_deterministic_and_depends_on_the_seed(extracted, tokenizer):
+    again = TaskVectorExtractor(SPEC).extract(make_llama(), tokenizer, make_tasks(3))
+    assert_same(extracted, again, atol=0, rtol=0)
+    other = TaskVectorExtractor(TaskVectorSpec(**SPEC.to_dict() | {"seed": 1})).extract(
+        make_llama(), tokenizer, make_tasks(1)
+    )
+    drawn, others = (vectors.banks["shift/1"]["demonstrations"] for vectors in (extracted, other))
+    assert not torch.allclose(drawn, others)
+
+
+def test_global_random_state_is_neither_used_nor_changed(extracted, tokenizer):
+    base, tasks = make_llama(), make_tasks(3)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    assert_same(extracted, TaskVectorExtractor(SPEC).extract(base, tokenizer, tasks), atol=0, rtol=0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_other_tasks_in_the_call_do_not_matter(extracted, tokenizer):
+    alone = TaskVectorExtractor(SPEC).extract(make_llama(), tokenizer, make_tasks(3)[1:2])
+    for mode, vectors in alone.banks["shift/2"].items():
+        torch.testing.assert_close(vectors, extracted.banks["shift/2"][mode], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_batch_size_and_padding_side_do_not_matter(any_model, tokenizer, pooling):
+    model, _ = any_model
+    spec = TaskVectorSpec(**SPEC.to_dict() | {"pooling": pooling, "layers": (0, -1)})
+    expected = TaskVectorExtractor(spec, batch_size=8).extract(model, tokenizer, make_tasks(2))
+    left = copy.deepcopy(tokenizer)
+    left.padding_side, left.pad_token = "left", "a"
+    for batch_size, processing_class in ((1, tokenizer), (3, left), (8, left)):
+        found = TaskVectorExtractor(spec, batch_size).extract(model, processing_class, make_tasks(2))
+        assert_same(expected, found, atol=1e-4, rtol=1e-4)
+
+
+def test_vector_is_the_last_hidden_state_of_its_prompt(any_model, tokenizer):
+    model, _ = any_model
+    extractor = TaskVectorExtractor(TaskVectorSpec(**SPEC.to_dict() | {"layers": (0, 1, -1)}))
+    task = make_tasks(1)[0]
+    bank = extractor.extract(model, tokenizer, [task]).banks[task.name]
+    for mode, vectors in bank.items():
+        texts = extractor.prompts(task.demo, task.description, mode, task.name)
+        assert len(texts) == len(vectors)
+        for text, vector in zip(texts, vectors, strict=True):
+            expected = hidden_states(model, tokenizer, text)[[0, 1, -1], -1]
+            torch.testing.assert_close(vector, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_mean_pooling_averages_the_prompt(llama, tokenizer):
+    extractor = TaskVectorExtractor(TaskVectorSpec(num_draws=1, pooling="mean"))
+    (text,) = extractor.prompts([Sample(*e) for e in EXAMPLES], None, "demonstrations")
+    expected = hidden_states(llama, tokenizer, text)[-1].mean(0)
+    torch.testing.assert_close(extractor.vector(llama, tokenizer, EXAMPLES)[0, 0], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_long_prompts_lose_their_beginning(llama, tokenizer):
+    extractor = TaskVectorExtractor(TaskVectorSpec(num_draws=1, max_length=7))
+    (text,) = extractor.prompts([Sample(*e) for e in EXAMPLES], None, "demonstrations")
+    expected = hidden_states(llama, tokenizer, text[-7:])[-1, -1]
+    torch.testing.assert_close(extractor.vector(llama, tokenizer, EXAMPLES)[0, 0], expected, atol=1e-4, rtol=1e-4)
+
+
+# Prompts
+
+
+def test_prompts_hold_demonstrations_and_one_open_query():
+    demo = make_tasks(1)[0].demo
+    texts = TaskVectorExtractor(SPEC).prompts(demo, "Do it.", "both", "name")
+    counts = []
+    for text in texts:
+        heading, *blocks = text.split("Input: ")
+        assert heading == "Do it.\n"
+        pairs = [tuple(block.strip().split("\nOutput:")) for block in blocks]
+        answers = {sample.prompt: f" {sample.completion}" for sample in demo}
+        assert [answer for _, answer in pairs] == [answers[prompt] for prompt, _ in pairs[:-1]] + [""]
+        assert len({prompt for prompt, _ in pairs}) == len(pairs)  # the query is none of the demonstrations
+        assert text.endswith("Output:")
+        counts.append(len(pairs) - 1)
+    assert counts == sorted(counts, reverse=True)
+    assert (counts[0], counts[-1]) == (5, 2)
+
+
+def test_description_alone_is_one_prompt_without_samples():
+    demo = make_tasks(1)[0].demo
+    (text,) = TaskVectorExtractor(SPEC).prompts(demo, "Do it.", "description", "name")
+    assert text.startswith("Do it.\n")
+    assert not any(sample.prompt in text.removeprefix("Do it.") for sample in demo)
+
+
+def test_test_and_train_samples_are_never_read(extracted, tokenizer):
+    task = make_tasks(1)[0]
+    other = Task(task.name, train=[("1", "2")], demo=task.demo, test=[("3", "4")], description=task.description)
+    vectors = TaskVectorExtractor(SPEC).extract(make_llama(), tokenizer, [other]).banks[task.name]
+    torch.testing.assert_close(vectors["both"], extracted.banks[task.name]["both"], atol=1e-5, rtol=1e-5)
+
+
+def test_task_without_description_has_demonstrations_only(llama, tokenizer):
+    vectors = TaskVectorExtractor(SPEC).extract(llama, tokenizer, [Task("t", demo=EXAMPLES)])
+    assert list(vectors.banks["t"]) == ["demonstrations"]
+
+
+@pytest.mark.parametrize(
+    ("demo", "message"), [([], "has 0 'demo' samples"), ([("a", "b")], "'t' has 1 'demo' samples, .* at least 2")]
+)
+def test_extraction_needs_two_demonstrations(llama, tokenizer, demo, message):
+    with pytest.raises(TaskError, match=message):
+        TaskVectorExtractor(SPEC).extract(llama, tokenizer, [Task("t", train=[("x", "y")], demo=demo)])
+
+
+# One new task
+
+
+@pytest.mark.parametrize(
+    ("examples", "description", "draws"),
+    [
+        (EXAMPLES, None, range(2, 7)),
+        (EXAMPLES, "Do it.", range(2, 7)),
+        (None, "Do it.", [1]),
+        (EXAMPLES[:1], None, [1]),
+        (["some plain text", "more of it", "and more"], None, range(2, 7)),
+        ([{"prompt": "a", "completion": "b"}, {"text": "c"}], None, [1, 2]),
+    ],
+    ids=["examples", "both", "description", "one_example", "plain_text", "mappings"],
+)
+def test_vector_of_a_new_task(llama, tokenizer, examples, description, draws):
+    vector = TaskVectorExtractor(SPEC).vector(llama, tokenizer, examples, description)
+    assert vector.shape[1:] == (1, 32)
+    assert len(vector) in draws
+    assert vector.dtype == torch.float32
+    assert vector.isfinite().all()
+    assert not vector.requires_grad
+
+
+def test_one_example_is_demonstration_and_query(llama, tokenizer):
+    vector = TaskVectorExtractor(SPEC).vector(llama, tokenizer, [("a", "b")])
+    text = "".join(fill_template(Sample("a", "b"), DEFAULT_TEMPLATE)) + "Input: a\nOutput:"
+    torch.testing.assert_close(vector[0, 0], hidden_states(llama, tokenizer, text)[-1, -1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("examples", [None, []])
+@pytest.mark.parametrize("description", [None, ""])
+def test_vector_needs_something(llama, tokenizer, examples, description):
+    with pytest.raises(TaskError, match="examples, a description, or both; found neither"):
+        TaskVectorExtractor(SPEC).vector(llama, tokenizer, examples, description)
+
+
+def test_bad_example_is_named(llama, tokenizer):
+    with pytest.raises(TaskError, match=r"examples\[1\] .*found 3"):
+        TaskVectorExtractor(SPEC).vector(llama, tokenizer, [("a", "b"), 3])
+
+
+# The base model
+
+
+@pytest.mark.parametrize("inner", [False, True], ids=["peft_model", "its_base"])
+def test_adapters_do_not_change_the_vector_and_stay_on(any_model, tokenizer, inner):
+    base, targets = any_model
+    expected = TaskVectorExtractor(SPEC).vector(base, tokenizer, EXAMPLES, "Do it.")
+    config = LoraConfig(target_modules=targets, fan_in_fan_out=type(base).__name__ == "GPT2LMHeadModel")
+    template = adapter_state_dict(get_peft_model(copy.deepcopy(base), config))
+    weights = {key: torch.randn_like(tensor) for key, tensor in template.items()}
+    model = attach_adapter(base, config.to_dict(), weights)
+    given = base if inner else model
+    ids = torch.tensor([[3, 4, 5]])
+    extra = {"decoder_input_ids": ids} if base.config.is_encoder_decoder else {}
+    adapted = model(input_ids=ids, **extra).logits
+    found = TaskVectorExtractor(SPEC).vector(given, tokenizer, EXAMPLES, "Do it.")
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(model(input_ids=ids, **extra).logits, adapted)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    with model.disable_adapter():
+        assert not torch.allclose(model(input_ids=ids, **extra).logits, adapted, atol=1e-2)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_modes_and_gradients_are_restored(llama, tokenizer, fails):
+    llama.train()
+    llama.model.norm.eval()
+    llama.lm_head.weight.requires_grad_(False)
+    before = [(m.training, [p.requires_grad for p in m.parameters(recurse=False)]) for m in llama.modules()]
+    extractor = TaskVectorExtractor(TaskVectorSpec(layers=(99,)) if fails else SPEC)
+    try:
+        extractor.vector(llama, tokenizer, EXAMPLES)
+    except TaskVectorError:
+        assert fails
+    else:
+        assert not fails
+    after = [(m.training, [p.requires_grad for p in m.parameters(recurse=False)]) for m in llama.modules()]
+    assert after == before
+    assert torch.is_grad_enabled()
+
+
+def test_layers_that_the_model_lacks_are_named(llama, tokenizer):
+    with pytest.raises(TaskVectorError, match=r"base model's 3 hidden states, found \(-1, 99\)"):
+        TaskVectorExtractor(TaskVectorSpec(layers=(-1, 99))).vector(llama, tokenizer, EXAMPLES)
+
+
+@pytest.mark.parametrize("make", [make_gpt2, make_t5, lambda: make_llama(dtype=torch.bfloat16)])
+def test_any_base_makes_finite_fp32_vectors(make, tokenizer):
+    vector = TaskVectorExtractor(SPEC).vector(make(), tokenizer, EXAMPLES)
+    assert vector.dtype == torch.float32
+    assert vector.isfinite().all()
+
+
+# Files and specifications
+
+
+def test_saved_vectors_are_read_back(extracted, tmp_path):
+    extracted.save(tmp_path / "vectors.safetensors")
+    loaded = TaskVectors.load(tmp_path / "vectors.safetensors")
+    assert_same(extracted, loaded, atol=0, rtol=0)
+
+
+def test_any_task_name_survives(tmp_path):
+    names = ["a.b", "größe/日本", "0", "", " "]
+    banks = {name: {"both": torch.full((2, 1, 3), float(i))} for i, name in enumerate(names)}
+    TaskVectors(SPEC, "f", banks).save(tmp_path / "v")
+    assert_same(TaskVectors(SPEC, "f", banks), TaskVectors.load(tmp_path / "v"), atol=0, rtol=0)
+
+
+def _missing(path):
+    pass
+
+
+def _html(path):
+    path.write_text("<html></html>")
+
+
+def _other_safetensors(path):
+    save_file({"a": torch.ones(1)}, path)
+
+
+def _truncated(path):
+    TaskVectors(SPEC, "f", {"a": {"both": torch.zeros(2, 1, 3)}}).save(path)
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def _bad_spec(path):
+    metadata = {"tasks": "[]", "spec": json.dumps(SPEC.to_dict() | {"num_draws": 0}), "base_model_fingerprint": "f"}
+    save_file({}, path, metadata=metadata)
+
+
+@pytest.mark.parametrize("write", [_missing, _html, _other_safetensors, _truncated, _bad_spec])
+def test_wrong_files_are_refused_with_their_path(tmp_path, write):
+    path = tmp_path / "vectors.safetensors"
+    write(path)
+    with pytest.raises(TaskVectorError, match=r"vectors\.safetensors: not a file of task vectors"):
+        TaskVectors.load(path)
+
+
+def test_spec_survives_json():
+    spec = TaskVectorSpec(template="{prompt}>{completion}", layers=(0, -1), pooling="mean", seed=3, max_length=9)
+    again = TaskVectorSpec(**json.loads(json.dumps(spec.to_dict())))
+    assert again == spec
+    assert hash(again) == hash(spec)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"min_demonstrations": 0}, TaskVectorError, "1 <= min_demonstrations"),
+        ({"num_demonstrations": 2}, TaskVectorError, "min_demonstrations <= num_demonstrations.* found 3, 2"),
+        ({"num_draws": 0}, TaskVectorError, "num_draws >= 1"),
+        ({"layers": ()}, TaskVectorError, "at least one layer"),
+        ({"max_length": 0}, TaskVectorError, "max_length"),
+        ({"max_length": -1}, TaskVectorError, "max_length"),
+        ({"pooling": "max"}, TaskVectorError, "'last' or 'mean', found 'max'"),
+        ({"template": "{prompt}"}, TaskError, r"\{completion\}"),
+    ],
+)
+def test_bad_specs_are_refused(fields, error, message):
+    with pytest.raises(error, match=message):
+        TaskVectorSpec(**fields)
