@@ -13,6 +13,7 @@ from .errors import (
     ZooError,
 )
 from .evaluation import evaluate_generator, format_report, recovered_gain
+from .functional import FunctionalCollator, FunctionalDataset
 from .layout import LoraLayout
 from .modeling_lora_generator import LoraGeneratorModel, LoraGeneratorOutput
 from .smollm2 import smollm2_path
@@ -27,6 +28,8 @@ __version__ = "0.1.0"
 __all__ = [
     "CollectionArguments",
     "CorruptAdapterError",
+    "FunctionalCollator",
+    "FunctionalDataset",
     "IcmLoraError",
     "IncompatibleAdapterError",
     "LoraGeneratorConfig",

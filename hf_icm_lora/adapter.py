@@ -111,7 +111,10 @@ def save_adapter(
     with commit_directory(path) as folder:
         tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in sorted(state_dict.items())}
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        LoraConfig(**lora_config).save_pretrained(folder)
+        config = LoraConfig(**lora_config)
+        if isinstance(config.target_modules, set):  # in whose order two processes would write two files
+            config.target_modules = sorted(config.target_modules)
+        config.save_pretrained(folder)
         for name, content in extra.items():
             (folder / f"{name}.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
 

@@ -197,8 +197,6 @@ def _collect_task(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    if args.max_steps % args.eval_steps:
-        trainer.evaluate()  # the last steps count as well
     best = snapshots.best_step
     zoo.add(
         task.name,

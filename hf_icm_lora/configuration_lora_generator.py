@@ -30,6 +30,7 @@ class LoraGeneratorConfig(PreTrainedConfig):
         token_granularity (`str`, *optional*, defaults to `"matrix"`): One token per `"matrix"` or per `"rank"` component.
         hidden_size (`int`, *optional*, defaults to 256): Width of the tokens.
         intermediate_size (`int`, *optional*, defaults to 1024): Width of the feed-forward layers.
+        basis_size (`int`, *optional*, defaults to 32): Directions in which each token's weights may lie.
         num_encoder_layers (`int`, *optional*, defaults to 2), num_decoder_layers (`int`, *optional*, defaults to 3).
         num_attention_heads (`int`, *optional*, defaults to 4).
         latent_size (`int`, *optional*, defaults to 32): Size of z.
@@ -62,6 +63,7 @@ class LoraGeneratorConfig(PreTrainedConfig):
     token_granularity: str = "matrix"
     hidden_size: int = 256
     intermediate_size: int = 1024
+    basis_size: int = 32
     num_encoder_layers: int = 2
     num_decoder_layers: int = 3
     num_attention_heads: int = 4
@@ -92,7 +94,7 @@ class LoraGeneratorConfig(PreTrainedConfig):
         for field, allowed in (choices | {"prior": ("learned", "standard", "none")}).items():
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field}: expected one of {allowed}, found {getattr(self, field)!r}.")
-        sizes = ("num_task_vectors", "task_vector_size", "hidden_size", "intermediate_size", "num_encoder_layers",
+        sizes = ("num_task_vectors", "task_vector_size", "hidden_size", "intermediate_size", "basis_size", "num_encoder_layers",
                  "num_decoder_layers", "num_attention_heads", "latent_size")  # fmt: skip
         for field in sizes:
             if not 1 <= getattr(self, field) <= 65536:

@@ -71,7 +71,7 @@ def write_json(path: str | Path, content: Any) -> None:
 
 
 def sweep_temporary(root: str | Path, min_age: float = 3600.0) -> None:
-    """Remove what interrupted writers left below `root` at least `min_age` seconds ago: others may still be writing."""
+    """Remove what interrupted writers left below `root` over `min_age` seconds ago; others may still be writing."""
     for leftover in list(Path(root).rglob(f"{TEMPORARY}*")):
         if leftover.exists() and time.time() - leftover.stat().st_mtime >= min_age:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)

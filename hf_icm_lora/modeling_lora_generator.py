@@ -140,11 +140,25 @@ class Block(nn.Module):
         return x + self.dropout(self.down_proj(F.gelu(self.up_proj(self.mlp_norm(x)))))
 
 
+class TokenwiseLinear(nn.Module):
+    """A linear layer of its own for each token, `(batch, num_tokens, in) -> (batch, num_tokens, out)`."""
+
+    def __init__(self, num_tokens: int, in_features: int, out_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_tokens, in_features, out_features))
+        self.bias = nn.Parameter(torch.empty(num_tokens, out_features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.baddbmm(self.bias[:, None], x.transpose(0, 1), self.weight).transpose(0, 1)
+
+
 class WeightTokens(nn.Module):
     """Weights as tokens: one per matrix, or one per rank component of each matrix.
 
-    Matrices of one kind share one projection; what tells them apart is an embedding of their position, number by
-    number of the module's path, and of their rank component.
+    On the way in, matrices of one kind share one projection; what tells them apart is an embedding of their position,
+    number by number of the module's path, and of their rank component. On the way out, each has a basis of its own,
+    in which its token says where the weights lie: fine-tuning leaves the directions of different layers unrelated, so
+    a projection that they share would need a width of tasks times layers to reach all of them.
     """
 
     def __init__(self, config: LoraGeneratorConfig):
@@ -153,7 +167,12 @@ class WeightTokens(nn.Module):
         self.per_matrix = [1 if config.token_granularity == "matrix" else block.rank for block in self.blocks]
         widths = [b.rank * b.width // n for b, n in zip(self.blocks, self.per_matrix, strict=True)]
         self.in_projections = nn.ModuleList(nn.Linear(width, config.hidden_size) for width in widths)
-        self.out_projections = nn.ModuleList(nn.Linear(config.hidden_size, width) for width in widths)
+        self.coordinate_proj = nn.Linear(config.hidden_size, config.basis_size)
+        self.coordinate_norm = nn.LayerNorm(config.basis_size)  # of unit size, so that the bases learn at once
+        self.bases = nn.ModuleList(
+            TokenwiseLinear(block.count * n, config.basis_size, width)
+            for block, n, width in zip(self.blocks, self.per_matrix, widths, strict=True)
+        )
         # A number outside a module's path (paths differ in depth) is 0, a present one is itself + 1.
         depth = max(len(module.position) for block in self.blocks for module in block.modules)
         positions = [module.position for block in self.blocks for module in block.modules]
@@ -184,9 +203,9 @@ class WeightTokens(nn.Module):
 
     def unembed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Turn tokens back into weights `(batch, num_weights)`."""
-        parts = tokens.split([block.count * n for block, n in zip(self.blocks, self.per_matrix, strict=True)], dim=1)
-        weights = [project(part).flatten(1) for project, part in zip(self.out_projections, parts, strict=True)]
-        return torch.cat(weights, dim=1)
+        counts = [block.count * n for block, n in zip(self.blocks, self.per_matrix, strict=True)]
+        coordinates = self.coordinate_norm(self.coordinate_proj(tokens)).split(counts, dim=1)
+        return torch.cat([basis(part).flatten(1) for basis, part in zip(self.bases, coordinates, strict=True)], dim=1)
 
 
 class TransformerCVAE(nn.Module):
@@ -219,12 +238,13 @@ class TransformerCVAE(nn.Module):
 
     def decode(self, z: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
         """Return normalized weights `(batch, num_weights)`."""
-        queries = self.tokens.identities().expand(len(z), -1, -1)
         condition = self._condition(vector)
-        x = torch.cat([self.latent_proj(z)[:, None], condition, queries], dim=1)
+        # Added to every query: attention over many tokens would dilute one task vector at the start of training.
+        evidence = self.latent_proj(z)[:, None] + condition.mean(1, keepdim=True)
+        x = torch.cat([condition, self.tokens.identities() + evidence], dim=1)
         for block in self.decoder:
             x = block(x)
-        return self.tokens.unembed(self.decoder_norm(x[:, 1 + condition.shape[1] :]))
+        return self.tokens.unembed(self.decoder_norm(x[:, condition.shape[1] :]))
 
     def _condition(self, vector: torch.Tensor) -> torch.Tensor:
         return self.condition_proj(vector) + self.condition_embedding.weight
@@ -328,6 +348,9 @@ class LoraGeneratorModel(PreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):  # N(0, 0.02) would fade out over 24 layers
             init.kaiming_normal_(module.weight, nonlinearity="leaky_relu")
+            init.zeros_(module.bias)
+        elif isinstance(module, TokenwiseLinear):
+            init.normal_(module.weight, std=0.02)
             init.zeros_(module.bias)
         elif isinstance(module, ZooNormalizer):  # or a checkpoint without statistics would come up with garbage
             for name, buffer in module.named_buffers():

@@ -150,7 +150,7 @@ class TaskVectorExtractor:
         prompts: list[tuple[str, str, str]] = []  # task, mode, text
         for task in check_unique_names(tasks):
             task.require("demo", 2, "a task vector (demonstrations and a prompt to answer)")
-            for mode in MODES if task.description else ("demonstrations",):
+            for mode in MODES if task.description else MODES[:1]:
                 prompts += [
                     (task.name, mode, text) for text in self.prompts(task.demo, task.description, mode, task.name)
                 ]
@@ -215,7 +215,8 @@ class TaskVectorExtractor:
         by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # little padding in a batch
         vectors: list[torch.Tensor | None] = [None] * len(rows)
         with frozen_base(base_model) as model, tqdm(
-            total=len(rows), desc="Task vectors", leave=False, disable=len(rows) < 64 or not logging.is_progress_bar_enabled()
+            total=len(rows), desc="Task vectors", leave=False,
+            disable=len(rows) < 64 or not logging.is_progress_bar_enabled(),
         ) as progress:  # fmt: skip
             body = model.get_encoder() if model.config.is_encoder_decoder else model.base_model  # without the head
             device = next(model.parameters()).device
@@ -229,11 +230,10 @@ class TaskVectorExtractor:
                 states = body(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
                 if not all(-len(states) <= layer < len(states) for layer in self.spec.layers):
                     raise TaskVectorError(
-                        f"Expected layers among the base model's {len(states)} hidden states, found {self.spec.layers}."
+                        f"Expected layers among the base model's {len(states)} hidden states, found "
+                        f"{self.spec.layers}."
                     )
-                chosen = torch.stack(
-                    [states[layer] for layer in self.spec.layers], dim=2
-                ).float()
+                chosen = torch.stack([states[layer] for layer in self.spec.layers], dim=2).float()
                 if self.spec.pooling == "last":
                     pooled = chosen[torch.arange(len(indices)), lengths - 1]
                 else:

@@ -1,12 +1,14 @@
-"""Training a generator: `transformers.Trainer` with the loss of a conditional VAE."""
+"""Training a generator: `transformers.Trainer` with the loss of a conditional VAE, or of the base model's behaviour."""
 
 import math
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from .errors import IcmLoraError
+from .functional import FunctionalDataset, functional_loss
 from .modeling_lora_generator import LoraGeneratorModel, LoraGeneratorOutput, kl_per_unit
 
 ACTIVE_UNIT_NATS = 0.01  # a latent unit is active if it carries more than this on average
@@ -16,20 +18,23 @@ ACTIVE_UNIT_NATS = 0.01  # a latent unit is active if it carries more than this 
 class LoraGeneratorTrainingArguments(TrainingArguments):
     r"""`TrainingArguments` with the weights of the generator's loss.
 
-    The loss per sample is `reconstruction_loss + kl_weight * mean over latent units of max(kl, free_bits)`. In the
-    usual terms of a beta-VAE with unit variance, beta = 2 * kl_weight * num_weights / latent_size.
+    On items with `lora_weights` the loss per sample is `reconstruction_loss + kl_weight * mean over latent units of
+    max(kl, free_bits)`; in the usual terms of a beta-VAE with unit variance, beta = kl_weight * num_weights /
+    (2 * latent_size). On items with `samples` it is `functional_weight * ` the base model's loss on them.
 
     Args:
         kl_weight (`float`, *optional*, defaults to 0.01): Weight of the KL term.
         kl_warmup_ratio (`float`, *optional*, defaults to 0.2): Fraction of all steps over which it rises from zero.
             Evaluation always uses the full weight.
         free_bits (`float`, *optional*, defaults to 0.05): Nats per latent unit that cost nothing.
+        functional_weight (`float`, *optional*, defaults to 1.0): Weight of the loss through the frozen base model.
         logging_nan_inf_filter (`bool`, *optional*, defaults to `False`): A loss that is not a number is an error here.
     """
 
     kl_weight: float = field(default=0.01, metadata={"help": "Weight of the KL term."})
     kl_warmup_ratio: float = field(default=0.2, metadata={"help": "Fraction of all steps over which it rises from 0."})
     free_bits: float = field(default=0.05, metadata={"help": "Nats per latent unit that cost nothing."})
+    functional_weight: float = field(default=1.0, metadata={"help": "Weight of the loss through the base model."})
     learning_rate: float = field(default=1e-3)
     warmup_steps: float = field(default=0.05)
     lr_scheduler_type: str = field(default="cosine")
@@ -37,12 +42,18 @@ class LoraGeneratorTrainingArguments(TrainingArguments):
     per_device_eval_batch_size: int = field(default=32)
     max_grad_norm: float = field(default=1.0)
     logging_nan_inf_filter: bool = field(default=False)
+    remove_unused_columns: bool = field(default=False)  # a collator needs the samples, which forward never sees
 
 
 class LoraGeneratorTrainer(Trainer):
-    """Train a [`LoraGeneratorModel`] on packed adapters and task vectors.
+    """Train a [`LoraGeneratorModel`] on packed adapters and task vectors, or through the frozen base model.
 
-    Logs and `evaluate()` report, beside the loss, averaged over samples: `reconstruction_loss` (from the posterior),
+    What is trained follows from the dataset. `LoraZoo.as_dataset()` gives reconstruction, the paper's loss. A
+    [`FunctionalDataset`] with a [`FunctionalCollator`] and `base_model` gives behavioural training: weights are
+    generated from the task vector, and their loss is the base model's on the task's samples, logged as
+    `functional_loss`. Run the first, then the second on many more tasks.
+
+    For reconstruction, logs and `evaluate()` report, beside the loss, averaged over samples: `reconstruction_loss` (from the posterior),
     `generation_loss` (from the task vector alone, which is what a user gets), `kl` in nats, and `active_units`.
 
     Args:
@@ -50,6 +61,8 @@ class LoraGeneratorTrainer(Trainer):
         args (`LoraGeneratorTrainingArguments`, *optional*): How to train.
         train_dataset, eval_dataset (`Dataset`, *optional*): Items `{"lora_weights", "task_vector"}`, as from
             `LoraZoo.as_dataset()`. Split them by task, not by snapshot.
+        base_model (`PreTrainedModel`, *optional*): The frozen base model, for behavioural training. Its parameters'
+            `requires_grad` is off while training and restored after it.
         kwargs: All else that `transformers.Trainer` takes.
 
     Example:
@@ -57,24 +70,62 @@ class LoraGeneratorTrainer(Trainer):
         >>> trainer.train()  # doctest: +SKIP
     """
 
-    def __init__(self, model: LoraGeneratorModel, args: LoraGeneratorTrainingArguments | None = None, **kwargs):
+    def __init__(
+        self,
+        model: LoraGeneratorModel,
+        args: LoraGeneratorTrainingArguments | None = None,
+        base_model: nn.Module | None = None,
+        **kwargs,
+    ):
         args = args or LoraGeneratorTrainingArguments(output_dir="trainer_output")
-        if not model.zoo_normalizer.is_fitted and kwargs.get("train_dataset") is not None:
-            model.fit_normalizer(kwargs["train_dataset"])
+        train_dataset = kwargs.get("train_dataset")
+        if isinstance(train_dataset, FunctionalDataset):
+            if base_model is None:
+                raise IcmLoraError("Behavioural training goes through the base model: pass base_model too.")
+            model.check_base_model(base_model)
+            names = [*(model.config.training_tasks or ()), *(task.name for task in train_dataset.tasks)]
+            model.config.training_tasks = list(dict.fromkeys(names))
+        elif train_dataset is not None and not model.zoo_normalizer.is_fitted:
+            model.fit_normalizer(train_dataset)
         super().__init__(model=model, args=args, **kwargs)
+        self.frozen_base = None if base_model is None else base_model.to(self.args.device)
         self.loss_is_scaled_for_ga = False  # compute_loss returns the mean of a batch
         self._terms: dict[str, list[dict[str, torch.Tensor]]] = {"train": [], "eval": []}
 
+    def train(self, *args, **kwargs):
+        """Train as `Trainer` does, with the base model frozen meanwhile."""
+        parameters = [] if self.frozen_base is None else list(self.frozen_base.parameters())
+        requires_grad = [parameter.requires_grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            for parameter, flag in zip(parameters, requires_grad, strict=True):
+                parameter.requires_grad_(flag)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Return the mean of `reconstruction_loss + kl_weight * kl` over the batch, and remember both terms."""
-        output: LoraGeneratorOutput = model(**inputs, return_loss=False, return_dict=True)
-        units = _kl_per_unit(output)
-        penalty = units.clamp(min=self.args.free_bits).mean(1)  # (batch,)
-        loss = (output.reconstruction_loss + self._kl_weight(model.training) * penalty).mean()
-        terms = {"reconstruction_loss": output.reconstruction_loss, "kl_per_unit": units}
+        """Return the mean loss of the batch, and remember its terms."""
+        if "labels" in inputs:
+            loss, terms, output = self._functional_loss(model, inputs)
+        else:
+            output: LoraGeneratorOutput = model(**inputs, return_loss=False, return_dict=True)
+            units = _kl_per_unit(output)
+            penalty = units.clamp(min=self.args.free_bits).mean(1)  # (batch,)
+            loss = (output.reconstruction_loss + self._kl_weight(model.training) * penalty).mean()
+            terms = {"reconstruction_loss": output.reconstruction_loss, "kl_per_unit": units}
         if model.training:
             self._terms["train"].append({name: values.detach() for name, values in terms.items()})
         return (loss, output) if return_outputs else loss
+
+    def _functional_loss(self, model, inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor], LoraGeneratorOutput]:
+        batch = dict(inputs)
+        output = model(task_vector=batch.pop("task_vector"), return_loss=False, return_dict=True)
+        generator = self.accelerator.unwrap_model(model)
+        losses = functional_loss(
+            self.frozen_base, generator.layout, output.lora_weights, generator.zoo_normalizer.shared_weights, batch
+        )
+        return self.args.functional_weight * losses.mean(), {"functional_loss": losses}, output
 
     def _kl_weight(self, training: bool) -> float:
         # A pure function of the step: a resumed run follows the same curve, and evaluations compare.
@@ -86,18 +137,24 @@ class LoraGeneratorTrainer(Trainer):
         """Evaluate one batch; the generated weights stay here, only their error goes on."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
-            loss, output = self.compute_loss(model, inputs, return_outputs=True)
-            normalizer = self.accelerator.unwrap_model(model).zoo_normalizer
-            generated = model(task_vector=inputs["task_vector"], return_loss=False, return_dict=True).lora_weights
-            error = normalizer.normalize(generated) - normalizer.normalize(inputs["lora_weights"])
-        terms = {
+            if "labels" in inputs:
+                loss, terms, _ = self._functional_loss(model, inputs)
+            else:
+                loss, terms = self._reconstruction_terms(model, inputs)
+        # Per batch, since it drops the samples that padded the last one.
+        self._terms["eval"].append(self.accelerator.gather_for_metrics(terms))
+        return loss, None, None
+
+    def _reconstruction_terms(self, model, inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss, output = self.compute_loss(model, inputs, return_outputs=True)
+        normalizer = self.accelerator.unwrap_model(model).zoo_normalizer
+        generated = model(task_vector=inputs["task_vector"], return_loss=False, return_dict=True).lora_weights
+        error = normalizer.normalize(generated) - normalizer.normalize(inputs["lora_weights"])
+        return loss, {
             "reconstruction_loss": output.reconstruction_loss,
             "generation_loss": (error**2).mean(1),
             "kl_per_unit": _kl_per_unit(output),
         }
-        # Per batch, since it drops the samples that padded the last one.
-        self._terms["eval"].append(self.accelerator.gather_for_metrics(terms))
-        return loss, None, None
 
     def evaluation_loop(self, *args, **kwargs):
         """Run the loop of `Trainer` and add the terms of the loss to what it returns."""
@@ -126,9 +183,12 @@ class LoraGeneratorTrainer(Trainer):
         stacked = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}  # over samples
         if split == "train":
             stacked = self.accelerator.gather(stacked)
-        units = stacked.pop("kl_per_unit").mean(0)  # (latent_size,)
+        units = stacked.pop("kl_per_unit", None)
         means = {name: values.mean().item() for name, values in stacked.items()}
-        return means | {"kl": units.sum().item(), "active_units": int((units > ACTIVE_UNIT_NATS).sum())}
+        if units is not None:
+            units = units.mean(0)  # (latent_size,)
+            means |= {"kl": units.sum().item(), "active_units": int((units > ACTIVE_UNIT_NATS).sum())}
+        return means
 
 
 def _kl_per_unit(output: LoraGeneratorOutput) -> torch.Tensor:

@@ -183,6 +183,12 @@ def test_saved_configuration_says_what_peft_would(folder):
     assert config.target_modules == {"q_proj", "v_proj"}
 
 
+def test_saved_configuration_does_not_depend_on_the_hash_seed(tmp_path):
+    modules = [f"module_{letter}" for letter in "hgfedcbaponmlkji"]
+    save_adapter(tmp_path / "adapter", CONFIG | {"target_modules": modules}, random_weights())
+    assert json.loads((tmp_path / "adapter" / CONFIG_FILE).read_text())["target_modules"] == sorted(modules)
+
+
 def test_further_files_are_written_along(tmp_path):
     save_adapter(tmp_path / "adapter", CONFIG, random_weights(), origin={"task": "größe"})
     assert json.loads((tmp_path / "adapter" / "origin.json").read_text("utf-8")) == {"task": "größe"}

@@ -112,6 +112,21 @@ def test_snapshots_end_at_the_best_and_losses_say_so(collected):
         assert max(losses) == 24 or len(later) == 2
 
 
+@pytest.mark.parametrize("patience", [1, 3])
+def test_task_ends_when_patience_does_and_keeps_nothing_after_the_best(tmp_path, tokenizer, patience):
+    (task,) = make_tasks(1)
+    misleading = Task("t", train=[(p, "aa") for p, _ in task.train], demo=[(p, "zzzz") for p, _ in task.demo])
+    args = arguments(tmp_path, max_steps=60, eval_steps=2, patience=patience)
+    zoo = collect_zoo(tmp_path / "zoo", make_llama(), tokenizer, [misleading], lora_config(), args)
+    record = zoo.records["t"]
+    losses = {int(step): loss for step, loss in record["validation_losses"].items()}
+    assert record["best_step"] == min(losses, key=losses.get)
+    assert max(losses) == record["best_step"] + 2 * patience < 60
+    assert max(record["snapshots"]) == record["best_step"]
+    folders = {path.name for path in zoo.task_folder("t").iterdir()} - {"task.json"}
+    assert folders == {f"step-{step}" for step in record["snapshots"]}
+
+
 def test_adapter_of_a_seen_task_lowers_its_loss_on_test_samples(collected, tokenizer):
     plain, adapted = [], []
     for task in make_tasks(3):

@@ -141,6 +141,13 @@ def test_prompts_hold_demonstrations_and_one_open_query():
     assert (counts[0], counts[-1]) == (5, 2)
 
 
+def test_draws_depend_on_the_name_of_the_task():
+    demo = make_tasks(1)[0].demo
+    one, same, other = (TaskVectorExtractor(SPEC).prompts(demo, None, "demonstrations", name) for name in "aab")
+    assert one == same
+    assert one != other
+
+
 def test_description_alone_is_one_prompt_without_samples():
     demo = make_tasks(1)[0].demo
     (text,) = TaskVectorExtractor(SPEC).prompts(demo, "Do it.", "description", "name")

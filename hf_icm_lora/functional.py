@@ -1,0 +1,134 @@
+"""Behavioural training: generated weights are judged by what the frozen base model does with them.
+
+Weight error is not behaviour, and a zoo has dozens of tasks where samples exist for hundreds. This loss needs a task's
+samples and not its LoRA: many tasks go through the base model in one forward pass, each row through its own adapter,
+at about the time and memory of one LoRA fine-tuning step.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from .completion import CompletionCollator, score_completions
+from .errors import TaskVectorError
+from .files import sha256_of
+from .layout import LoraLayout, split
+from .task_vectors import MODES, TaskVectors
+from .tasks import Task, check_unique_names
+
+
+class FunctionalDataset(Dataset):
+    """All pairs of a task and one of its task vectors, each with some of the task's training samples.
+
+    Args:
+        tasks (`Sequence[Task]`): Tasks with `train` samples; no LoRA is needed.
+        task_vectors (`TaskVectors`): With a bank for each of them.
+        num_samples (`int`, *optional*, defaults to 4): Samples per pair, drawn once per pair.
+        modes (`Sequence[str]`, *optional*): As in [`LoraZoo.as_dataset`].
+
+    Items: `{"task_vector": (num_task_vectors, task_vector_size), "samples": tuple of Sample}`.
+
+    Raises:
+        TaskError: if a task has no `train` samples, or a name stands twice.
+        TaskVectorError: if a task has no vectors.
+    """
+
+    def __init__(
+        self, tasks: Sequence[Task], task_vectors: TaskVectors, num_samples: int = 4, modes: Sequence[str] = MODES
+    ):
+        self.tasks = check_unique_names(tasks)
+        self.num_samples = num_samples
+        self.pairs: list[tuple[Task, torch.Tensor]] = []
+        for task in self.tasks:
+            task.require("train", num_samples, "behavioural training")
+            bank = [task_vectors.banks.get(task.name, {}).get(mode) for mode in modes]
+            draws = [draw for vectors in bank if vectors is not None for draw in vectors]
+            if not draws:
+                raise TaskVectorError(f"Task {task.name!r} has no task vectors of the modes {tuple(modes)}.")
+            self.pairs += [(task, draw) for draw in draws]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> dict:
+        task, vector = self.pairs[index]
+        rng = torch.Generator().manual_seed(int(sha256_of(task.name, str(index))[:12], 16))
+        chosen = torch.randperm(len(task.train), generator=rng)[: self.num_samples].tolist()
+        return {"task_vector": vector, "samples": tuple(task.train[i] for i in chosen)}
+
+
+class FunctionalCollator:
+    """Collate items of a [`FunctionalDataset`]: one adapter per item, its samples in adjacent rows.
+
+    Args:
+        collate_samples (`CompletionCollator`): Turns samples into `input_ids`, `attention_mask` and `labels`.
+    """
+
+    def __init__(self, collate_samples: CompletionCollator):
+        self.collate_samples = collate_samples
+
+    def __call__(self, items: Sequence[dict]) -> dict[str, torch.Tensor]:
+        batch = self.collate_samples([sample for item in items for sample in item["samples"]])
+        return {"task_vector": torch.stack([item["task_vector"] for item in items]), **batch}
+
+
+@contextmanager
+def batched_lora(
+    base_model: nn.Module, layout: LoraLayout, lora_weights: torch.Tensor, shared_weights: torch.Tensor
+) -> Iterator[None]:
+    """Within this context the rows of a batch go through several adapters, an equal share of adjacent rows each.
+
+    Args:
+        base_model (`PreTrainedModel`): The base, without adapters; it is not copied.
+        layout (`LoraLayout`): Of the adapters.
+        lora_weights (`torch.Tensor` of shape `(num_adapters, num_weights)`): Gradients flow back to it.
+        shared_weights (`torch.Tensor` of shape `(num_shared_weights,)`).
+    """
+    matrices: dict[str, dict[str, torch.Tensor]] = {}  # module -> lora_A or lora_B -> (num_adapters or 1, rank, width)
+    for vector, blocks in ((lora_weights, layout.blocks), (shared_weights[None], layout.shared_blocks)):
+        for block, values in zip(blocks, split(vector, blocks), strict=True):
+            for module, matrix in zip(block.modules, values.unbind(1), strict=True):
+                matrices.setdefault(module.name, {})[block.factor] = matrix
+
+    def hook_for(lora_a: torch.Tensor, lora_b: torch.Tensor):
+        def add_lora(_module, inputs, output):
+            rows = inputs[0].unflatten(0, (len(lora_b), -1)).flatten(1, -2)  # (num_adapters, rows * length, in)
+            inner = rows @ lora_a.to(rows.dtype).mT
+            return output + (inner @ lora_b.to(rows.dtype)).reshape(output.shape)
+
+        return add_lora
+
+    handles = [
+        base_model.get_submodule(name).register_forward_hook(hook_for(pair["lora_A"], pair["lora_B"]))
+        for name, pair in matrices.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def functional_loss(
+    base_model: nn.Module,
+    layout: LoraLayout,
+    lora_weights: torch.Tensor,
+    shared_weights: torch.Tensor,
+    batch: dict[str, torch.Tensor],
+) -> torch.Tensor:
+    """Return the base model's loss per completion token under each adapter, in nats.
+
+    Args:
+        base_model, layout, lora_weights, shared_weights: As in [`batched_lora`].
+        batch (`dict[str, torch.Tensor]`): As from [`CompletionCollator`], `(num_adapters * num_samples, length)`.
+
+    Returns:
+        `torch.Tensor` of shape `(num_adapters,)`, fp32.
+    """
+    with batched_lora(base_model, layout, lora_weights, shared_weights):
+        scores = score_completions(base_model, batch)
+    per_adapter = [values.unflatten(0, (len(lora_weights), -1)).sum(1) for values in (scores.loss, scores.num_tokens)]
+    return per_adapter[0] / per_adapter[1]
