@@ -28,7 +28,6 @@ from hf_icm_lora import (
     collect_zoo,
     evaluate_generator,
     format_report,
-    save_adapter,
     smollm2_path,
 )
 from hf_icm_lora.completion import fill_template

@@ -139,7 +139,8 @@ def attach_adapter(
         `PeftModel`: in eval mode, with the adapter frozen, in fp32 if the base is, else in the base's dtype.
 
     Raises:
-        IncompatibleAdapterError: if modules or shapes do not fit; the base is then as it was.
+        IncompatibleAdapterError: if modules or shapes do not fit, or the base was wrapped before and is not the
+            `PeftModel`; the base is then as it was.
     """
     check_plain_lora(lora_config)
     _check_fit(base_model, lora_config, state_dict)
@@ -147,6 +148,8 @@ def attach_adapter(
         _overwrite(base_model, lora_config, state_dict, adapter_name)
         model = base_model
     else:
+        if not isinstance(base_model, PeftModel):
+            require_bare(base_model)  # PEFT would stack a second LoRA on the first
         model = _add(base_model, lora_config, state_dict, adapter_name)
     model.set_adapter(adapter_name, inference_mode=True)
     return model.eval()
@@ -186,11 +189,9 @@ def frozen_base(model: nn.Module) -> Iterator[nn.Module]:
     Yields:
         `PreTrainedModel`: the base model itself, also when a `PeftModel` was given. Every module's mode is restored.
     """
-    modes = {module: module.training for module in model.modules()}
-    requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
     # Also in a base that PEFT changed in place while the caller still holds it unwrapped.
     layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not m.disable_adapters]
-    with torch.no_grad():
+    with restored(model), torch.no_grad():  # PEFT unfreezes an adapter that it turns on
         model.eval()
         try:
             for layer in layers:
@@ -199,10 +200,34 @@ def frozen_base(model: nn.Module) -> Iterator[nn.Module]:
         finally:
             for layer in layers:
                 layer.enable_adapters(True)
-            for module, training in modes.items():
-                module.training = training
-            for parameter, flag in requires_grad.items():  # PEFT unfreezes an adapter that it turns on
-                parameter.requires_grad_(flag)
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """After this context every module is in its old mode again, every parameter as frozen or free as it was."""
+    modes = {module: module.training for module in model.modules()}
+    requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    use_cache = getattr(model.config, "use_cache", None)  # Trainer turns it off
+    try:
+        yield
+    finally:
+        model.config.use_cache = use_cache
+        for module, training in modes.items():
+            module.training = training
+        for parameter, flag in requires_grad.items():
+            parameter.requires_grad_(flag)
+
+
+def require_bare(model: nn.Module) -> None:
+    """Refuse a model that carries adapters, also one that PEFT changed in place while the caller holds it unwrapped.
+
+    Raises:
+        IncompatibleAdapterError: if it does.
+    """
+    if any(isinstance(module, (PeftModel, BaseTunerLayer)) for module in model.modules()):
+        raise IncompatibleAdapterError(
+            "Expected a base model without adapters, found one with: call unload() first, or go on with the PeftModel."
+        )
 
 
 def _base_parameters(model: nn.Module) -> dict[str, torch.Tensor]:

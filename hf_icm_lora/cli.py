@@ -31,7 +31,9 @@ from .zoo import LoraZoo
 class BaseOptions:
     base_model: str | None = field(
         default=None,
-        metadata={"help": "Path or Hub id of the base model, or 'smollm2' for the packaged one. By default the zoo's."},
+        metadata={
+            "help": "Path or Hub id of the base model, or 'smollm2' for the packaged one. By default the zoo's."
+        },
     )
     dtype: str = field(default="bfloat16", metadata={"help": "Of the frozen base: bfloat16, float16, float32."})
 
@@ -166,7 +168,16 @@ def evaluate(options: EvaluateOptions) -> None:
 
 def env() -> None:
     """Print what a bug report needs."""
-    packages = ["hf_icm_lora", "transformers", "peft", "torch", "safetensors", "huggingface_hub", "datasets", "accelerate"]
+    packages = [
+        "hf_icm_lora",
+        "transformers",
+        "peft",
+        "torch",
+        "safetensors",
+        "huggingface_hub",
+        "datasets",
+        "accelerate",
+    ]
     print(f"- Platform: {platform.platform()}\n- Python: {platform.python_version()}")
     for name in packages:
         try:

@@ -9,15 +9,13 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
-from .adapter import adapter_state_dict, base_model_fingerprint, lora_config_to_dict
+from .adapter import adapter_state_dict, base_model_fingerprint, lora_config_to_dict, require_bare, restored
 from .completion import DEFAULT_TEMPLATE, CompletionCollator, score_completions
-from .errors import IncompatibleAdapterError
 from .files import sweep_temporary
 from .layout import LoraLayout, check_plain_lora
 from .tasks import Task, check_unique_names
@@ -95,42 +93,33 @@ def collect_zoo(
     for task in tasks:
         task.require("train", 1, "a LoRA")
         task.require("demo", 1, "early stopping")
-    if any(isinstance(module, (PeftModel, BaseTunerLayer)) for module in base_model.modules()):
-        raise IncompatibleAdapterError("Expected a base model without adapters, found one with: call unload() first.")
+    require_bare(base_model)
     lora_config = {k: v for k, v in lora_config_to_dict(lora_config).items() if k != "init_lora_weights"}
     check_plain_lora(lora_config)
     args = args or CollectionArguments(output_dir=tempfile.gettempdir())
     fingerprint = base_model_fingerprint(base_model)
-    requires_grad = {parameter: parameter.requires_grad for parameter in base_model.parameters()}
-    modes = {module: module.training for module in base_model.modules()}
-    use_cache = getattr(base_model.config, "use_cache", None)  # Trainer turns it off
-    # PEFT keeps and changes its configuration; dropout-free evaluation and a shared start are ours to arrange.
-    model = get_peft_model(base_model, LoraConfig(**lora_config))
-    try:
-        start = _shared_start(model, args.seed)
-        gauge = "frozen_a" if args.freeze_a else "shared_init"
-        zoo = LoraZoo.create(
-            output_dir,
-            layout=LoraLayout.from_state_dict(start, lora_config, gauge),
-            lora_config=lora_config,
-            base_model_name_or_path=base_model.config._name_or_path,
-            base_model_fingerprint=fingerprint,
-            template=args.template,
-        )
-        remaining = [task for task in tasks if task.name not in zoo]
-        if len(remaining) < len(tasks):
-            logger.info(f"{output_dir}: {len(tasks) - len(remaining)} of {len(tasks)} tasks are complete already.")
-        progress = tqdm(remaining, desc="Collecting LoRAs", disable=not logging.is_progress_bar_enabled())
-        for task in progress:
-            progress.set_postfix_str(task.name)
-            _collect_task(zoo, model, processing_class, task, args, start)
-    finally:
-        model.unload()
-        base_model.config.use_cache = use_cache
-        for module, training in modes.items():
-            module.training = training
-        for parameter, flag in requires_grad.items():
-            parameter.requires_grad_(flag)
+    with restored(base_model):
+        # PEFT keeps and changes its configuration, so it gets its own.
+        model = get_peft_model(base_model, LoraConfig(**lora_config))
+        try:
+            start = _shared_start(model, args.seed)
+            zoo = LoraZoo.create(
+                output_dir,
+                layout=LoraLayout.from_state_dict(start, lora_config, "frozen_a" if args.freeze_a else "shared_init"),
+                lora_config=lora_config,
+                base_model_name_or_path=base_model.config._name_or_path,
+                base_model_fingerprint=fingerprint,
+                template=args.template,
+            )
+            remaining = [task for task in tasks if task.name not in zoo]
+            if len(remaining) < len(tasks):
+                logger.info(f"{output_dir}: {len(tasks) - len(remaining)} of {len(tasks)} tasks are complete already.")
+            progress = tqdm(remaining, desc="Collecting LoRAs", disable=not logging.is_progress_bar_enabled())
+            for task in progress:
+                progress.set_postfix_str(task.name)
+                _collect_task(zoo, model, processing_class, task, args, start)
+        finally:
+            model.unload()
     sweep_temporary(zoo.path)
     return LoraZoo(zoo.path)
 

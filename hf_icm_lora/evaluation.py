@@ -23,20 +23,20 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .adapter import attach_adapter, canonical_lora_config, frozen_base
+from .adapter import attach_adapter, canonical_lora_config, frozen_base, require_bare, restored
 from .completion import CompletionCollator, fill_template, score_completions
-from .errors import IncompatibleAdapterError, TaskError
+from .errors import IncompatibleAdapterError, TaskError, ZooError
 from .files import commit_file, write_json
 from .modeling_lora_generator import LoraGeneratorModel
 from .task_vectors import TaskVectorExtractor, TaskVectorSpec
@@ -97,8 +97,7 @@ def evaluate_generator(
             f"The generator ({generator.layout.fingerprint[:12]}) and {zoo} ({zoo.layout.fingerprint[:12]}) differ in "
             "layout or base model. Use the zoo that the generator was trained on."
         )
-    if isinstance(base_model, PeftModel) or getattr(base_model, "_hf_peft_config_loaded", False):
-        raise IncompatibleAdapterError("Expected a base model without adapters, found one with: call unload() first.")
+    require_bare(base_model)
     generator.check_base_model(base_model)
     tasks = check_unique_names(tasks)
     if not tasks:
@@ -106,8 +105,10 @@ def evaluate_generator(
     for task in tasks:
         task.require("demo", 2, "a task vector")
         task.require("test", 1, "a score")
+    zoo.subset([task.name for task in tasks])  # or ZooError now, and not after minutes
     seen = set(generator.config.training_tasks or ())
-    zoo.subset([*(task.name for task in tasks), *seen])  # or ZooError now, and not after minutes
+    if not (seen_in_zoo := sorted(seen.intersection(zoo))):  # behavioural training sees more tasks than the zoo has
+        raise ZooError(f"{zoo} holds none of the {len(seen)} tasks that the generator was trained on.")
     shared_weights = generator.zoo_normalizer.shared_weights.cpu()
     if generator.zoo_normalizer.is_fitted and not torch.equal(shared_weights, zoo.shared_weights):
         raise IncompatibleAdapterError(f"{zoo} has another lora_A than the zoo that the generator was trained on.")
@@ -121,26 +122,14 @@ def evaluate_generator(
     for task in tasks:
         with _timed(seconds["task_vector"]):
             vectors[task.name] = extractor.vector(base_model, processing_class, task.demo[:num_examples])
-    rivals = _Rivals(zoo.subset(sorted(seen)))
-
-    lora_config = canonical_lora_config(zoo.lora_config, zoo.layout.max_rank)
-    device = next(base_model.parameters()).device
-    requires_grad = {parameter: parameter.requires_grad for parameter in base_model.parameters()}
-    modes = {module: module.training for module in base_model.modules()}
-    zeros = torch.zeros(zoo.layout.num_weights)
-    model = attach_adapter(base_model, lora_config, zoo.layout.unpack(zeros, shared_weights), "evaluation")
-    try:
-        rows: dict[str, dict[str, dict[str, dict]]] = {split: {row: {} for row in ROWS} for split in splits}
-        progress = tqdm(
-            total=len(tasks) * len(ROWS), desc="Evaluating", disable=not logging.is_progress_bar_enabled()
-        )
+    rivals = _Rivals(zoo.subset(seen_in_zoo))
+    rows: dict[str, dict[str, dict[str, dict]]] = {split: {row: {} for row in ROWS} for split in splits}
+    total = len(tasks) * len(ROWS)
+    progress = tqdm(total=total, desc="Evaluating", disable=not logging.is_progress_bar_enabled())
+    with _attachable(base_model, zoo, shared_weights) as (model, attach):
         for split, members in splits.items():
             for task in members:
-                own = vectors[task.name]
-                others = members if len(members) > 1 else tasks
-                # Half a list away: neighbours in a list are often of one family, and alike.
-                place = others.index(task) + len(others) // 2
-                other = vectors[others[place % len(others)].name]
+                own, other = vectors[task.name], vectors[_another(task, members, tasks).name]
                 with _timed(seconds["generation"]):
                     generated = generator.decode_task_vector(own).cpu()
                 weights = {
@@ -152,32 +141,21 @@ def evaluate_generator(
                     "top_k_merge": rivals.top_k_merge(own, task.name),
                     "ridge": rivals.ridge(own),
                 }
+                shown = "".join("".join(fill_template(sample, zoo.template)) for sample in task.demo[:num_examples])
                 for row in ROWS:
-                    context = ""
-                    if row == "few_shot_prompt":
-                        context = "".join("".join(fill_template(s, zoo.template)) for s in task.demo[:num_examples])
-                    collate = CompletionCollator(
-                        processing_class, base_model.config.is_encoder_decoder, zoo.template, context, max_length=1024
-                    )
+                    context = shown if row == "few_shot_prompt" else ""
+                    is_encoder_decoder = base_model.config.is_encoder_decoder
+                    collate = CompletionCollator(processing_class, is_encoder_decoder, zoo.template, context, 1024)
                     if row in weights:
-                        state_dict = zoo.layout.unpack(weights[row].to(device), shared_weights.to(device))
                         with _timed(seconds["attachment"]):
-                            attach_adapter(model, lora_config, state_dict, "evaluation")
-                        scores = _score(model, collate, task, batch_size)
+                            attach(weights[row])
+                        rows[split][row][task.name] = _score(model, collate, task, batch_size)
                     else:
                         with frozen_base(model) as bare:
-                            scores = _score(bare, collate, task, batch_size)
-                    if row == "generated":
-                        scores |= _weight_errors(generated, weights["task_lora"], zoo)
-                    rows[split][row][task.name] = scores
+                            rows[split][row][task.name] = _score(bare, collate, task, batch_size)
                     progress.update()
-        progress.close()
-    finally:
-        model.unload()
-        for module, training in modes.items():
-            module.training = training
-        for parameter, flag in requires_grad.items():
-            parameter.requires_grad_(flag)
+                rows[split]["generated"][task.name] |= _weight_errors(generated, weights["task_lora"])
+    progress.close()
 
     report = {
         **run_metadata(generator.config.task_vector_spec["seed"]),
@@ -193,6 +171,31 @@ def evaluate_generator(
     if output_dir is not None:
         write_report(report, output_dir)
     return report
+
+
+@contextmanager
+def _attachable(base_model: nn.Module, zoo: LoraZoo, shared_weights: torch.Tensor):
+    """Yield the base as a `PeftModel` and a function that puts packed weights into it; the base comes back as it was."""
+    lora_config = canonical_lora_config(zoo.lora_config, zoo.layout.max_rank)
+
+    def state_dict(lora_weights: torch.Tensor) -> dict[str, torch.Tensor]:
+        return zoo.layout.unpack(lora_weights, shared_weights)
+
+    with restored(base_model):
+        model = attach_adapter(base_model, lora_config, state_dict(torch.zeros(zoo.layout.num_weights)), "evaluation")
+        try:
+            yield model, lambda lora_weights: attach_adapter(model, lora_config, state_dict(lora_weights), "evaluation")
+        finally:
+            model.unload()
+
+
+def _another(task: Task, members: Sequence[Task], tasks: Sequence[Task]) -> Task:
+    """Choose the task whose vector is the wrong one: of the same split if it has two, half a list away.
+
+    Neighbours in a list are often of one family, and alike.
+    """
+    others = members if len(members) > 1 else tasks
+    return others[(others.index(task) + len(others) // 2) % len(others)]
 
 
 class _Rivals:
@@ -278,10 +281,10 @@ def _score(model: nn.Module, collate: CompletionCollator, task: Task, batch_size
     return {"loss": loss / tokens, "exact_match": exact / len(task.test)}
 
 
-def _weight_errors(generated: torch.Tensor, target: torch.Tensor, zoo: LoraZoo) -> dict[str, float]:
+def _weight_errors(generated: torch.Tensor, target: torch.Tensor) -> dict[str, float]:
     """Compare packed weights; with a frozen A this compares B @ A up to the metric that A gives."""
     return {
-        "relative_error": ((generated - target).norm() / target.norm()).item(),
+        "relative_error": ((generated - target).norm() / target.norm().clamp(min=1e-12)).item(),
         "cosine": nn.functional.cosine_similarity(generated, target, dim=0).item(),
     }
 
@@ -308,19 +311,19 @@ def storage(generator: LoraGeneratorModel, zoo: LoraZoo) -> dict[str, Any]:
     """Compare the generator's size with that of one fp16 adapter per seen task.
 
     Returns:
-        `dict`: `generator_bytes` (as stored), `adapter_bytes` (fp16, A and B), `num_seen_tasks`, `ratio` of the first to
-        all adapters, and `break_even_tasks`, the number of adapters from which on the generator is smaller.
+        `dict`: `generator_bytes` (as stored), `adapter_bytes` (one in fp16), `shared_bytes` (what all adapters share,
+        in fp16), `num_seen_tasks`, `ratio` of the first to all adapters and what they share, and `break_even_tasks`, the number of adapters from which on the generator is smaller.
     """
-    tensors = list(generator.state_dict().values())
-    generator_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    adapter_bytes = 2 * (zoo.layout.num_weights + zoo.layout.num_shared_weights)
-    num_seen = len(generator.config.training_tasks or ())
+    generator_bytes = sum(tensor.numel() * tensor.element_size() for tensor in generator.state_dict().values())
+    adapter_bytes, shared_bytes = 2 * zoo.layout.num_weights, 2 * zoo.layout.num_shared_weights
+    num_seen = len(set(generator.config.training_tasks or ()).intersection(zoo))
     return {
         "generator_bytes": generator_bytes,
         "adapter_bytes": adapter_bytes,
+        "shared_bytes": shared_bytes,
         "num_seen_tasks": num_seen,
-        "ratio": round(generator_bytes / (adapter_bytes * num_seen), 3) if num_seen else None,
-        "break_even_tasks": -(-generator_bytes // adapter_bytes),
+        "ratio": round(generator_bytes / (adapter_bytes * num_seen + shared_bytes), 3) if num_seen else None,
+        "break_even_tasks": max(0, -(-(generator_bytes - shared_bytes) // adapter_bytes)),
     }
 
 
@@ -329,7 +332,7 @@ def run_metadata(seed: int) -> dict[str, Any]:
     packages = ("hf_icm_lora", "transformers", "peft", "torch", "safetensors", "datasets", "accelerate")
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "machine": {"processor": platform.machine(), "system": platform.system(), "threads": torch.get_num_threads()},
         "seed": seed,

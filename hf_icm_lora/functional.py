@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from .completion import CompletionCollator, score_completions
 from .errors import TaskVectorError
@@ -28,8 +28,10 @@ class FunctionalDataset(Dataset):
         task_vectors (`TaskVectors`): With a bank for each of them.
         num_samples (`int`, *optional*, defaults to 4): Samples per pair, drawn once per pair.
         modes (`Sequence[str]`, *optional*): As in [`LoraZoo.as_dataset`].
+        beside (`Dataset`, *optional*): As from [`LoraZoo.as_dataset`]: one of its items goes with each pair, so that
+            reconstruction is trained in the same steps and not forgotten.
 
-    Items: `{"task_vector": (num_task_vectors, task_vector_size), "samples": tuple of Sample}`.
+    Items: `{"task_vector": (num_task_vectors, task_vector_size), "samples": tuple of Sample}`, and `"beside"`.
 
     Raises:
         TaskError: if a task has no `train` samples, or a name stands twice.
@@ -37,9 +39,15 @@ class FunctionalDataset(Dataset):
     """
 
     def __init__(
-        self, tasks: Sequence[Task], task_vectors: TaskVectors, num_samples: int = 4, modes: Sequence[str] = MODES
+        self,
+        tasks: Sequence[Task],
+        task_vectors: TaskVectors,
+        num_samples: int = 4,
+        modes: Sequence[str] = MODES,
+        beside: Dataset | None = None,
     ):
         self.tasks = check_unique_names(tasks)
+        self.beside = beside
         self.num_samples = num_samples
         self.pairs: list[tuple[Task, torch.Tensor]] = []
         for task in self.tasks:
@@ -57,7 +65,10 @@ class FunctionalDataset(Dataset):
         task, vector = self.pairs[index]
         rng = torch.Generator().manual_seed(int(sha256_of(task.name, str(index))[:12], 16))
         chosen = torch.randperm(len(task.train), generator=rng)[: self.num_samples].tolist()
-        return {"task_vector": vector, "samples": tuple(task.train[i] for i in chosen)}
+        item = {"task_vector": vector, "samples": tuple(task.train[i] for i in chosen)}
+        if self.beside is not None:
+            item["beside"] = self.beside[int(torch.randint(len(self.beside), (), generator=rng))]
+        return item
 
 
 class FunctionalCollator:
@@ -72,7 +83,10 @@ class FunctionalCollator:
 
     def __call__(self, items: Sequence[dict]) -> dict[str, torch.Tensor]:
         batch = self.collate_samples([sample for item in items for sample in item["samples"]])
-        return {"task_vector": torch.stack([item["task_vector"] for item in items]), **batch}
+        batch = {"task_vector": torch.stack([item["task_vector"] for item in items]), **batch}
+        if "beside" in items[0]:
+            batch["beside"] = default_collate([item["beside"] for item in items])
+        return batch
 
 
 @contextmanager

@@ -555,11 +555,15 @@ class LoraGeneratorModel(PreTrainedModel):
 
     def _normalized_vector(self, task_vector: torch.Tensor) -> torch.Tensor:
         if not self.zoo_normalizer.is_fitted:
-            raise NotFittedError("This generator has no statistics yet: call fit_normalizer(train_dataset) or train it.")
+            raise NotFittedError(
+                "This generator has no statistics yet: call fit_normalizer(train_dataset) or train it."
+            )
         expected = (self.config.num_task_vectors, self.config.task_vector_size)
         if task_vector is None or task_vector.ndim != 3 or tuple(task_vector.shape[1:]) != expected:
             found = None if task_vector is None else tuple(task_vector.shape)
-            raise TaskVectorError(f"Expected a task vector of shape (batch, {expected[0]}, {expected[1]}), found {found}.")
+            raise TaskVectorError(
+                f"Expected a task vector of shape (batch, {expected[0]}, {expected[1]}), found {found}."
+            )
         if not task_vector.isfinite().all():
             raise TaskVectorError("The task vector holds values that are not finite.")
         return self.zoo_normalizer.normalize_vector(task_vector.to(self.device)).to(self.dtype)
@@ -576,4 +580,3 @@ def kl_per_unit(
 
 AutoConfig.register("icm_lora_generator", LoraGeneratorConfig, exist_ok=True)
 AutoModel.register(LoraGeneratorConfig, LoraGeneratorModel, exist_ok=True)
-

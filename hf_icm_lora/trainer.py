@@ -51,7 +51,7 @@ class LoraGeneratorTrainer(Trainer):
     What is trained follows from the dataset. `LoraZoo.as_dataset()` gives reconstruction, the paper's loss. A
     [`FunctionalDataset`] with a [`FunctionalCollator`] and `base_model` gives behavioural training: weights are
     generated from the task vector, and their loss is the base model's on the task's samples, logged as
-    `functional_loss`. Run the first, then the second on many more tasks.
+    `functional_loss`. Run the first, then the second on many more tasks, with the first beside it.
 
     For reconstruction, logs and `evaluate()` report, beside the loss, averaged over samples: `reconstruction_loss` (from the posterior),
     `generation_loss` (from the task vector alone, which is what a user gets), `kl` in nats, and `active_units`.
@@ -106,17 +106,25 @@ class LoraGeneratorTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the mean loss of the batch, and remember its terms."""
+        inputs = dict(inputs)
         if "labels" in inputs:
+            beside = inputs.pop("beside", None)
             loss, terms, output = self._functional_loss(model, inputs)
+            if beside is not None:
+                reconstruction, more, output = self._reconstruction_loss(model, beside)
+                loss, terms = loss + reconstruction, terms | more
         else:
-            output: LoraGeneratorOutput = model(**inputs, return_loss=False, return_dict=True)
-            units = _kl_per_unit(output)
-            penalty = units.clamp(min=self.args.free_bits).mean(1)  # (batch,)
-            loss = (output.reconstruction_loss + self._kl_weight(model.training) * penalty).mean()
-            terms = {"reconstruction_loss": output.reconstruction_loss, "kl_per_unit": units}
+            loss, terms, output = self._reconstruction_loss(model, inputs)
         if model.training:
             self._terms["train"].append({name: values.detach() for name, values in terms.items()})
         return (loss, output) if return_outputs else loss
+
+    def _reconstruction_loss(self, model, inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor], LoraGeneratorOutput]:
+        output = model(**inputs, return_loss=False, return_dict=True)
+        units = _kl_per_unit(output)
+        penalty = units.clamp(min=self.args.free_bits).mean(1)  # (batch,)
+        loss = (output.reconstruction_loss + self._kl_weight(model.training) * penalty).mean()
+        return loss, {"reconstruction_loss": output.reconstruction_loss, "kl_per_unit": units}, output
 
     def _functional_loss(self, model, inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor], LoraGeneratorOutput]:
         batch = dict(inputs)
@@ -138,23 +146,17 @@ class LoraGeneratorTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
             if "labels" in inputs:
+                inputs.pop("beside", None)
                 loss, terms, _ = self._functional_loss(model, inputs)
             else:
-                loss, terms = self._reconstruction_terms(model, inputs)
+                loss, terms, output = self._reconstruction_loss(model, inputs)
+                normalizer = self.accelerator.unwrap_model(model).zoo_normalizer
+                generated = model(task_vector=inputs["task_vector"], return_loss=False, return_dict=True).lora_weights
+                error = normalizer.normalize(generated) - normalizer.normalize(inputs["lora_weights"])
+                terms["generation_loss"] = (error**2).mean(1)
         # Per batch, since it drops the samples that padded the last one.
         self._terms["eval"].append(self.accelerator.gather_for_metrics(terms))
         return loss, None, None
-
-    def _reconstruction_terms(self, model, inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        loss, output = self.compute_loss(model, inputs, return_outputs=True)
-        normalizer = self.accelerator.unwrap_model(model).zoo_normalizer
-        generated = model(task_vector=inputs["task_vector"], return_loss=False, return_dict=True).lora_weights
-        error = normalizer.normalize(generated) - normalizer.normalize(inputs["lora_weights"])
-        return loss, {
-            "reconstruction_loss": output.reconstruction_loss,
-            "generation_loss": (error**2).mean(1),
-            "kl_per_unit": _kl_per_unit(output),
-        }
 
     def evaluation_loop(self, *args, **kwargs):
         """Run the loop of `Trainer` and add the terms of the loss to what it returns."""
