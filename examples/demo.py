@@ -1,8 +1,9 @@
 """The main job, end to end, on a real model: `python examples/demo.py` (or `make demo`, which installs first).
 
-Collects a LoRA for each of 20 tasks on SmolLM2-135M, trains a generator on 16 of them, writes adapters for the 4
-unseen ones from 12 examples each, and scores everything against the plain rivals. Results go to `--output_dir`. A
-second run reuses the zoo.
+Collects a LoRA for each of 16 tasks on SmolLM2-135M and trains a generator: on the LoRAs of 12 of them, then through
+the frozen base model on the samples of 88 tasks. Four tasks stay unseen in both; it writes their adapters from 12
+examples each, and scores everything against the plain rivals. Results go to `--output_dir`; a second run reuses the
+zoo and the task vectors.
 """
 
 import subprocess
@@ -17,12 +18,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 
 from hf_icm_lora import (
     CollectionArguments,
+    FunctionalCollator,
+    FunctionalDataset,
     LoraGeneratorConfig,
     LoraGeneratorModel,
     LoraGeneratorTrainer,
     LoraGeneratorTrainingArguments,
-    LoraZoo,
+    Sample,
     TaskVectorExtractor,
+    TaskVectors,
     TaskVectorSpec,
     built_in_tasks,
     collect_zoo,
@@ -30,17 +34,20 @@ from hf_icm_lora import (
     format_report,
     smollm2_path,
 )
-from hf_icm_lora.completion import fill_template
-from hf_icm_lora.tasks import Sample
+from hf_icm_lora.completion import CompletionCollator, fill_template
+from hf_icm_lora.evaluation import write_report
 
 SEEN = (
     "country_names/german", "country_names/french", "country_names/spanish", "country_facts/capital",
-    "country_facts/alpha2", "language_names/french", "language_names/spanish", "language_names/italian",
-    "number_words/english", "number_words/german", "number_words/spanish", "number_transforms/next",
-    "string_transforms/upper", "string_transforms/first_letter", "calendar/german", "calendar/spanish",
+    "language_names/french", "language_names/spanish", "number_words/english", "number_words/german",
+    "number_transforms/next", "string_transforms/upper", "calendar/german", "calendar/spanish",
 )  # fmt: skip
 UNSEEN = ("country_names/portuguese", "language_names/german", "number_words/italian", "calendar/italian")
-
+# Behavioural training sees the samples of all tasks of these families, but for the unseen ones.
+FAMILIES = (
+    "country_names", "country_facts", "language_names", "number_words", "calendar", "number_transforms",
+    "string_transforms",
+)  # fmt: skip
 
 FRESH_PROCESS = """
 import sys
@@ -48,15 +55,100 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 base, adapter = sys.argv[1:]
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
-print(f"{type(model).__name__} with {sum(p.numel() for n, p in model.named_parameters() if 'lora_' in n):,} LoRA weights")
+lora_weights = sum(parameter.numel() for name, parameter in model.named_parameters() if "lora_" in name)
+print(f"{type(model).__name__} with {lora_weights:,} LoRA weights")
 """
 
 
 @dataclass
 class DemoArguments:
     output_dir: str = field(default="build/demo", metadata={"help": "Where everything goes."})
+    zoo: str | None = field(default=None, metadata={"help": "The zoo, by default below output_dir."})
     seed: int = field(default=0, metadata={"help": "Of the generator's initialization and training."})
-    max_steps: int = field(default=600, metadata={"help": "Training steps of the generator."})
+    reconstruction_steps: int = field(default=250, metadata={"help": "Steps on the zoo's LoRAs."})
+    functional_steps: int = field(default=220, metadata={"help": "Steps through the base model."})
+
+
+def main() -> None:
+    (options,) = HfArgumentParser(DemoArguments).parse_args_into_dataclasses()
+    output_dir, started = Path(options.output_dir), time.perf_counter()
+    zoo_dir = Path(options.zoo or output_dir / "zoo")
+
+    base = AutoModelForCausalLM.from_pretrained(smollm2_path(), dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_path())
+    suite = {task.name: task for task in built_in_tasks(FAMILIES)}
+    tasks = [suite[name] for name in SEEN + UNSEEN]
+
+    print(f"1. Fine-tune a LoRA for each of {len(tasks)} tasks", flush=True)
+    lora_config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    arguments = CollectionArguments(output_dir=str(output_dir / "collection"), max_steps=32)
+    zoo = collect_zoo(zoo_dir, base, tokenizer, tasks, lora_config, arguments)
+
+    print(f"2. Extract the task vectors of {len(suite)} tasks from the frozen base model", flush=True)
+    vectors = task_vectors_of(base, tokenizer, list(suite.values()), zoo_dir / "suite_vectors.safetensors")
+    zoo.add_task_vectors(vectors)
+    seen, unseen = zoo.subset(SEEN), zoo.subset(UNSEEN)
+
+    set_seed(options.seed)
+    generator = LoraGeneratorModel(LoraGeneratorConfig.from_zoo(seen))
+    common = {"output_dir": str(output_dir / "generator"), "save_strategy": "no", "seed": options.seed}
+
+    print(f"3. Train the generator on the LoRAs of {len(seen)} tasks", flush=True)
+    LoraGeneratorTrainer(
+        generator,
+        LoraGeneratorTrainingArguments(
+            max_steps=options.reconstruction_steps, learning_rate=2e-3, logging_steps=50, **common
+        ),
+        train_dataset=seen.as_dataset(),
+        eval_dataset=unseen.as_dataset(),
+    ).train()
+
+    samples = [task for task in suite.values() if task.name not in UNSEEN]
+    print(f"4. Train it through the frozen base model on the samples of {len(samples)} tasks", flush=True)
+    LoraGeneratorTrainer(
+        generator,
+        LoraGeneratorTrainingArguments(
+            max_steps=options.functional_steps, per_device_train_batch_size=8, functional_weight=0.2,
+            logging_steps=20, **common,
+        ),
+        base_model=base,
+        train_dataset=FunctionalDataset(samples, vectors, beside=seen.as_dataset()),
+        data_collator=FunctionalCollator(CompletionCollator(tokenizer, template=zoo.template)),
+    ).train()  # fmt: skip
+    generator.save_pretrained(output_dir / "generator")
+    generator = LoraGeneratorModel.from_pretrained(output_dir / "generator")
+
+    print("5. Score it, and every plain rival, on test samples", flush=True)
+    report = evaluate_generator(generator, base, tokenizer, zoo, tasks)
+    report["seed"] = options.seed
+    write_report(report, output_dir)
+    print(format_report(report))
+
+    print("6. Write the adapters of the unseen tasks", flush=True)
+    for name in UNSEEN:
+        task, folder = suite[name], output_dir / "adapters" / name.replace("/", "-")
+        prompt, right = task.test[0]
+        before = answer(base, tokenizer, prompt, zoo.template)
+        model = generator.generate_adapter(base, processing_class=tokenizer, examples=task.demo[:12])
+        after = answer(model, tokenizer, prompt, zoo.template)
+        model.save_pretrained(folder, save_embedding_layers=False)
+        base = model.unload()
+        print(f"   {name}: {prompt!r}\n      before {before!r}\n      after {after!r}\n      right {right!r}")
+    print(f"   {folder} in a fresh process: ", end="", flush=True)
+    subprocess.run([sys.executable, "-c", FRESH_PROCESS, str(smollm2_path()), str(folder)], check=True)
+    print(f"Everything is in {output_dir} ({time.perf_counter() - started:.0f} s).")
+
+
+def task_vectors_of(base, tokenizer, tasks, path: Path) -> TaskVectors:
+    """Extract task vectors once, and read them back at the next run."""
+    spec = TaskVectorSpec(num_draws=6)
+    if path.exists():
+        vectors = TaskVectors.load(path)
+        if vectors.spec == spec and set(vectors.banks) == {task.name for task in tasks}:
+            return vectors
+    vectors = TaskVectorExtractor(spec).extract(base, tokenizer, tasks)
+    vectors.save(path)
+    return vectors
 
 
 def answer(model, tokenizer, prompt: str, template: str) -> str:
@@ -65,61 +157,6 @@ def answer(model, tokenizer, prompt: str, template: str) -> str:
     inputs = tokenizer(text, return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=16, do_sample=False, stop_strings=["\n"], tokenizer=tokenizer)
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]).strip()
-
-
-def train_generator(seen: LoraZoo, unseen: LoraZoo, output_dir: Path, seed: int, max_steps: int) -> LoraGeneratorModel:
-    set_seed(seed)
-    model = LoraGeneratorModel(LoraGeneratorConfig.from_zoo(seen))
-    args = LoraGeneratorTrainingArguments(
-        output_dir=str(output_dir), max_steps=max_steps, seed=seed, logging_steps=max_steps // 6, save_strategy="no"
-    )
-    trainer = LoraGeneratorTrainer(model, args, train_dataset=seen.as_dataset(), eval_dataset=unseen.as_dataset())
-    trainer.train()
-    print({name: round(value, 4) for name, value in trainer.evaluate().items()})
-    trainer.save_model()
-    return LoraGeneratorModel.from_pretrained(output_dir)
-
-
-def main() -> None:
-    (options,) = HfArgumentParser(DemoArguments).parse_args_into_dataclasses()
-    output_dir, started = Path(options.output_dir), time.perf_counter()
-
-    base = AutoModelForCausalLM.from_pretrained(smollm2_path(), dtype=torch.bfloat16)
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_path())
-    suite = {task.name: task for task in built_in_tasks()}
-    tasks = [suite[name] for name in SEEN + UNSEEN]
-
-    print(f"1. Fine-tune a LoRA for each of {len(tasks)} tasks")
-    lora_config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    zoo = collect_zoo(
-        output_dir / "zoo", base, tokenizer, tasks, lora_config,
-        CollectionArguments(output_dir=str(output_dir / "collection"), max_steps=32),
-    )  # fmt: skip
-
-    print("2. Extract task vectors from the frozen base model")
-    zoo.add_task_vectors(TaskVectorExtractor(TaskVectorSpec()).extract(base, tokenizer, tasks))
-    seen, unseen = zoo.subset(SEEN), zoo.subset(UNSEEN)
-
-    print(f"3. Train a generator on {len(seen)} tasks")
-    generator = train_generator(seen, unseen, output_dir / "generator", options.seed, options.max_steps)
-
-    print("4. Score it, and every plain rival, on test samples")
-    report = evaluate_generator(generator, base, tokenizer, zoo, tasks, output_dir=output_dir)
-    print(format_report(report))
-
-    print("5. Write adapters for the unseen tasks")
-    for name in UNSEEN:
-        task, folder = suite[name], output_dir / "adapters" / name.replace("/", "-")
-        before = answer(base, tokenizer, task.test[0].prompt, zoo.template)
-        model = generator.generate_adapter(base, processing_class=tokenizer, examples=task.demo[:12])
-        after = answer(model, tokenizer, task.test[0].prompt, zoo.template)
-        model.save_pretrained(folder, save_embedding_layers=False)
-        base = model.unload()
-        prompt, completion = task.test[0]
-        print(f"   {name}: {prompt!r} before {before!r}, after {after!r}, right {completion!r}")
-    print("   The last one in a fresh process: ", end="", flush=True)
-    subprocess.run([sys.executable, "-c", FRESH_PROCESS, str(smollm2_path()), str(folder)], check=True)
-    print(f"Everything is in {output_dir} ({time.perf_counter() - started:.0f} s).")
 
 
 if __name__ == "__main__":
