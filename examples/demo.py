@@ -66,7 +66,7 @@ class DemoArguments:
     zoo: str | None = field(default=None, metadata={"help": "The zoo, by default below output_dir."})
     seed: int = field(default=0, metadata={"help": "Of the generator's initialization and training."})
     reconstruction_steps: int = field(default=250, metadata={"help": "Steps on the zoo's LoRAs."})
-    functional_steps: int = field(default=220, metadata={"help": "Steps through the base model."})
+    functional_steps: int = field(default=180, metadata={"help": "Steps through the base model."})
 
 
 def main() -> None:
@@ -89,6 +89,7 @@ def main() -> None:
     zoo.add_task_vectors(vectors)
     seen, unseen = zoo.subset(SEEN), zoo.subset(UNSEEN)
 
+    best = seen.as_dataset(num_snapshots=1)  # earlier snapshots are other answers to the same question
     set_seed(options.seed)
     generator = LoraGeneratorModel(LoraGeneratorConfig.from_zoo(seen))
     common = {"output_dir": str(output_dir / "generator"), "save_strategy": "no", "seed": options.seed}
@@ -99,7 +100,7 @@ def main() -> None:
         LoraGeneratorTrainingArguments(
             max_steps=options.reconstruction_steps, learning_rate=2e-3, logging_steps=50, **common
         ),
-        train_dataset=seen.as_dataset(),
+        train_dataset=best,
         eval_dataset=unseen.as_dataset(),
     ).train()
 
@@ -108,11 +109,11 @@ def main() -> None:
     LoraGeneratorTrainer(
         generator,
         LoraGeneratorTrainingArguments(
-            max_steps=options.functional_steps, per_device_train_batch_size=8, functional_weight=0.2,
-            logging_steps=20, **common,
+            max_steps=options.functional_steps, per_device_train_batch_size=8, functional_weight=0.5,
+            kl_weight=0.3, kl_warmup_ratio=0.0, logging_steps=20, **common,
         ),
         base_model=base,
-        train_dataset=FunctionalDataset(samples, vectors, beside=seen.as_dataset()),
+        train_dataset=FunctionalDataset(samples, vectors, beside=best),
         data_collator=FunctionalCollator(CompletionCollator(tokenizer, template=zoo.template)),
     ).train()  # fmt: skip
     generator.save_pretrained(output_dir / "generator")

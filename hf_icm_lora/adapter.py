@@ -111,10 +111,7 @@ def save_adapter(
     with commit_directory(path) as folder:
         tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in sorted(state_dict.items())}
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        config = LoraConfig(**lora_config)
-        if isinstance(config.target_modules, set):  # in whose order two processes would write two files
-            config.target_modules = sorted(config.target_modules)
-        config.save_pretrained(folder)
+        _new_config(lora_config).save_pretrained(folder)
         for name, content in extra.items():
             (folder / f"{name}.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
@@ -272,7 +269,7 @@ def _check_fit(model: nn.Module, lora_config: Mapping, state_dict: Mapping[str, 
 def _add(
     model: nn.Module, lora_config: Mapping, state_dict: Mapping[str, torch.Tensor], adapter_name: str
 ) -> PeftModel:
-    config = LoraConfig(**lora_config)  # a new object for each call: PEFT keeps and changes it
+    config = _new_config(lora_config)
     dtype, device = _dtype_and_device(model)
     requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
     options = {"low_cpu_mem_usage": True, "autocast_adapter_dtype": False}
@@ -312,7 +309,7 @@ def _remove(model: nn.Module, adapter_name: str) -> None:
 def _overwrite(
     model: PeftModel, lora_config: Mapping, state_dict: Mapping[str, torch.Tensor], adapter_name: str
 ) -> None:
-    config = LoraConfig(**lora_config)
+    config = _new_config(lora_config)
     targets = {
         f"{name}.lora_{factor}.weight": (getattr(module, f"lora_{factor}")[adapter_name].weight, module)
         for name, module in model.named_modules()
@@ -333,6 +330,14 @@ def _overwrite(
             name = key.removeprefix(PREFIX).rsplit(".", 2)[0]
             module.scaling[adapter_name] = lora_scaling(lora_config, name, module.r[adapter_name])
     model.peft_config[adapter_name] = config
+
+
+def _new_config(lora_config: Mapping) -> LoraConfig:
+    """Return a new object for each call, since PEFT keeps and changes it."""
+    config = LoraConfig(**lora_config)
+    if isinstance(config.target_modules, set):  # in whose order two processes would write two files
+        config.target_modules = sorted(config.target_modules)
+    return config
 
 
 def _dtype_and_device(model: nn.Module) -> tuple[torch.dtype, torch.device]:

@@ -8,10 +8,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, HfArgumentParser
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    set_seed,
+)
 
 from .adapter import save_adapter
 from .collection import CollectionArguments, collect_zoo
@@ -27,15 +37,15 @@ from .trainer import LoraGeneratorTrainer, LoraGeneratorTrainingArguments
 from .zoo import LoraZoo
 
 
+def _base_model(default: str | None, more: str = ""):
+    text = f"Path or Hub id of the base model, or 'smollm2' for the packaged one. {more}".strip()
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass
 class BaseOptions:
-    base_model: str | None = field(
-        default=None,
-        metadata={
-            "help": "Path or Hub id of the base model, or 'smollm2' for the packaged one. By default the zoo's."
-        },
-    )
-    dtype: str = field(default="bfloat16", metadata={"help": "Of the frozen base: bfloat16, float16, float32."})
+    base_model: str | None = _base_model(None, "By default the zoo's.")
+    dtype: Literal["bfloat16", "float16", "float32"] = field(default="bfloat16", metadata={"help": "Of the base."})
 
 
 @dataclass
@@ -47,6 +57,7 @@ class TaskOptions:
 
 @dataclass
 class CollectOptions(BaseOptions, TaskOptions):
+    base_model: str = _base_model("smollm2")
     r: int = field(default=8, metadata={"help": "Rank of the LoRAs."})
     lora_alpha: int = field(default=16, metadata={"help": "Scaling is lora_alpha / r."})
     target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
@@ -59,10 +70,11 @@ class ZooOption:
 
 @dataclass
 class VectorsOptions(BaseOptions, TaskOptions, ZooOption):
-    num_demonstrations: int = field(default=12)
-    num_draws: int = field(default=16)
-    layers: list[int] = field(default_factory=lambda: [-1])
-    pooling: str = field(default="last")
+    num_demonstrations: int = field(default=12, metadata={"help": "Most demonstrations in one prompt."})
+    min_demonstrations: int = field(default=3, metadata={"help": "Fewest; the draws run evenly from most to fewest."})
+    num_draws: int = field(default=16, metadata={"help": "Vectors per task and mode."})
+    layers: list[int] = field(default_factory=lambda: [-1], metadata={"help": "Hidden states; -1 is the last layer."})
+    pooling: str = field(default="last", metadata={"help": "last token, or mean of all."})
 
 
 @dataclass
@@ -76,6 +88,7 @@ class TrainOptions(ZooOption):
 
 @dataclass
 class GenerateOptions(BaseOptions):
+    base_model: str | None = _base_model(None, "By default the generator's.")
     generator: str = field(default="generator", metadata={"help": "Path or Hub id of the generator."})
     output_dir: str = field(default="adapter", metadata={"help": "Where the adapter goes; must not exist yet."})
     examples: str | None = field(default=None, metadata={"help": "JSON Lines with prompt and completion."})
@@ -91,7 +104,7 @@ class EvaluateOptions(BaseOptions, TaskOptions, ZooOption):
 
 def collect(options: CollectOptions, args: CollectionArguments) -> None:
     """Fine-tune one LoRA per task into a zoo."""
-    base, tokenizer = load_base_model(options.base_model or "smollm2", options.dtype)
+    base, tokenizer = load_base_model(options.base_model, options.dtype)
     task_type = "SEQ_2_SEQ_LM" if base.config.is_encoder_decoder else "CAUSAL_LM"
     lora_config = LoraConfig(
         r=options.r, lora_alpha=options.lora_alpha, target_modules=options.target_modules, task_type=task_type
@@ -100,13 +113,19 @@ def collect(options: CollectOptions, args: CollectionArguments) -> None:
 
 
 def vectors(options: VectorsOptions) -> None:
-    """Extract the task vectors of a zoo's tasks."""
+    """Extract the task vectors of all tasks of a zoo."""
     zoo = LoraZoo(options.zoo)
-    base, tokenizer = load_base_model(options.base_model or zoo.base_model_name_or_path, options.dtype)
     tasks = [task for task in select_tasks(options) if task.name in zoo]
+    if missing := sorted(set(zoo) - {task.name for task in tasks}):
+        raise TaskError(
+            f"--tasks, --families and --names leave {len(tasks)} of the zoo's {len(zoo)} tasks in {options.tasks!r}, "
+            f"but a generator needs the vectors of all: there is no {', '.join(missing[:3])}."
+        )
+    base, tokenizer = load_base_model(options.base_model or zoo.base_model_name_or_path, options.dtype)
     spec = TaskVectorSpec(
         template=zoo.template,
         num_demonstrations=options.num_demonstrations,
+        min_demonstrations=options.min_demonstrations,
         num_draws=options.num_draws,
         layers=tuple(options.layers),
         pooling=options.pooling,
@@ -127,14 +146,16 @@ def train(options: TrainOptions, args: LoraGeneratorTrainingArguments) -> None:
         latent_size=options.latent_size,
         prior=options.prior,
     )
+    set_seed(args.seed)  # the Trainer's own call comes after the weights are drawn
+    generator = LoraGeneratorModel(config)
     trainer = LoraGeneratorTrainer(
-        LoraGeneratorModel(config),
+        generator,
         args,
         train_dataset=seen.as_dataset(),
         eval_dataset=zoo.subset(unseen).as_dataset() if unseen else None,
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model()
+    generator.save_pretrained(args.output_dir)  # save_model() would put a pickle beside it
     if unseen:
         print(json.dumps(trainer.evaluate()))
 
@@ -223,22 +244,22 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; exit code 1 for an error in what it was given, 2 for a wrong command line."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in argv
-    argv = [argument for argument in argv if argument != "--debug"]
+    show_traceback = "--traceback" in argv
+    argv = [argument for argument in argv if argument != "--traceback"]
     if not argv or argv[0] not in COMMANDS:
         parser = argparse.ArgumentParser("hf-icm-lora", description=__doc__)
         parser.add_argument("command", choices=COMMANDS, help="one of them; `hf-icm-lora COMMAND --help` says more")
-        parser.add_argument("--debug", action="store_true", help="show tracebacks")
-        parser.parse_args(argv)  # exits
+        parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
+        parser.parse_args(argv[:1])  # exits
     function, dataclasses = COMMANDS[argv[0]]
     parser = HfArgumentParser(dataclasses, prog=f"hf-icm-lora {argv[0]}", description=function.__doc__)
     try:
-        *options, unknown = parser.parse_args_into_dataclasses(argv[1:], return_remaining_strings=True)
+        *options, unknown = parser.parse_args_into_dataclasses(argv[1:], True, look_for_args_file=False)
         if unknown:
             parser.error(f"unknown arguments: {' '.join(unknown)}")  # exits
         function(*options)
-    except (IcmLoraError, OSError, ImportError, ValueError) as error:
-        if debug:
+    except (IcmLoraError, OSError, ImportError, ValueError, StrictDataclassError, SafetensorError) as error:
+        if show_traceback:
             raise
         print(f"hf-icm-lora {argv[0]}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1

@@ -27,7 +27,8 @@ class LoraGeneratorConfig(PreTrainedConfig):
         task_vector_size (`int`, *optional*, defaults to 576): Columns, the base model's hidden size.
         architecture (`str`, *optional*, defaults to `"transformer"`): `"transformer"` (one token per matrix) or
             `"conv1d"` (the paper's convolutions over the flat vector).
-        token_granularity (`str`, *optional*, defaults to `"matrix"`): One token per `"matrix"` or per `"rank"` component.
+        token_granularity (`str`, *optional*, defaults to `"matrix"`): One token per `"matrix"` or per `"rank"`
+            component.
         hidden_size (`int`, *optional*, defaults to 256): Width of the tokens.
         intermediate_size (`int`, *optional*, defaults to 1024): Width of the feed-forward layers.
         basis_size (`int`, *optional*, defaults to 32): Directions in which each token's weights may lie.
@@ -94,8 +95,8 @@ class LoraGeneratorConfig(PreTrainedConfig):
         for field, allowed in (choices | {"prior": ("learned", "standard", "none")}).items():
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field}: expected one of {allowed}, found {getattr(self, field)!r}.")
-        sizes = ("num_task_vectors", "task_vector_size", "hidden_size", "intermediate_size", "basis_size", "num_encoder_layers",
-                 "num_decoder_layers", "num_attention_heads", "latent_size")  # fmt: skip
+        sizes = ("num_task_vectors", "task_vector_size", "hidden_size", "intermediate_size", "basis_size",
+                 "num_encoder_layers", "num_decoder_layers", "num_attention_heads", "latent_size")  # fmt: skip
         for field in sizes:
             if not 1 <= getattr(self, field) <= 65536:
                 raise ValueError(f"{field}: expected a number from 1 to 65536, found {getattr(self, field)}.")

@@ -25,11 +25,13 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
@@ -175,16 +177,16 @@ def evaluate_generator(
 
 @contextmanager
 def _attachable(base_model: nn.Module, zoo: LoraZoo, shared_weights: torch.Tensor):
-    """Yield the base as a `PeftModel` and a function that puts packed weights into it; the base comes back as it was."""
+    """Yield the base as a `PeftModel` and a function that puts packed weights into it; the base is restored after."""
     lora_config = canonical_lora_config(zoo.lora_config, zoo.layout.max_rank)
 
-    def state_dict(lora_weights: torch.Tensor) -> dict[str, torch.Tensor]:
-        return zoo.layout.unpack(lora_weights, shared_weights)
+    def attach(lora_weights: torch.Tensor, model: nn.Module) -> PeftModel:
+        return attach_adapter(model, lora_config, zoo.layout.unpack(lora_weights, shared_weights), "evaluation")
 
     with restored(base_model):
-        model = attach_adapter(base_model, lora_config, state_dict(torch.zeros(zoo.layout.num_weights)), "evaluation")
+        model = attach(torch.zeros(zoo.layout.num_weights), base_model)
         try:
-            yield model, lambda lora_weights: attach_adapter(model, lora_config, state_dict(lora_weights), "evaluation")
+            yield model, partial(attach, model=model)
         finally:
             model.unload()
 
@@ -312,7 +314,8 @@ def storage(generator: LoraGeneratorModel, zoo: LoraZoo) -> dict[str, Any]:
 
     Returns:
         `dict`: `generator_bytes` (as stored), `adapter_bytes` (one in fp16), `shared_bytes` (what all adapters share,
-        in fp16), `num_seen_tasks`, `ratio` of the first to all adapters and what they share, and `break_even_tasks`, the number of adapters from which on the generator is smaller.
+        in fp16), `num_seen_tasks`, `ratio` of the first to all adapters and what they share, and `break_even_tasks`,
+        the number of adapters from which on the generator is smaller.
     """
     generator_bytes = sum(tensor.numel() * tensor.element_size() for tensor in generator.state_dict().values())
     adapter_bytes, shared_bytes = 2 * zoo.layout.num_weights, 2 * zoo.layout.num_shared_weights

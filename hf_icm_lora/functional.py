@@ -6,14 +6,14 @@ at about the time and memory of one LoRA fine-tuning step.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset, default_collate
 
 from .completion import CompletionCollator, score_completions
-from .errors import TaskVectorError
+from .errors import TaskError, TaskVectorError
 from .files import sha256_of
 from .layout import LoraLayout, split
 from .task_vectors import MODES, TaskVectors
@@ -34,7 +34,7 @@ class FunctionalDataset(Dataset):
     Items: `{"task_vector": (num_task_vectors, task_vector_size), "samples": tuple of Sample}`, and `"beside"`.
 
     Raises:
-        TaskError: if a task has no `train` samples, or a name stands twice.
+        TaskError: if there is no task, one has fewer than `num_samples` `train` samples, or a name stands twice.
         TaskVectorError: if a task has no vectors.
     """
 
@@ -47,6 +47,8 @@ class FunctionalDataset(Dataset):
         beside: Dataset | None = None,
     ):
         self.tasks = check_unique_names(tasks)
+        if not self.tasks or num_samples < 1:
+            raise TaskError(f"Expected at least one task and one sample, found {len(self.tasks)} and {num_samples}.")
         self.beside = beside
         self.num_samples = num_samples
         self.pairs: list[tuple[Task, torch.Tensor]] = []
@@ -115,15 +117,11 @@ def batched_lora(
 
         return add_lora
 
-    handles = [
-        base_model.get_submodule(name).register_forward_hook(hook_for(pair["lora_A"], pair["lora_B"]))
-        for name, pair in matrices.items()
-    ]
-    try:
+    with ExitStack() as stack:
+        for name, pair in matrices.items():
+            hook = hook_for(pair["lora_A"], pair["lora_B"])
+            stack.callback(base_model.get_submodule(name).register_forward_hook(hook).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def functional_loss(

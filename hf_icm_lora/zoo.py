@@ -8,6 +8,7 @@
 An interrupted process leaves whole snapshots and no `task.json`.
 """
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -43,7 +44,7 @@ class LoraZoo:
         >>> zoo = LoraZoo("zoo")  # doctest: +SKIP
         >>> seen, unseen = zoo.subset(["capital"]), zoo.subset(["currency"])  # doctest: +SKIP
         >>> seen.as_dataset()[0]["lora_weights"].shape  # doctest: +SKIP
-        torch.Size([230400])
+        torch.Size([184320])
     """
 
     def __init__(self, path: str | Path, tasks: Iterable[str] | None = None):
@@ -199,8 +200,11 @@ class LoraZoo:
     def add_task_vectors(self, vectors: TaskVectors) -> None:
         """Store the vectors of the zoo's tasks, in place of older ones.
 
+        Those of tasks that `vectors` lacks are kept if they were made in the same way. If not, they are dropped, and
+        since one zoo has one way, that is refused if the directory holds LoRAs of those tasks.
+
         Raises:
-            TaskVectorError: if they were made by another base model or with another template.
+            TaskVectorError: if they were made by another base model or with another template, or lack a task.
         """
         if vectors.base_model_fingerprint != self.base_model_fingerprint:
             raise TaskVectorError(
@@ -213,6 +217,16 @@ class LoraZoo:
             )
         if missing := [name for name in self.records if name not in vectors.banks]:
             raise TaskVectorError(f"There are no task vectors for {missing[:3]}.")
+        if (self.path / VECTORS_FILE).exists():
+            stored = self.task_vectors
+            others = {name: bank for name, bank in stored.banks.items() if name not in vectors.banks}
+            if stored.spec == vectors.spec:
+                vectors = dataclasses.replace(vectors, banks={**others, **vectors.banks})
+            elif lost := sorted(others.keys() & LoraZoo(self.path).records.keys()):
+                raise TaskVectorError(
+                    f"{self.path} holds vectors of {lost[:3]} that were made with {stored.spec}; found new ones "
+                    f"without these tasks, made with {vectors.spec}. Extract the vectors of all tasks of the zoo."
+                )
         with commit_file(self.path / VECTORS_FILE) as temporary:
             vectors.save(temporary)
 

@@ -154,6 +154,12 @@ def test_json_is_readable_text_and_replaces_the_old_file(tmp_path):
     assert os.listdir(tmp_path) == ["a.json"]
 
 
+def test_numbers_that_json_lacks_become_null(tmp_path):
+    write_json(tmp_path / "a.json", {"a": [1.5, float("nan"), (float("inf"), 2)], 3: {"b": -float("inf")}})
+    expected = {"a": [1.5, None, [None, 2]], "3": {"b": None}}
+    assert json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail) == expected
+
+
 @pytest.mark.parametrize("fail", ["content", "rename"])
 def test_interrupted_json_leaves_the_old_file(tmp_path, monkeypatch, fail):
     path = tmp_path / "a.json"

@@ -25,7 +25,7 @@ from hf_icm_lora import (
     TaskVectorSpec,
 )
 from hf_icm_lora.adapter import adapter_state_dict
-from hf_icm_lora.modeling_lora_generator import kl_per_unit
+from hf_icm_lora.modeling_lora_generator import TokenwiseLinear, kl_per_unit
 
 SIZES = dict(
     hidden_size=32, intermediate_size=48, num_encoder_layers=1, num_decoder_layers=2, num_attention_heads=4,
@@ -559,12 +559,23 @@ def test_token_identities_tell_all_matrices_apart(base):
 def test_weights_pass_through_tokens_in_their_order():
     """With identity projections, embedding and unembedding give the vector back."""
     for granularity in ("matrix", "rank"):
-        model, dataset = make_model(token_granularity=granularity, hidden_size=128)
+        model, dataset = make_model(token_granularity=granularity, hidden_size=128, basis_size=128)
         tokens, weights = model.network.tokens, dataset.lora_weights
         with torch.no_grad():
-            for one, other in zip(tokens.in_projections, tokens.out_projections, strict=True):
-                one.weight.copy_(torch.eye(*one.weight.shape))
-                other.weight.copy_(torch.eye(*other.weight.shape))
+            tokens.coordinate_norm = torch.nn.Identity()
+            for one in (*tokens.in_projections, tokens.coordinate_proj, *tokens.bases):
+                one.weight.copy_(torch.eye(*one.weight.shape[-2:]))
                 one.bias.zero_()
-                other.bias.zero_()
             assert torch.equal(tokens.unembed(tokens.embed(weights)), weights)
+
+
+def test_each_token_has_a_linear_layer_of_its_own():
+    torch.manual_seed(0)
+    layer = TokenwiseLinear(3, 4, 5)
+    with torch.no_grad():
+        layer.weight.normal_()
+        layer.bias.normal_()
+    x = torch.randn(2, 3, 4)
+    for token in range(3):
+        expected = torch.nn.functional.linear(x[:, token], layer.weight[token].T, layer.bias[token])
+        torch.testing.assert_close(layer(x)[:, token], expected)

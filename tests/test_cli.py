@@ -1,0 +1,270 @@
+"""The command line: the whole chain through `main`, and errors in one line."""
+
+import json
+
+import pytest
+import torch
+from conftest import make_llama, make_tasks
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from hf_icm_lora import LoraGeneratorModel, LoraZoo, load_adapter, save_tasks
+from hf_icm_lora.cli import COMMANDS, main
+from hf_icm_lora.evaluation import read_report
+
+SEEN, UNSEEN = ["shift/1", "shift/2", "shift/3"], ["shift/4"]
+SMALL = ["--hidden_size", "32", "--latent_size", "8", "--max_steps", "4", "--save_strategy", "no", "--report_to",
+         "none", "--disable_tqdm", "True", "--use_cpu", "True"]  # fmt: skip
+
+
+def train(folder, output_dir, *more):
+    """Train with `SMALL` options; later ones win."""
+    return main(["train", "--zoo", str(folder / "zoo"), "--output_dir", str(output_dir), *SMALL, *more])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    """A folder with a base model, tasks, and all that the commands make of them."""
+    folder = tmp_path_factory.mktemp("cli")
+    base, tasks, zoo, generator = (str(folder / name) for name in ("base", "tasks.jsonl", "zoo", "generator"))
+    make_llama().save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    save_tasks(make_tasks(4), tasks)
+    (folder / "examples.jsonl").write_text('{"prompt": "ab", "completion": "bc"}\n\n["xy", "yz"]\n')
+    collect = [
+        "collect",
+        "--output_dir",
+        zoo,
+        "--base_model",
+        base,
+        "--tasks",
+        tasks,
+        "--dtype",
+        "float32",
+        "--r",
+        "4",
+    ]
+    assert main([*collect, "--max_steps", "8", "--eval_steps", "4", "--use_cpu", "True"]) == 0
+    vectors = ["vectors", "--zoo", zoo, "--tasks", tasks, "--num_demonstrations", "4", "--min_demonstrations", "2"]
+    assert main([*vectors, "--num_draws", "3", "--dtype", "float32"]) == 0
+    assert train(folder, generator, "--unseen", *UNSEEN) == 0
+    generate = ["generate", "--generator", generator, "--examples", str(folder / "examples.jsonl")]
+    assert main([*generate, "--description", "Shift.", "--output_dir", str(folder / "adapter")]) == 0
+    evaluate = ["evaluate", "--generator", generator, "--zoo", zoo, "--tasks", tasks, "--num_examples", "4"]
+    assert main([*evaluate, "--output_dir", str(folder / "evaluation")]) == 0
+    return folder
+
+
+def fails(capsys, *argv):
+    """Run a command that must fail, and return its one line."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in argv]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith(f"hf-icm-lora {argv[0]}: ")
+    return error
+
+
+# The chain
+
+
+def test_collected_zoo(folder):
+    zoo = LoraZoo(folder / "zoo")
+    assert list(zoo) == [*SEEN, *UNSEEN]
+    assert zoo.base_model_name_or_path == str(folder / "base")
+    assert zoo.lora_config["r"] == 4
+    assert zoo.lora_config["lora_alpha"] == 16
+    assert zoo.lora_config["task_type"] == "CAUSAL_LM"
+
+
+def test_vectors_of_all_tasks(folder):
+    vectors = LoraZoo(folder / "zoo").task_vectors
+    assert sorted(vectors.banks) == [*SEEN, *UNSEEN]
+    spec = vectors.spec
+    assert (spec.num_demonstrations, spec.min_demonstrations, spec.num_draws, spec.layers) == (4, 2, 3, (-1,))
+
+
+def test_trained_generator_is_json_and_safetensors(folder):
+    assert {path.name for path in (folder / "generator").iterdir()} == {"config.json", "model.safetensors"}
+    generator = LoraGeneratorModel.from_pretrained(folder / "generator")
+    assert generator.config.training_tasks == SEEN
+    assert generator.config.hidden_size == 32
+
+
+def test_same_seed_trains_the_same_generator(folder, tmp_path):
+    """Also from its first weights on, which are drawn before the Trainer exists."""
+    for name, seed in (("one", "1"), ("other", "2"), ("again", "1")):
+        torch.rand(3)
+        assert train(folder, tmp_path / name, "--seed", seed) == 0
+    one, other, again = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "other", "again"))
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert not all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_training_reports_unseen_tasks_and_resumes(folder, tmp_path, capsys):
+    more = ("--unseen", *UNSEEN, "--save_strategy", "steps", "--save_steps", "2")
+    assert train(folder, tmp_path / "out", *more) == 0
+    metrics = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert "eval_generation_loss" in metrics
+    checkpoint = str(tmp_path / "out" / "checkpoint-2")
+    assert train(folder, tmp_path / "resumed", *more, "--resume_from_checkpoint", checkpoint) == 0
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "resumed"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_generated_adapter_is_read_by_peft(folder):
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    ids = torch.arange(2, 22)[None]
+    with torch.no_grad():
+        before = base(ids).logits
+        model = PeftModel.from_pretrained(base, folder / "adapter")
+        after = model(ids).logits
+    assert not torch.allclose(before, after)
+    lora_config, state_dict = load_adapter(folder / "adapter")
+    assert lora_config["base_model_name_or_path"] == str(folder / "base")
+    assert len(state_dict) == 8
+
+
+def test_adapter_of_a_description_alone(folder, tmp_path, capsys):
+    generate = ["generate", "--generator", str(folder / "generator"), "--description", "Shift each letter by 9."]
+    assert main([*generate, "--output_dir", str(tmp_path / "adapter")]) == 0
+    assert capsys.readouterr().out.strip().endswith(str(tmp_path / "adapter"))
+    one, other = (load_adapter(path / "adapter")[1] for path in (folder, tmp_path))
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_evaluation_report(folder):
+    report = read_report(folder / "evaluation" / "evaluation.json")
+    assert {split: sorted(rows["base"]["tasks"]) for split, rows in report["splits"].items()} == {
+        "seen": SEEN, "unseen": UNSEEN
+    }  # fmt: skip
+    assert report["num_examples"] == 4
+    assert "| generated |" in (folder / "evaluation" / "evaluation.md").read_text()
+
+
+def test_env_names_versions(capsys):
+    assert main(["env"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"- {name}: " in out for name in ("Platform", "Python", "hf_icm_lora", "torch", "peft", "Device"))
+
+
+# Wrong command lines
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [], ["nonsense"], ["--traceback"], ["--"], ["env", "more"], ["env", "--nothing"],
+        ["vectors", "--unknown", "1"], ["train", "--hidden_size", "wide"], ["generate", "--dtype", "float8"],
+        ["collect", "--r"],
+    ],
+)  # fmt: skip
+def test_wrong_command_line_exits_with_2(argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert caught.value.code == 2
+    assert "usage: hf-icm-lora" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["--help"], *([name, "--help"] for name in COMMANDS)])
+def test_help(argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert caught.value.code == 0
+    assert "usage: hf-icm-lora" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "default"),
+    [
+        ("collect", "(default: smollm2)"),
+        ("vectors", "By default the zoo's."),
+        ("evaluate", "By default the zoo's."),
+        ("generate", "By default the generator's."),
+    ],
+)
+def test_help_says_which_base_model_is_the_default(command, default, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert default in text[text.index("Path or Hub id of the base model") :][:130]
+
+
+# Errors
+
+
+def test_missing_things_are_said_in_one_line(folder, tmp_path, capsys):
+    nowhere = tmp_path / "nowhere"
+    for command in ("vectors", "train", "evaluate"):
+        more = ["--generator", folder / "generator"] if command == "evaluate" else []
+        assert "is not a zoo" in fails(capsys, command, "--zoo", nowhere, *more)
+    for command in ("generate", "evaluate"):
+        assert "nowhere" in fails(capsys, command, "--generator", nowhere)
+    tasks = ("--tasks", folder / "tasks.jsonl")
+    assert "nowhere" in fails(capsys, "collect", "--output_dir", tmp_path / "zoo", "--base_model", nowhere, *tasks)
+    assert "nowhere" in fails(capsys, "vectors", "--zoo", folder / "zoo", "--tasks", nowhere)
+    error = fails(capsys, "generate", "--generator", folder / "generator", "--examples", nowhere)
+    assert "No such file" in error
+
+
+def test_unknown_names_are_said_in_one_line(folder, capsys):
+    zoo_and_tasks = ("--zoo", folder / "zoo", "--tasks", folder / "tasks.jsonl")
+    assert "--names: ['lost'] not found" in fails(capsys, "vectors", *zoo_and_tasks, "--names", "lost")
+    assert "--families: ['lost'] not found" in fails(capsys, "vectors", *zoo_and_tasks, "--families", "lost")
+    assert "no complete task ['lost']" in fails(capsys, "train", "--zoo", folder / "zoo", "--unseen", "lost")
+
+
+def test_vectors_need_all_tasks_of_the_zoo(folder, tmp_path, capsys):
+    before = (folder / "zoo" / "task_vectors.safetensors").read_bytes()
+    save_tasks(make_tasks(3), tmp_path / "few.jsonl")
+    for more in (["--tasks", tmp_path / "few.jsonl"], ["--tasks", folder / "tasks.jsonl", "--names", *SEEN]):
+        error = fails(capsys, "vectors", "--zoo", folder / "zoo", *more)
+        assert "leave 3 of the zoo's 4 tasks" in error
+        assert "there is no shift/4" in error
+    assert (folder / "zoo" / "task_vectors.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [("hidden_size", "33", "no multiple of 4 heads"), ("prior", "none at all", "expected one of"),
+     ("latent_size", "0", "from 1 to 65536"), ("lr_scheduler_type", "sideways", "sideways")],
+)  # fmt: skip
+def test_bad_values_are_said_in_one_line(folder, tmp_path, capsys, option, value, message):
+    argv = ("train", "--zoo", folder / "zoo", "--output_dir", tmp_path / "out", *SMALL, f"--{option}", value)
+    assert message in fails(capsys, *argv)
+
+
+def test_truncated_generator_is_said_in_one_line(folder, tmp_path, capsys):
+    for file in (folder / "generator").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "model.safetensors").write_bytes((folder / "generator" / "model.safetensors").read_bytes()[:1000])
+    fails(capsys, "generate", "--generator", tmp_path, "--description", "Shift.")
+
+
+def test_adapter_is_never_overwritten(folder, capsys):
+    before = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+    argv = ("--generator", folder / "generator", "--description", "Shift.", "--output_dir", folder / "adapter")
+    assert "exists already" in fails(capsys, "generate", *argv)
+    assert (folder / "adapter" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_traceback_on_demand(tmp_path):
+    with pytest.raises(FileExistsError, match="is not a zoo"):
+        main(["--traceback", "vectors", "--zoo", str(tmp_path)])
+    with pytest.raises(FileExistsError, match="is not a zoo"):
+        main(["vectors", "--zoo", str(tmp_path), "--traceback"])
+
+
+def test_debug_is_the_option_of_training_arguments(tmp_path, capsys):
+    assert "is not a zoo" in fails(capsys, "train", "--zoo", tmp_path, "--debug", "underflow_overflow")
+    with pytest.raises(SystemExit):
+        main(["train", "--debug", "upside_down"])
+    assert "invalid DebugOption value: 'upside_down'" in capsys.readouterr().err
+
+
+def test_options_are_not_read_from_a_file_beside_the_program(tmp_path, monkeypatch):
+    """`HfArgumentParser` would, by default."""
+    (tmp_path / "hf-icm-lora.args").write_text("--nothing 1")
+    monkeypatch.setattr("sys.argv", [str(tmp_path / "hf-icm-lora"), "env"])
+    assert main() == 0

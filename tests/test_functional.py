@@ -1,0 +1,549 @@
+"""Behavioural training: many adapters in one pass act as PEFT's own, and the base comes back as it was."""
+
+import math
+
+import pytest
+import torch
+from conftest import LORA_TARGETS, make_gpt2, make_llama, make_t5, make_tasks
+from peft import LoraConfig, get_peft_model
+from transformers import TrainerCallback
+
+from hf_icm_lora import (
+    CollectionArguments,
+    FunctionalCollator,
+    FunctionalDataset,
+    IcmLoraError,
+    IncompatibleAdapterError,
+    LoraGeneratorConfig,
+    LoraGeneratorModel,
+    LoraGeneratorTrainer,
+    LoraGeneratorTrainingArguments,
+    LoraLayout,
+    NotFittedError,
+    TaskError,
+    TaskVectorError,
+    TaskVectorExtractor,
+    TaskVectorSpec,
+    attach_adapter,
+    collect_zoo,
+)
+from hf_icm_lora.adapter import adapter_state_dict, canonical_lora_config
+from hf_icm_lora.completion import CompletionCollator, score_completions
+from hf_icm_lora.functional import batched_lora, functional_loss
+from hf_icm_lora.tasks import Sample
+
+MAKE = {"llama": make_llama, "gpt2": make_gpt2, "t5": make_t5}
+SIZES = dict(hidden_size=32, intermediate_size=64, num_encoder_layers=1, num_decoder_layers=1, latent_size=16)
+SEEN, UNSEEN = ["shift/1", "shift/2", "shift/3"], ["shift/4"]
+NOT_IN_GENERATION = ("encoder", "posterior_proj", "summary_embedding", "in_projections")  # read LoRAs, not tasks
+
+
+# Many adapters in one pass
+
+
+def make_adapters(name, gauge, count=3, **fields):
+    """A base model, and adapters of one layout: configuration, layout, state dicts, packed and shared weights."""
+    lora_config = {"r": 4, "lora_alpha": 6, "target_modules": LORA_TARGETS[name], "fan_in_fan_out": name == "gpt2"}
+    lora_config |= fields
+    base = MAKE[name]()
+    model = get_peft_model(base, LoraConfig(**lora_config))
+    start = adapter_state_dict(model)
+    base = model.unload()
+    state_dicts = []
+    for seed in range(count):
+        generator = torch.Generator().manual_seed(seed)
+        frozen = torch.Generator().manual_seed(99)
+        state_dicts.append(
+            {
+                key: 0.3 * torch.randn(w.shape, generator=frozen if gauge == "frozen_a" and "_A" in key else generator)
+                for key, w in sorted(start.items())
+            }
+        )
+    layout = LoraLayout.from_state_dict(state_dicts[0], lora_config, gauge)
+    packed, shared = zip(*(layout.pack(state_dict, lora_config) for state_dict in state_dicts), strict=True)
+    return base, lora_config, layout, state_dicts, torch.stack(packed), shared[0]
+
+
+def make_batch(base, tokenizer, num_rows):
+    """Rows of different lengths."""
+    samples = [sample for task in make_tasks(3) for sample in task.train[:4]][:num_rows]
+    samples = [Sample(s.prompt * (1 + i % 3), s.completion * (1 + i % 2)) for i, s in enumerate(samples)]
+    return CompletionCollator(tokenizer, base.config.is_encoder_decoder)(samples)
+
+
+class Scored(torch.nn.Module):
+    """The loss per token of a model, as a module, so that `functional_call` can exchange its weights."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch):
+        scores = score_completions(self.model, batch)
+        return scores.loss.sum() / scores.num_tokens.sum()
+
+
+def hooks(model):
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+def logits(model, batch):
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    if model.config.is_encoder_decoder:
+        inputs["labels"] = batch["labels"]
+    return model(**inputs, use_cache=False).logits
+
+
+@pytest.mark.parametrize("gauge", ["frozen_a", "shared_init", "canonical"])
+@pytest.mark.parametrize("name", list(MAKE))
+@torch.no_grad()
+def test_rows_go_through_their_own_adapter_as_in_peft(tokenizer, name, gauge):
+    base, lora_config, layout, state_dicts, packed, shared = make_adapters(name, gauge)
+    batch = make_batch(base, tokenizer, 12)  # 4 rows for each of 3 adapters
+    without = logits(base, batch)
+    with batched_lora(base, layout, packed, shared):
+        together = logits(base, batch)
+    losses = functional_loss(base, layout, packed, shared, batch)
+    assert hooks(base) == 0
+    assert torch.equal(logits(base, batch), without)
+    model = base
+    for i, state_dict in enumerate(state_dicts):
+        model = attach_adapter(model, lora_config, state_dict)
+        rows = {key: tensor[4 * i : 4 * i + 4] for key, tensor in batch.items()}
+        alone = logits(model, rows)
+        torch.testing.assert_close(together[4 * i : 4 * i + 4], alone, rtol=1e-5, atol=1e-5)
+        scores = score_completions(model, rows)
+        torch.testing.assert_close(losses[i], scores.loss.sum() / scores.num_tokens.sum(), rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(alone, without[4 * i : 4 * i + 4], atol=1e-2)
+    assert losses.dtype == torch.float32
+    assert len(set(losses.tolist())) == 3
+
+
+@torch.no_grad()
+def test_ranks_and_scalings_of_their_own_per_module(tokenizer):
+    patterns = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.self_attn.v_proj": 1}, "use_rslora": True}
+    base, lora_config, layout, state_dicts, packed, shared = make_adapters("llama", "frozen_a", **patterns)
+    batch = make_batch(base, tokenizer, 6)
+    losses, model = functional_loss(base, layout, packed, shared, batch), base
+    for i, state_dict in enumerate(state_dicts):
+        model = attach_adapter(model, lora_config, state_dict)
+        scores = score_completions(model, {key: tensor[2 * i : 2 * i + 2] for key, tensor in batch.items()})
+        torch.testing.assert_close(losses[i], scores.loss.sum() / scores.num_tokens.sum(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("gauge", ["frozen_a", "shared_init"])
+@pytest.mark.parametrize("name", list(MAKE))
+def test_gradient_is_that_of_a_peft_model(tokenizer, name, gauge):
+    base, lora_config, layout, _, packed, shared = make_adapters(name, gauge, count=2)
+    batch = make_batch(base, tokenizer, 6)
+    base.requires_grad_(False)
+    packed.requires_grad_()
+    functional_loss(base, layout, packed, shared, batch).sum().backward()
+    assert all(parameter.grad is None for parameter in base.parameters())
+
+    plain, model = canonical_lora_config(lora_config, layout.max_rank), base  # scaling 1, as the weights are packed
+    for i in range(2):
+        model = attach_adapter(model, plain, layout.unpack(packed[i].detach(), shared))
+        rows = {key: tensor[3 * i : 3 * i + 3] for key, tensor in batch.items()}
+        parameters = {n: p for n, p in model.named_parameters() if ".lora_" in n}
+
+        scored = Scored(model)
+        values = {f"model.{n}": p.detach().clone().requires_grad_() for n, p in parameters.items()}
+        gradients = torch.autograd.grad(torch.func.functional_call(scored, values, (rows,)), list(values.values()))
+        by_key = {n.replace(".default.", "."): g for n, g in zip(parameters, gradients, strict=True)}
+        expected, _ = layout.pack(by_key, plain)
+        torch.testing.assert_close(packed.grad[i], expected, rtol=1e-4, atol=1e-6)
+        assert expected.abs().max() > 1e-3
+
+
+def test_rows_of_other_adapters_give_no_gradient(tokenizer):
+    base, _, layout, _, packed, shared = make_adapters("llama", "frozen_a")
+    packed.requires_grad_()
+    functional_loss(base, layout, packed, shared, make_batch(base, tokenizer, 6))[1].backward()
+    assert packed.grad[1].abs().max() > 1e-3
+    assert packed.grad[[0, 2]].abs().max() == 0
+
+
+def test_hooks_are_removed_after_any_error(tokenizer):
+    base, _, layout, _, packed, shared = make_adapters("llama", "frozen_a")
+
+    def fail():
+        with batched_lora(base, layout, packed, shared):
+            assert hooks(base) == 4
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        fail()
+    assert hooks(base) == 0
+    with pytest.raises(RuntimeError):  # 5 rows for 3 adapters
+        functional_loss(base, layout, packed, shared, make_batch(base, tokenizer, 5))
+    assert hooks(base) == 0
+    del base.model.layers[1]
+    with pytest.raises(AttributeError), batched_lora(base, layout, packed, shared):
+        raise AssertionError("the second layer's modules are missing")
+    assert hooks(base) == 0
+
+
+def test_base_in_bf16_gives_gradients_in_fp32(tokenizer):
+    base, _, layout, _, packed, shared = make_adapters("llama", "frozen_a")
+    batch = make_batch(base, tokenizer, 6)
+    exact = functional_loss(base, layout, packed, shared, batch)
+    packed.requires_grad_()
+    losses = functional_loss(base.to(torch.bfloat16), layout, packed, shared, batch)
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses, exact, rtol=0.05, atol=0.05)
+    losses.sum().backward()
+    assert packed.grad.dtype == torch.float32
+    assert packed.grad.isfinite().all()
+    assert packed.grad.abs().max() > 1e-3
+
+
+# The dataset
+
+
+@pytest.fixture(scope="module")
+def tasks():
+    return make_tasks(6)
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory, tokenizer, tasks):
+    """LoRAs of four tasks, vectors of all six."""
+    folder, base = tmp_path_factory.mktemp("functional"), make_llama()
+    lora_config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    args = CollectionArguments(output_dir=folder / "out", max_steps=8, eval_steps=4, use_cpu=True)
+    zoo = collect_zoo(folder / "zoo", base, tokenizer, tasks[:4], lora_config, args)
+    extractor = TaskVectorExtractor(TaskVectorSpec(num_demonstrations=4, num_draws=3))
+    zoo.add_task_vectors(extractor.extract(base, tokenizer, tasks))
+    return zoo
+
+
+@pytest.fixture(scope="module")
+def vectors(zoo):
+    return zoo.task_vectors
+
+
+def test_items_are_pairs_of_a_task_and_each_of_its_vectors(tasks, vectors):
+    dataset = FunctionalDataset(tasks, vectors, num_samples=3)
+    banks = vectors.banks
+    assert len(dataset) == sum(len(bank) for task in tasks for bank in banks[task.name].values())
+    found = [(item["task_vector"], item["samples"]) for item in dataset]
+    expected = [draw for task in tasks for bank in sorted(banks[task.name]) for draw in banks[task.name][bank]]
+    assert {tuple(v.flatten().tolist()) for v, _ in found} == {tuple(v.flatten().tolist()) for v in expected}
+    for (_, samples), (task, _) in zip(found, dataset.pairs, strict=True):
+        assert len(set(samples)) == 3
+        assert set(samples) <= set(task.train)  # and so neither demo nor test
+    assert {task.name for task, _ in dataset.pairs} == {f"shift/{i}" for i in range(1, 7)}  # two have no LoRA
+    assert len({samples for _, samples in found}) > len(tasks)  # drawn for each pair
+
+
+def test_items_are_the_same_each_time(tasks, vectors):
+    dataset, again = FunctionalDataset(tasks, vectors), FunctionalDataset(tasks, vectors)
+    state = torch.random.get_rng_state()
+    one = [dataset[i]["samples"] for i in range(len(dataset))]
+    torch.rand(3)
+    assert [again[i]["samples"] for i in reversed(range(len(again)))] == one[::-1]
+    torch.random.set_rng_state(state)
+    dataset[0]
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_only_the_given_modes_are_used(tasks, vectors):
+    dataset = FunctionalDataset(tasks, vectors, modes=["description"])
+    assert len(dataset) == len(tasks)
+    assert torch.equal(dataset[2]["task_vector"], vectors.banks["shift/3"]["description"][0])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"tasks": lambda tasks: [*tasks, tasks[0]]}, TaskError, "named 'shift/1'"),
+        ({"tasks": lambda tasks: make_tasks(7)}, TaskVectorError, "'shift/7' has no task vectors"),
+        ({"tasks": lambda tasks: []}, TaskError, "at least one task and one sample, found 0 and 4"),
+        ({"num_samples": 25}, TaskError, "'shift/1' has 24 'train' samples, but behavioural training needs at le"),
+        ({"num_samples": 0}, TaskError, "at least one task and one sample, found 6 and 0"),
+        ({"modes": ["nothing"]}, TaskVectorError, r"'shift/1' has no task vectors of the modes \('nothing',\)"),
+        ({"modes": []}, TaskVectorError, "'shift/1' has no task vectors"),
+    ],
+)
+def test_what_makes_no_dataset_is_said(tasks, vectors, change, error, message):
+    arguments = {"num_samples": 4} | change
+    chosen = arguments.pop("tasks", lambda tasks: tasks)(tasks)
+    with pytest.raises(error, match=message):
+        FunctionalDataset(chosen, vectors, **arguments)
+
+
+def test_items_beside_are_drawn_from_their_dataset(tasks, vectors, zoo):
+    beside = zoo.subset(SEEN).as_dataset()
+    dataset = FunctionalDataset(tasks, vectors, beside=beside)
+    known = {tuple(weights.tolist()) for weights in beside.lora_weights}
+    drawn = [tuple(item["beside"]["lora_weights"].tolist()) for item in dataset]
+    assert set(drawn) <= known
+    assert len(set(drawn)) > 1
+    assert drawn == [tuple(item["beside"]["lora_weights"].tolist()) for item in dataset]
+
+
+@pytest.mark.parametrize("with_beside", [False, True])
+def test_samples_of_an_item_are_adjacent_rows(tasks, vectors, zoo, tokenizer, with_beside):
+    beside = zoo.subset(SEEN).as_dataset() if with_beside else None
+    dataset = FunctionalDataset(tasks, vectors, num_samples=2, beside=beside)
+    collate_samples = CompletionCollator(tokenizer)
+    items = [dataset[i] for i in (0, 9, 4)]
+    batch = FunctionalCollator(collate_samples)(items)
+    assert torch.equal(batch["task_vector"], torch.stack([item["task_vector"] for item in items]))
+    rows = collate_samples([sample for item in items for sample in item["samples"]])
+    assert all(torch.equal(batch[key], rows[key]) for key in rows)
+    assert len(batch["labels"]) == 6
+    assert ("beside" in batch) == with_beside
+    if with_beside:
+        assert torch.equal(batch["beside"]["lora_weights"][1], items[1]["beside"]["lora_weights"])
+
+
+# Training
+
+
+@pytest.fixture
+def make_trainer(tmp_path, zoo, tasks, vectors, tokenizer):
+    def make(base=None, seed=0, beside=False, callbacks=None, train=tasks, unseen=None, fit=True, **kwargs):
+        seen = zoo.subset(SEEN)
+        torch.manual_seed(seed)
+        model = LoraGeneratorModel(LoraGeneratorConfig.from_zoo(seen, **SIZES))
+        if fit:
+            model.fit_normalizer(seen.as_dataset())
+        train = FunctionalDataset(train, vectors, num_samples=3, beside=seen.as_dataset() if beside else None)
+        defaults = dict(output_dir=tmp_path / "out", max_steps=4, logging_steps=1, per_device_train_batch_size=4,
+                        save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True)  # fmt: skip
+        return LoraGeneratorTrainer(
+            model,
+            LoraGeneratorTrainingArguments(**(defaults | kwargs)),
+            base_model=make_llama() if base is None else base,
+            train_dataset=train,
+            eval_dataset=train if unseen is None else unseen,
+            data_collator=FunctionalCollator(CompletionCollator(tokenizer)),
+            callbacks=callbacks,
+        )
+
+    return make
+
+
+def logged(trainer, *names):
+    return [[row[name] for name in names] for row in trainer.state.log_history if "loss" in row]
+
+
+def weights(trainer):
+    return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+
+
+def state_of(base):
+    return (
+        {name: parameter.requires_grad for name, parameter in base.named_parameters()},
+        {name: module.training for name, module in base.named_modules()},
+        base.config.to_dict(),
+    )
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_training_lowers_the_base_models_loss(make_trainer, beside):
+    trainer = make_trainer(max_steps=60, learning_rate=1e-2, per_device_train_batch_size=8, beside=beside)
+    base, before = trainer.frozen_base, weights(trainer)
+    tensors = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    first = trainer.evaluate()["eval_functional_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_functional_loss"] < 0.95 * first
+    still = [name for name, after in weights(trainer).items() if torch.equal(before[name], after)]
+    expected = [] if beside else [name for name in before if any(part in name for part in NOT_IN_GENERATION)]
+    assert still == expected
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in base.state_dict().items())
+    assert all(parameter.grad is None for parameter in base.parameters())
+    assert hooks(base) == 0
+
+
+def test_logs_have_the_terms_of_the_loss(make_trainer):
+    trainer = make_trainer(functional_weight=0.5)
+    trainer.train()
+    rows = logged(trainer, "loss", "functional_loss", "grad_norm")
+    assert len(rows) == 4
+    assert all(math.isfinite(value) for row in rows for value in row)
+    assert [row[0] for row in rows] == pytest.approx([0.5 * row[1] for row in rows], rel=1e-5)
+    assert not any("reconstruction_loss" in row for row in trainer.state.log_history)
+
+
+def test_logs_have_the_terms_of_both_losses(make_trainer):
+    trainer = make_trainer(functional_weight=0.5, kl_weight=0.0, beside=True)
+    trainer.train()
+    rows = logged(trainer, "loss", "functional_loss", "reconstruction_loss", "kl", "active_units")
+    assert len(rows) == 4
+    assert [row[0] for row in rows] == pytest.approx([0.5 * row[1] + row[2] for row in rows], rel=1e-5)
+
+
+def test_loss_is_that_of_the_generated_adapters_in_peft(make_trainer, tasks, vectors, tokenizer):
+    trainer = make_trainer(per_device_eval_batch_size=5)
+    trainer.train()
+    metrics, losses = trainer.evaluate(), []
+    for (task, vector), item in zip(trainer.train_dataset.pairs, trainer.train_dataset, strict=True):
+        assert set(item["samples"]) <= set(task.train)
+        model = trainer.model.generate_adapter(make_llama(), task_vector=vector)
+        with torch.no_grad():
+            scores = score_completions(model, CompletionCollator(tokenizer)(item["samples"]))
+        losses.append((scores.loss.sum() / scores.num_tokens.sum()).item())
+    expected = sum(losses) / len(losses)
+    assert metrics["eval_functional_loss"] == pytest.approx(expected, rel=1e-5)
+    assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_evaluation_during_training_is_on_the_evaluation_tasks(make_trainer, tasks, vectors, zoo):
+    behaviour = FunctionalDataset(tasks[3:4], vectors, num_samples=3)
+    trainer = make_trainer(train=tasks[:3], unseen=behaviour, eval_strategy="steps", eval_steps=2, beside=True)
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "eval_loss" in row]
+    assert [row["step"] for row in rows] == [2, 4]
+    unseen = trainer.evaluate(behaviour)["eval_functional_loss"]
+    assert rows[-1]["eval_functional_loss"] == pytest.approx(unseen, rel=1e-6)
+    assert unseen != pytest.approx(trainer.evaluate(trainer.train_dataset)["eval_functional_loss"], rel=1e-3)
+
+
+def test_resuming_repeats_the_losses_exactly(make_trainer, tmp_path):
+    full = make_trainer(max_steps=8, save_strategy="steps", save_steps=3, beside=True)
+    full.train()
+    resumed = make_trainer(max_steps=8, seed=99, beside=True)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
+    names = ("step", "loss", "functional_loss", "reconstruction_loss", "kl", "grad_norm", "learning_rate")
+    assert logged(resumed, *names)[3:] == logged(full, *names)[3:]
+    assert len(logged(resumed, *names)) == 8
+    one, other = weights(full), weights(resumed)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_checkpoints_do_not_hold_the_base_model(make_trainer, tmp_path):
+    trainer = make_trainer(save_strategy="steps", save_steps=4)
+    trainer.train()
+    restored = LoraGeneratorModel.from_pretrained(tmp_path / "out" / "checkpoint-4")
+    assert restored.state_dict().keys() == trainer.model.state_dict().keys()
+    assert restored.config.training_tasks == [f"shift/{i}" for i in range(1, 7)]
+
+
+def test_gradient_accumulation_changes_nothing(make_trainer):
+    runs = []
+    for size, accumulation in ((8, 1), (2, 4)):
+        trainer = make_trainer(
+            per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, optim="sgd", learning_rate=0.3
+        )
+        before = weights(trainer)
+        trainer.train()
+        runs.append((weights(trainer), logged(trainer, "loss", "functional_loss")))
+    (one, log_one), (other, log_other) = runs
+    assert max((one[name] - before[name]).abs().max() for name in one) > 1e-3
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(log_one), torch.tensor(log_other), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_base_is_frozen_meanwhile_and_comes_back_as_it_was(make_trainer, fails):
+    base, seen = make_llama(), []
+    base.model.layers[0].train()
+    base.model.embed_tokens.requires_grad_(False)
+    before = state_of(base)
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append((any(p.requires_grad for p in base.parameters()), any(m.training for m in base.modules())))
+            if fails:
+                raise KeyError("mine")
+
+    trainer = make_trainer(base, callbacks=[Look()], eval_strategy="steps", eval_steps=1)
+    if fails:
+        with pytest.raises(KeyError, match="mine"):
+            trainer.train()
+    else:
+        trainer.train()
+    assert set(seen) == {(False, False)}
+    assert state_of(base) == before
+    assert hooks(base) == 0
+    assert all(parameter.grad is None for parameter in base.parameters())
+
+
+def test_dropout_of_the_base_is_off(make_trainer):
+    losses = []
+    for training in (False, True):
+        base = make_llama().train(training)
+        for layer in base.model.layers:
+            layer.self_attn.attention_dropout = 0.5
+        trainer = make_trainer(base)
+        trainer.train()
+        losses.append([*logged(trainer, "loss"), trainer.evaluate()["eval_loss"]])
+        assert base.training is training
+    assert losses[0] == losses[1]
+
+
+def test_base_in_bf16_trains(make_trainer):
+    trainer = make_trainer(make_llama(dtype=torch.bfloat16), max_steps=10, learning_rate=3e-3)
+    first = trainer.evaluate()["eval_functional_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_functional_loss"] < first
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+
+
+def test_tasks_become_training_tasks_also_without_a_lora(make_trainer, zoo, tasks, tmp_path):
+    trainer = make_trainer(train=[tasks[5], tasks[0]])
+    assert trainer.model.config.training_tasks == [*SEEN, "shift/6"]
+    trainer.model.save_pretrained(tmp_path / "saved")
+    assert LoraGeneratorConfig.from_pretrained(tmp_path / "saved").training_tasks == [*SEEN, "shift/6"]
+
+
+def test_evaluated_tasks_do_not_become_training_tasks(make_trainer, tasks, vectors):
+    trainer = make_trainer(train=tasks[:2], unseen=FunctionalDataset(tasks[3:], vectors))
+    trainer.evaluate()
+    assert trainer.model.config.training_tasks == SEEN
+
+
+def test_behaviour_can_be_evaluated_while_reconstruction_is_trained(zoo, tasks, vectors, tokenizer, tmp_path):
+    seen = zoo.subset(SEEN)
+    model = LoraGeneratorModel(LoraGeneratorConfig.from_zoo(seen, **SIZES))
+    args = LoraGeneratorTrainingArguments(tmp_path / "out", max_steps=2, save_strategy="no", use_cpu=True,
+                                          disable_tqdm=True, report_to=[])  # fmt: skip
+    trainer = LoraGeneratorTrainer(model, args, train_dataset=seen.as_dataset(), base_model=make_llama())
+    trainer.train()
+    assert "eval_generation_loss" in trainer.evaluate(zoo.subset(UNSEEN).as_dataset())
+    trainer.data_collator = FunctionalCollator(CompletionCollator(tokenizer))
+    assert "eval_functional_loss" in trainer.evaluate(FunctionalDataset(tasks[3:4], vectors))
+    assert model.config.training_tasks == SEEN
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("part", ["train_dataset", "eval_dataset"])
+def test_base_model_is_needed(zoo, tasks, vectors, tmp_path, part):
+    model = LoraGeneratorModel(LoraGeneratorConfig.from_zoo(zoo.subset(SEEN), **SIZES))
+    args = LoraGeneratorTrainingArguments(tmp_path / "out", use_cpu=True, report_to=[])
+    with pytest.raises(IcmLoraError, match="pass base_model too"):
+        LoraGeneratorTrainer(model, args, **{part: FunctionalDataset(tasks, vectors)})
+    assert model.config.training_tasks == SEEN
+
+
+def test_another_base_model_is_refused(make_trainer):
+    with pytest.raises(IncompatibleAdapterError, match="made for"):
+        make_trainer(make_llama(seed=1))
+
+
+@pytest.mark.parametrize("unwrapped", [False, True])
+def test_base_with_adapters_is_refused(make_trainer, unwrapped):
+    base = make_llama()
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(IncompatibleAdapterError, match="without adapters"):
+        make_trainer(base if unwrapped else model)
+
+
+def test_generator_without_statistics_is_refused(make_trainer):
+    with pytest.raises(NotFittedError, match="fit_normalizer"):
+        make_trainer(fit=False).train()
+
+
+def test_loss_that_is_not_finite_is_an_error(make_trainer):
+    trainer = make_trainer()
+    with torch.no_grad():
+        trainer.model.network.latent_proj.bias[0] = float("nan")
+    with pytest.raises(IcmLoraError, match="loss became nan by step"):
+        trainer.train()
+    assert hooks(trainer.frozen_base) == 0
