@@ -208,7 +208,8 @@ def restored(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        model.config.use_cache = use_cache
+        if use_cache is not None:
+            model.config.use_cache = use_cache
         for module, training in modes.items():
             module.training = training
         for parameter, flag in requires_grad.items():
