@@ -48,6 +48,7 @@ class CollectionArguments(TrainingArguments):
     warmup_steps: float = field(default=4)
     per_device_train_batch_size: int = field(default=16)
     per_device_eval_batch_size: int = field(default=32)
+    dataloader_pin_memory: bool = field(default_factory=torch.accelerator.is_available)  # on a CPU it only warns
     freeze_a: bool = field(default=True, metadata={"help": "Share one untrained A; train and generate B alone."})
     num_snapshots: int = field(default=4, metadata={"help": "Snapshots to keep per task, up to the best one."})
     patience: int = field(default=2, metadata={"help": "Evaluations without improvement after which a task ends."})

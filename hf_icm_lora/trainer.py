@@ -45,6 +45,7 @@ class LoraGeneratorTrainingArguments(TrainingArguments):
     per_device_eval_batch_size: int = field(default=32)
     max_grad_norm: float = field(default=1.0)
     logging_nan_inf_filter: bool = field(default=False)
+    dataloader_pin_memory: bool = field(default_factory=torch.accelerator.is_available)  # on a CPU it only warns
     remove_unused_columns: bool = field(default=False)  # a collator needs the samples, which forward never sees
 
 
