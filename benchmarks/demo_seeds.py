@@ -41,6 +41,7 @@ def main() -> None:
             difference = max(gains) - min(gains)
             spread.setdefault(split, {})[row] = {"mean_recovered_gain": gains, "difference": difference}
             print(f"| {split} | {row} | {', '.join(f'{gain:.3f}' for gain in gains)} | {difference:.3f} |")
+    (ROOT / "benchmarks/results").mkdir(exist_ok=True)
     write_json(ROOT / "benchmarks/results/demo.json", reports[0] | {"seeds": options.seeds, "spread": spread})
 
 
