@@ -178,7 +178,7 @@ def generate(options: GenerateOptions) -> None:
 
 def evaluate(options: EvaluateOptions) -> None:
     """Score a generator and all plain rivals."""
-    generator, zoo = LoraGeneratorModel.from_pretrained(options.generator), LoraZoo(options.zoo)
+    zoo, generator = LoraZoo(options.zoo), LoraGeneratorModel.from_pretrained(options.generator)
     base, tokenizer = load_base_model(options.base_model or zoo.base_model_name_or_path, options.dtype)
     tasks = [task for task in select_tasks(options) if task.name in zoo]
     report = evaluate_generator(
