@@ -199,8 +199,8 @@ def test_missing_things_are_said_in_one_line(folder, tmp_path, capsys):
     for command in ("vectors", "train", "evaluate"):
         more = ["--generator", folder / "generator"] if command == "evaluate" else []
         assert "is not a zoo" in fails(capsys, command, "--zoo", nowhere, *more)
-    for command in ("generate", "evaluate"):
-        assert "nowhere" in fails(capsys, command, "--generator", nowhere)
+    assert "nowhere" in fails(capsys, "generate", "--generator", nowhere)
+    assert "nowhere" in fails(capsys, "evaluate", "--zoo", folder / "zoo", "--generator", nowhere)
     tasks = ("--tasks", folder / "tasks.jsonl")
     assert "nowhere" in fails(capsys, "collect", "--output_dir", tmp_path / "zoo", "--base_model", nowhere, *tasks)
     assert "nowhere" in fails(capsys, "vectors", "--zoo", folder / "zoo", "--tasks", nowhere)
