@@ -94,16 +94,13 @@ def load_adapter(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tens
     return lora_config, state_dict
 
 
-def save_adapter(
-    path: str | Path, lora_config: Mapping[str, Any], state_dict: Mapping[str, torch.Tensor], **extra: Any
-):
+def save_adapter(path: str | Path, lora_config: Mapping[str, Any], state_dict: Mapping[str, torch.Tensor]) -> None:
     """Write a PEFT LoRA folder that appears whole or not at all.
 
     Args:
         path (`str` or `Path`): A folder that does not exist yet.
         lora_config (`Mapping`): Fields of `LoraConfig`, including `base_model_name_or_path`.
         state_dict (`Mapping[str, torch.Tensor]`): Keys as PEFT saves them.
-        extra: Name of a further JSON file without its ending -> its content.
 
     Raises:
         FileExistsError: if `path` exists.
@@ -112,8 +109,6 @@ def save_adapter(
         tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in sorted(state_dict.items())}
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         _new_config(lora_config).save_pretrained(folder)
-        for name, content in extra.items():
-            (folder / f"{name}.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def attach_adapter(
