@@ -4,7 +4,6 @@ Runs `examples/demo.py` once per seed on one zoo (a finished run is not repeated
 spread over seeds, and writes the first seed's report and the spread to `benchmarks/results/demo.json`.
 """
 
-import json
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
+from hf_icm_lora.evaluation import read_report
 from hf_icm_lora.files import write_json
 
 ROOT = Path(__file__).parent.parent
@@ -31,7 +31,7 @@ def main() -> None:
         if not (folder / "evaluation.json").exists():
             command = [ROOT / "examples/demo.py", "--output_dir", folder, "--zoo", Path(options.output_dir) / "zoo"]
             subprocess.run([sys.executable, *map(str, command), "--seed", str(seed)], check=True)
-        reports.append(json.loads((folder / "evaluation.json").read_text(encoding="utf-8")))
+        reports.append(read_report(folder / "evaluation.json"))
 
     spread: dict[str, dict[str, dict]] = {}
     print("| split | row | mean G by seed | largest difference |\n|---|---|---|---|")
