@@ -1,6 +1,6 @@
 """LoRA adapters written by a conditional VAE from in-context task vectors (arXiv 2501.17635)."""
 
-from .adapter import attach_adapter, load_adapter, save_adapter
+from .adapter import attach_adapter, fast_dtype, load_adapter, save_adapter
 from .collection import CollectionArguments, collect_zoo
 from .configuration_lora_generator import LoraGeneratorConfig
 from .errors import (
@@ -52,6 +52,7 @@ __all__ = [
     "built_in_tasks",
     "collect_zoo",
     "evaluate_generator",
+    "fast_dtype",
     "format_report",
     "load_adapter",
     "load_tasks",

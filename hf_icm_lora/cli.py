@@ -23,7 +23,7 @@ from transformers import (
     set_seed,
 )
 
-from .adapter import save_adapter
+from .adapter import fast_dtype, save_adapter
 from .collection import CollectionArguments, collect_zoo
 from .configuration_lora_generator import LoraGeneratorConfig
 from .errors import IcmLoraError, TaskError
@@ -45,7 +45,9 @@ def _base_model(default: str | None, more: str = ""):
 @dataclass
 class BaseOptions:
     base_model: str | None = _base_model(None, "By default the zoo's.")
-    dtype: Literal["bfloat16", "float16", "float32"] = field(default="bfloat16", metadata={"help": "Of the base."})
+    dtype: Literal["fastest", "bfloat16", "float16", "float32"] = field(
+        default="fastest", metadata={"help": "Of the base; by default bfloat16 if that is not slower than float32."}
+    )
 
 
 @dataclass
@@ -214,7 +216,8 @@ def load_base_model(name: str, dtype: str):
     path = smollm2_path() if name == "smollm2" else name
     is_encoder_decoder = AutoConfig.from_pretrained(path).is_encoder_decoder
     auto_class = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
-    base = auto_class.from_pretrained(path, dtype=getattr(torch, dtype), use_safetensors=True)
+    dtype = fast_dtype() if dtype == "fastest" else getattr(torch, dtype)
+    base = auto_class.from_pretrained(path, dtype=dtype, use_safetensors=True)
     if torch.accelerator.is_available():
         base.to(torch.accelerator.current_accelerator())
     return base, AutoTokenizer.from_pretrained(path)

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from hf_icm_lora.adapter import (
     adapter_state_dict,
     base_model_fingerprint,
     canonical_lora_config,
+    fast_dtype,
     frozen_base,
     lora_config_to_dict,
 )
@@ -447,3 +449,17 @@ def test_frozen_base_leaves_disabled_adapters_disabled(llama):
         with frozen_base(model) as base:
             assert torch.equal(logits(base), plain)
         assert torch.equal(logits(model), plain)
+
+
+@pytest.mark.parametrize(("slow", "expected"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_fast_dtype_is_the_one_that_this_machine_multiplies_faster(monkeypatch, slow, expected):
+    clock = [0.0]
+
+    def matmul(x, other):
+        clock[0] += 2.0 if x.dtype == slow else 1.0
+        return x
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", matmul)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr("hf_icm_lora.adapter.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    assert fast_dtype.__wrapped__() == expected
