@@ -37,6 +37,10 @@ class LoraGeneratorConfig(PreTrainedConfig):
         latent_size (`int`, *optional*, defaults to 32): Size of z.
         prior (`str`, *optional*, defaults to `"learned"`): p(z | task) is a network (`"learned"`) or N(0, I)
             (`"standard"`); `"none"` leaves the latent out, which makes the model a deterministic regressor.
+        has_encoder (`bool`, *optional*, defaults to `True`): Whether q(z | weights, task) is there. Generation
+            needs no encoder; [`~LoraGeneratorModel.without_encoder`] leaves it out.
+        weight_format (`str`, *optional*, defaults to `"float"`): `"int8"` stores matrices in 8 bits; see
+            [`~LoraGeneratorModel.to_int8`].
         dropout (`float`, *optional*, defaults to 0.0): Dropout in the transformer.
         format_version (`int`, *optional*): Version of this configuration's meaning.
 
@@ -70,6 +74,8 @@ class LoraGeneratorConfig(PreTrainedConfig):
     num_attention_heads: int = 4
     latent_size: int = 32
     prior: str = "learned"
+    has_encoder: bool = True
+    weight_format: str = "float"
     dropout: float | int = 0.0
     format_version: int = FORMAT_VERSION
 
@@ -92,7 +98,8 @@ class LoraGeneratorConfig(PreTrainedConfig):
     def validate_architecture(self):
         """Check what no single field can: called at construction and before saving."""
         choices = {"architecture": ("transformer", "conv1d"), "token_granularity": ("matrix", "rank")}
-        for field, allowed in (choices | {"prior": ("learned", "standard", "none")}).items():
+        choices |= {"prior": ("learned", "standard", "none"), "weight_format": ("float", "int8")}
+        for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field}: expected one of {allowed}, found {getattr(self, field)!r}.")
         sizes = ("num_task_vectors", "task_vector_size", "hidden_size", "intermediate_size", "basis_size",

@@ -5,7 +5,7 @@ IcmLoraError
 ├── IncompatibleAdapterError  (ValueError)       a readable adapter does not fit this layout, base model or generator
 ├── TaskError                 (ValueError)       a task, its samples or its description cannot be used
 ├── TaskVectorError           (ValueError)       a task vector does not fit the generator, or cannot be made
-├── NotFittedError            (RuntimeError)     the generator's normalizer has not seen a zoo yet
+├── NotFittedError            (RuntimeError)     the generator lacks its statistics, or its encoder
 └── ZooError                  (FileExistsError)  a zoo's directory and what was asked of it disagree
 
 Every leaf is also a built-in exception, so `except ValueError` in existing code still catches it.
@@ -33,7 +33,7 @@ class TaskVectorError(IcmLoraError, ValueError):
 
 
 class NotFittedError(IcmLoraError, RuntimeError):
-    """The generator has no normalization statistics yet, so it can neither be trained nor generate."""
+    """The generator lacks what was asked of it: its normalization statistics, or the encoder it was saved without."""
 
 
 class ZooError(IcmLoraError, FileExistsError):

@@ -11,6 +11,7 @@ Shapes: `lora_weights (batch, num_weights)`, `task_vector (batch, num_task_vecto
 `z (batch, latent_size)`, tokens `(batch, num_tokens, hidden_size)`.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModel, PreTrainedModel
@@ -166,7 +168,8 @@ class WeightTokens(nn.Module):
         self.blocks: tuple[MatrixBlock, ...] = config.lora_layout.blocks
         self.per_matrix = [1 if config.token_granularity == "matrix" else block.rank for block in self.blocks]
         widths = [b.rank * b.width // n for b, n in zip(self.blocks, self.per_matrix, strict=True)]
-        self.in_projections = nn.ModuleList(nn.Linear(width, config.hidden_size) for width in widths)
+        if _encodes(config):
+            self.in_projections = nn.ModuleList(nn.Linear(width, config.hidden_size) for width in widths)
         self.coordinate_proj = nn.Linear(config.hidden_size, config.basis_size)
         self.coordinate_norm = nn.LayerNorm(config.basis_size)  # of unit size, so that the bases learn at once
         self.bases = nn.ModuleList(
@@ -216,7 +219,7 @@ class TransformerCVAE(nn.Module):
         self.tokens = WeightTokens(config)
         self.condition_proj = nn.Linear(config.task_vector_size, config.hidden_size)
         self.condition_embedding = nn.Embedding(config.num_task_vectors, config.hidden_size)
-        if config.prior != "none":
+        if _encodes(config):
             self.summary_embedding = nn.Embedding(1, config.hidden_size)
             self.encoder = nn.ModuleList(Block(config) for _ in range(config.num_encoder_layers))
             self.encoder_norm = nn.LayerNorm(config.hidden_size)
@@ -268,7 +271,7 @@ class Conv1dCVAE(nn.Module):
         self.length = (self.num_weights + self.padding) // stride  # after the last convolution
         condition, features = config.num_task_vectors * config.task_vector_size, self.CHANNELS[-1] * self.length
         downwards = (1, *self.CHANNELS)
-        if config.prior != "none":
+        if _encodes(config):
             self.encoder = nn.Sequential(
                 *[self._conv(nn.Conv1d, i, o) for i, o in zip(downwards, downwards[1:], strict=False)]
             )
@@ -311,6 +314,21 @@ class Prior(nn.Module):
         return mean, logvar
 
 
+class Int8(nn.Module):
+    """A weight as int8 with one scale per row, to be registered as its parametrization."""
+
+    def forward(self, rounded: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return rounded.to(scale.dtype) * scale
+
+    def right_inverse(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scale = weight.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
+        return (weight / scale).round().to(torch.int8), scale
+
+
+def _encodes(config: LoraGeneratorConfig) -> bool:
+    return config.has_encoder and config.prior != "none"  # without a latent there is nothing to encode into
+
+
 class LoraGeneratorModel(PreTrainedModel):
     """A conditional VAE that writes LoRA adapters for tasks that it knows by a task vector.
 
@@ -340,6 +358,8 @@ class LoraGeneratorModel(PreTrainedModel):
         self.network = {"transformer": TransformerCVAE, "conv1d": Conv1dCVAE}[config.architecture](config)
         self.prior = Prior(config) if config.prior == "learned" else None
         self.layout: LoraLayout = config.lora_layout
+        if config.weight_format == "int8":
+            self._round_weights()
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -414,6 +434,11 @@ class LoraGeneratorModel(PreTrainedModel):
             if self.config.prior == "none":
                 z = posterior_mean = posterior_logvar = torch.zeros_like(prior_mean)
             else:
+                if not self.config.has_encoder:
+                    raise NotFittedError(
+                        "This generator was made without_encoder(): it generates adapters but cannot reconstruct "
+                        "them. Train a generator that has its encoder, or train this one through the base model."
+                    )
                 posterior_mean, posterior_logvar = self.network.encode(target.to(vector.dtype), vector)
                 noise = torch.randn_like(posterior_mean) if self.training else 0.0
                 z = posterior_mean + noise * (0.5 * posterior_logvar).exp()
@@ -460,6 +485,51 @@ class LoraGeneratorModel(PreTrainedModel):
             return self.zoo_normalizer.denormalize(self.network.decode(mean, vector)).mean(0)
         finally:
             self.train(training)
+
+    def without_encoder(self) -> "LoraGeneratorModel":
+        """Return a copy without encoder: all that generation and behavioural training need, in about half the size.
+
+        Example:
+            >>> generator.without_encoder().save_pretrained("generator")  # doctest: +SKIP
+        """
+        return self._rebuilt(has_encoder=False)
+
+    def to_int8(self) -> "LoraGeneratorModel":
+        """Return a copy whose matrices are stored in 8 bits with one scale per row: to be shipped, not to be trained.
+
+        Example:
+            >>> generator.without_encoder().to_int8().save_pretrained("generator")  # doctest: +SKIP
+        """
+        model = copy.deepcopy(self)
+        if model.config.weight_format != "int8":
+            model.config.weight_format = "int8"
+            model._round_weights()
+        return model
+
+    def to_float(self) -> "LoraGeneratorModel":
+        """Return a copy of an 8-bit generator with ordinary weights, which can be trained further."""
+        return self._rebuilt(weight_format="float")
+
+    def _rebuilt(self, **changes) -> "LoraGeneratorModel":
+        """Return a copy with another configuration, whose tensors this one has, too."""
+        config = copy.deepcopy(self.config)
+        for name, value in changes.items():
+            setattr(config, name, value)
+        model, state = LoraGeneratorModel(config), self.state_dict()
+        for name in model.state_dict():
+            module, _, tensor = name.rpartition(".")
+            if name not in state:  # what the 8-bit format computes
+                state[name] = getattr(self.get_submodule(module), tensor)
+        # Assigned and not copied into: dtypes and devices stay what they are.
+        state = {name: state[name].detach().clone() for name in model.state_dict()}
+        model.load_state_dict(state, assign=True)
+        return model.train(self.training)
+
+    def _round_weights(self) -> None:
+        for module in list(self.modules()):
+            if isinstance(module, (nn.Linear, TokenwiseLinear)):
+                module.weight.requires_grad_(False)
+                parametrize.register_parametrization(module, "weight", Int8())
 
     def generate_lora_weights(
         self, task_vector: torch.Tensor, generator: torch.Generator | None = None

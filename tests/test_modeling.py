@@ -103,6 +103,74 @@ def variant(request):
     return VARIANTS[request.param]
 
 
+# Without the encoder
+
+
+def test_without_encoder_generates_the_same_and_is_smaller(tmp_path, variant):
+    model, dataset = make_model(**variant)
+    small = model.without_encoder()
+    expected = model.decode_task_vector(dataset.task_vectors[0])
+    assert torch.equal(small.decode_task_vector(dataset.task_vectors[0]), expected)
+    assert model.config.has_encoder  # the one it was made from is as before
+    assert not {name for name in small.state_dict() if "encoder." in name or "in_projections" in name}
+    if model.config.prior != "none":
+        assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
+        with pytest.raises(NotFittedError, match=r"without_encoder\(\): it generates adapters but cannot reconstruct"):
+            small(**dataset.batch())
+    small.save_pretrained(tmp_path)
+    again = copy.deepcopy(LoraGeneratorModel.from_pretrained(tmp_path))
+    assert torch.equal(again.decode_task_vector(dataset.task_vectors[0]), expected)
+
+
+def test_without_encoder_keeps_dtypes_and_shares_no_memory(tmp_path):
+    model, _ = make_model()
+    model.save_pretrained(tmp_path)
+    half = LoraGeneratorModel.from_pretrained(tmp_path, dtype=torch.bfloat16).train()
+    small = half.without_encoder()
+    assert small.training
+    dtypes = {name: tensor.dtype for name, tensor in half.state_dict().items()}
+    assert all(tensor.dtype == dtypes[name] for name, tensor in small.state_dict().items())
+    with torch.no_grad():
+        for parameter in small.parameters():
+            parameter.fill_(7.0)
+    assert not any((parameter == 7.0).all() for parameter in half.parameters())
+
+
+# In 8 bits
+
+
+def test_int8_generates_nearly_the_same_in_a_quarter_of_the_size(tmp_path):
+    model, dataset = make_model()
+    small = model.to_int8()
+    expected = model.decode_task_vector(dataset.task_vectors[0])
+    found = small.decode_task_vector(dataset.task_vectors[0])
+    assert 0 < (found - expected).norm() / expected.norm() < 0.02
+    assert model.config.weight_format == "float"
+    small.save_pretrained(tmp_path / "small")
+    model.save_pretrained(tmp_path / "large")
+    again = LoraGeneratorModel.from_pretrained(tmp_path / "small")
+    assert again.config.weight_format == "int8"
+    assert torch.equal(again.decode_task_vector(dataset.task_vectors[0]), found)
+    stored = {name: tensor.dtype for name, tensor in again.state_dict().items() if name.endswith("original0")}
+    assert set(stored.values()) == {torch.int8}
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("small", "large")]
+    assert sizes[0] < 0.5 * sizes[1]  # biases, embeddings and statistics stay as they are
+
+
+def test_int8_and_back_is_trained_again():
+    model, dataset = make_model()
+    small = model.to_int8()
+    back = small.to_float()
+    assert {n: p.shape for n, p in back.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+    assert all(parameter.requires_grad for parameter in back.parameters())
+    vector = dataset.task_vectors[0]
+    assert torch.equal(back.decode_task_vector(vector), small.decode_task_vector(vector))
+    again = back.to_int8()
+    torch.testing.assert_close(
+        again.decode_task_vector(vector), small.decode_task_vector(vector), rtol=1e-3, atol=1e-4
+    )
+
+
 # What ModelTesterMixin asks of every model
 
 
