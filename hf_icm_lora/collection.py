@@ -35,6 +35,7 @@ class CollectionArguments(TrainingArguments):
             and those before it, `eval_steps` apart.
         patience (`int`, *optional*, defaults to 2): Evaluations without improvement after which a task ends.
         template (`str`, *optional*): Text with `{prompt}` and `{completion}`.
+        row_length (`int`, *optional*, defaults to 64): As in [`CompletionCollator`].
 
     > Fields of `TrainingArguments` with other defaults:
 
@@ -53,6 +54,7 @@ class CollectionArguments(TrainingArguments):
     num_snapshots: int = field(default=4, metadata={"help": "Snapshots to keep per task, up to the best one."})
     patience: int = field(default=2, metadata={"help": "Evaluations without improvement after which a task ends."})
     template: str = field(default=DEFAULT_TEMPLATE, metadata={"help": "Text with {prompt} and {completion}."})
+    row_length: int = field(default=64, metadata={"help": "Tokens of a row, which holds as many samples as fit."})
 
     def __post_init__(self):
         self.eval_strategy, self.save_strategy, self.report_to = "steps", "no", []
@@ -180,7 +182,9 @@ def _collect_task(
     trainer = _TaskTrainer(
         model=model,
         args=args,
-        data_collator=CompletionCollator(processing_class, model.config.is_encoder_decoder, args.template),
+        data_collator=CompletionCollator(
+            processing_class, model.config.is_encoder_decoder, args.template, row_length=args.row_length
+        ),
         train_dataset=list(task.train),
         eval_dataset=list(task.demo),
         callbacks=[snapshots],

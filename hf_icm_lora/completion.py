@@ -4,17 +4,18 @@ Decoder-only and encoder-decoder models differ here and nowhere else in the pack
 """
 
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .errors import TaskError
 from .tasks import Sample
 
-DEFAULT_TEMPLATE = "Input: {prompt}\nOutput: {completion}\n"
+DEFAULT_TEMPLATE = "- {prompt}: {completion}\n"  # few tokens: every pass pays for them
 IGNORED = -100  # the label that no loss counts, as everywhere in transformers
 
 
@@ -29,8 +30,8 @@ def fill_template(sample: Sample, template: str) -> tuple[str, str]:
         TaskError: if the template lacks `{prompt}` or `{completion}`, or has them in the wrong order.
 
     Example:
-        >>> fill_template(Sample("France", "Paris"), "Input: {prompt}\\nOutput: {completion}\\n")
-        ('Input: France\\nOutput:', ' Paris\\n')
+        >>> fill_template(Sample("France", "Paris"), "- {prompt}: {completion}\\n")
+        ('- France:', ' Paris\\n')
     """
     head, found_prompt, rest = template.partition("{prompt}")
     middle, found_completion, end = rest.partition("{completion}")
@@ -50,10 +51,13 @@ class CompletionCollator:
         is_encoder_decoder (`bool`): Whether prompts go to an encoder and completions to a decoder.
         template (`str`, *optional*): Text with `{prompt}` and `{completion}`.
         context (`str`, *optional*, defaults to `""`): Text before every prompt, such as demonstrations.
-        max_length (`int`, *optional*, defaults to 512): Longest row in tokens. The prompt loses its beginning first.
+        max_length (`int`, *optional*, defaults to 512): Longest sample in tokens: a prompt loses its beginning first.
+        row_length (`int`, *optional*): If given, a row of a decoder-only model's batch holds as many samples as fit
+            into this many tokens, each a sequence of its own: samples of unequal lengths then need little padding.
 
     Returns (of a call):
-        `dict[str, torch.Tensor]`: `input_ids`, `attention_mask` and `labels`, each `(batch, length)` int64.
+        `dict[str, torch.Tensor]`: `input_ids`, `labels`, and either `attention_mask` or, for rows with several
+        samples, `position_ids`, each `(rows, length)` int64.
 
     Example:
         >>> collate = CompletionCollator(tokenizer, is_encoder_decoder=False)  # doctest: +SKIP
@@ -68,14 +72,18 @@ class CompletionCollator:
         template: str = DEFAULT_TEMPLATE,
         context: str = "",
         max_length: int = 512,
+        row_length: int | None = None,
     ):
         self.processing_class = processing_class
         self.is_encoder_decoder = is_encoder_decoder
         self.template = template
         self.context = context
         self.max_length = max_length
+        self.row_length = None if is_encoder_decoder else row_length  # encoders know no packed rows
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+        if self.row_length is not None:
+            return self.collate_rows(self.fill_rows(samples))
         rows = [self._encode(sample) for sample in samples]
         if self.is_encoder_decoder:
             end = [self.processing_class.eos_token_id]
@@ -90,6 +98,33 @@ class CompletionCollator:
             "labels": _pad(labels, IGNORED),
         }
 
+    def fill_rows(self, samples: Sequence[Sample]) -> list[list[tuple[list[int], list[int]]]]:
+        """Encode samples and put them into rows of at most `row_length` tokens, in their order, one at least."""
+        rows, room = [], 0
+        for prompt, completion in map(self._encode, samples):
+            size = len(prompt) + len(completion)
+            if not rows or size > room:
+                rows, room = [*rows, []], self.row_length
+            rows[-1].append((prompt, completion))
+            room -= size
+        return rows
+
+    def collate_rows(self, rows: Sequence[Sequence[tuple[list[int], list[int]]]]) -> dict[str, torch.Tensor]:
+        """Make a batch of rows as from `fill_rows`. Positions start anew at each sample, which keeps them apart."""
+        ids = [[token for sample in row for part in sample for token in part] for row in rows]
+        # The first token of a sample has none before it that could predict it.
+        labels = [
+            [label for read, scored in row for label in (IGNORED, *([IGNORED] * len(read) + scored)[1:])]
+            for row in rows
+        ]
+        positions = [[i for read, scored in row for i in range(len(read) + len(scored))] for row in rows]
+        length = max(map(len, ids))
+        return {
+            "input_ids": _pad(ids, 0),
+            "position_ids": torch.tensor([row + list(range(length - len(row))) for row in positions]),
+            "labels": _pad(labels, IGNORED),
+        }
+
     def _encode(self, sample: Sample) -> tuple[list[int], list[int]]:
         read, scored = fill_template(sample, self.template)
         prompt = encode_prompt(self.processing_class, self.context + read)
@@ -99,7 +134,7 @@ class CompletionCollator:
 
 
 class CompletionScores(NamedTuple):
-    """What `score_completions` returns, one entry per sample.
+    """What `score_completions` returns, one entry per row, which is one sample unless rows are packed.
 
     Args:
         loss (`torch.Tensor` of shape `(batch,)`, fp32): Negative log-likelihood in nats, summed over the completion.
@@ -131,13 +166,31 @@ def score_completions(model: nn.Module, batch: dict[str, torch.Tensor]) -> Compl
     else:
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # position t predicts token t + 1
     mask = targets != IGNORED
-    with logits_only_at(model, mask):
+    shared = (
+        0 if model.config.is_encoder_decoder or "position_ids" in batch else _shared_prefix(batch["input_ids"], mask)
+    )
+    if shared:
+        with logits_only_at(model, mask[:1, :shared]):  # nowhere
+            cache = model(input_ids=batch["input_ids"][:1, :shared], use_cache=True).past_key_values
+        cache.batch_repeat_interleave(len(labels))
+        batch |= {"input_ids": batch["input_ids"][:, shared:], "past_key_values": cache}
+        targets, mask = targets[:, shared:], mask[:, shared:]
+    # Flash attention on a CPU takes several times as long as plain products to run short bf16 rows backward.
+    plain = device.type == "cpu" and torch.is_grad_enabled()
+    with logits_only_at(model, mask), sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
         logits = model(**batch, use_cache=False).logits[0].float()  # (labelled tokens, vocabulary)
     tokens, rows = targets[mask], mask.nonzero()[:, 0]
     zeros = logits.new_zeros(len(labels))
     loss = zeros.index_add(0, rows, F.cross_entropy(logits, tokens, reduction="none"))
     mistakes = zeros.index_add(0, rows, (logits.argmax(-1) != tokens).float())
     return CompletionScores(loss, mask.sum(1), mistakes == 0)
+
+
+def _shared_prefix(input_ids: torch.Tensor, mask: torch.Tensor) -> int:
+    """Return how many tokens all rows begin with, up to the first scored one, where reading them once saves much."""
+    differs = (input_ids != input_ids[0]).any(0) | mask.any(0)
+    shared = int(differs.float().argmax())
+    return shared if shared >= 32 and len(input_ids) > 1 and not torch.is_grad_enabled() else 0
 
 
 @contextmanager

@@ -276,8 +276,9 @@ class _timed:  # noqa: N801
 @torch.no_grad()
 def _score(model: nn.Module, collate: CompletionCollator, task: Task, batch_size: int) -> dict[str, float]:
     loss, tokens, exact = 0.0, 0, 0
-    for start in range(0, len(task.test), batch_size):
-        scores = score_completions(model, collate(task.test[start : start + batch_size]))
+    samples = sorted(task.test, key=lambda sample: len(sample.prompt + sample.completion))  # little padding
+    for start in range(0, len(samples), batch_size):
+        scores = score_completions(model, collate(samples[start : start + batch_size]))
         loss, tokens = loss + scores.loss.sum().item(), tokens + scores.num_tokens.sum().item()
         exact += int(scores.exact.sum())
     return {"loss": loss / tokens, "exact_match": exact / len(task.test)}

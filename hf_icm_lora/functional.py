@@ -7,6 +7,7 @@ at about the time and memory of one LoRA fine-tuning step.
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import cycle, islice
 
 import torch
 from torch import nn
@@ -17,18 +18,18 @@ from .errors import TaskError, TaskVectorError
 from .files import sha256_of
 from .layout import LoraLayout, split
 from .task_vectors import MODES, TaskVectors
-from .tasks import Task, check_unique_names
+from .tasks import Sample, Task, check_unique_names
 
 
 class FunctionalDataset(Dataset):
-    """All pairs of a task and one of its task vectors, each with some of the task's training samples.
+    """Task vectors, each with some of its task's training samples; one epoch shows all vectors and all samples.
 
     Args:
         tasks (`Sequence[Task]`): Tasks with `train` samples; no LoRA is needed.
         task_vectors (`TaskVectors`): With a bank for each of them.
-        num_samples (`int`, *optional*, defaults to 4): Samples per pair, drawn once per pair.
+        num_samples (`int`, *optional*, defaults to 4): Samples that go with a vector.
         modes (`Sequence[str]`, *optional*): As in [`LoraZoo.as_dataset`].
-        beside (`Dataset`, *optional*): As from [`LoraZoo.as_dataset`]: one of its items goes with each pair, so that
+        beside (`Dataset`, *optional*): As from [`LoraZoo.as_dataset`]: one of its items goes with each vector, so that
             reconstruction is trained in the same steps and not forgotten.
 
     Items: `{"task_vector": (num_task_vectors, task_vector_size), "samples": tuple of Sample}`, and `"beside"`.
@@ -50,41 +51,49 @@ class FunctionalDataset(Dataset):
         if not self.tasks or num_samples < 1:
             raise TaskError(f"Expected at least one task and one sample, found {len(self.tasks)} and {num_samples}.")
         self.beside = beside
-        self.num_samples = num_samples
-        self.pairs: list[tuple[Task, torch.Tensor]] = []
+        self.items: list[tuple[torch.Tensor, tuple[Sample, ...]]] = []
         for task in self.tasks:
             task.require("train", num_samples, "behavioural training")
-            bank = [task_vectors.banks.get(task.name, {}).get(mode) for mode in modes]
-            draws = [draw for vectors in bank if vectors is not None for draw in vectors]
-            if not draws:
+            banks = task_vectors.banks.get(task.name, {})
+            bank = [banks[mode] for mode in modes if mode in banks]
+            if not bank:
                 raise TaskVectorError(f"Task {task.name!r} has no task vectors of the modes {tuple(modes)}.")
-            self.pairs += [(task, draw) for draw in draws]
+            most = max(map(len, bank))  # a description has one vector: repeated, every mode counts alike
+            draws = torch.cat([vectors.repeat(most // len(vectors), 1, 1) for vectors in bank])
+            rng = torch.Generator().manual_seed(int(sha256_of(task.name)[:12], 16))
+            shuffled = cycle(task.train[i] for i in torch.randperm(len(task.train), generator=rng))
+            for index in range(max(len(draws), -(-len(task.train) // num_samples))):
+                self.items.append((draws[index % len(draws)], tuple(islice(shuffled, num_samples))))
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self.items)
 
     def __getitem__(self, index: int) -> dict:
-        task, vector = self.pairs[index]
-        rng = torch.Generator().manual_seed(int(sha256_of(task.name, str(index))[:12], 16))
-        chosen = torch.randperm(len(task.train), generator=rng)[: self.num_samples].tolist()
-        item = {"task_vector": vector, "samples": tuple(task.train[i] for i in chosen)}
+        vector, samples = self.items[index]
+        item = {"task_vector": vector, "samples": samples}
         if self.beside is not None:
-            item["beside"] = self.beside[int(torch.randint(len(self.beside), (), generator=rng))]
+            item["beside"] = self.beside[int(sha256_of(str(index))[:12], 16) % len(self.beside)]
         return item
 
 
 class FunctionalCollator:
-    """Collate items of a [`FunctionalDataset`]: one adapter per item, its samples in adjacent rows.
+    """Collate items of a [`FunctionalDataset`]: one adapter per item, an equal number of adjacent rows for each.
 
     Args:
-        collate_samples (`CompletionCollator`): Turns samples into `input_ids`, `attention_mask` and `labels`.
+        collate_samples (`CompletionCollator`): Turns samples into `input_ids`, `attention_mask` and `labels`. With its
+            `row_length`, each item has one row, with as many of its samples as fit: all tasks then have about as many
+            tokens in the loss, and none of them is padding.
     """
 
     def __init__(self, collate_samples: CompletionCollator):
         self.collate_samples = collate_samples
 
     def __call__(self, items: Sequence[dict]) -> dict[str, torch.Tensor]:
-        batch = self.collate_samples([sample for item in items for sample in item["samples"]])
+        collate = self.collate_samples
+        if collate.row_length is None:
+            batch = collate([sample for item in items for sample in item["samples"]])
+        else:
+            batch = collate.collate_rows([collate.fill_rows(item["samples"])[0] for item in items])
         batch = {"task_vector": torch.stack([item["task_vector"] for item in items]), **batch}
         if "beside" in items[0]:
             batch["beside"] = default_collate([item["beside"] for item in items])

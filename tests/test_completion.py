@@ -4,10 +4,17 @@ import copy
 
 import pytest
 import torch
-from conftest import make_llama, make_t5, make_tasks
+from conftest import make_gpt2, make_llama, make_t5, make_tasks
 
 from hf_icm_lora import Sample, TaskError
-from hf_icm_lora.completion import IGNORED, CompletionCollator, fill_template, logits_only_at, score_completions
+from hf_icm_lora.completion import (
+    DEFAULT_TEMPLATE,
+    IGNORED,
+    CompletionCollator,
+    fill_template,
+    logits_only_at,
+    score_completions,
+)
 
 SAMPLES = [
     Sample("ab", "cd"),
@@ -33,7 +40,7 @@ def score(model, batch):
 @pytest.mark.parametrize(
     ("sample", "template", "expected"),
     [
-        (("France", "Paris"), "Input: {prompt}\nOutput: {completion}\n", ("Input: France\nOutput:", " Paris\n")),
+        (("France", "Paris"), DEFAULT_TEMPLATE, ("- France:", " Paris\n")),
         (("a", "b"), "{prompt}{completion}", ("a", "b")),
         (("a", "b"), "{prompt}   {completion}", ("a", "   b")),
         (("a", "b"), "Q {prompt}\n{completion}", ("Q a\n", "b")),
@@ -75,7 +82,7 @@ def test_causal_batch_reads_all_and_scores_the_completion(tokenizer):
 
 def test_encoder_decoder_batch_reads_the_prompt_and_scores_the_completion_and_its_end(tokenizer):
     batch = CompletionCollator(tokenizer, is_encoder_decoder=True)([Sample("ab", "c"), Sample("a", "cde")])
-    ids = tokenizer(["Input: ab\nOutput:", "Input: a\nOutput:", " c\n", " cde\n"])["input_ids"]
+    ids = tokenizer(["- ab:", "- a:", " c\n", " cde\n"])["input_ids"]
     end = [tokenizer.eos_token_id]
     assert batch["input_ids"].tolist() == [ids[0], ids[1] + [0]]
     assert batch["attention_mask"].tolist() == [[1] * len(ids[0]), [1] * len(ids[1]) + [0]]
@@ -83,10 +90,8 @@ def test_encoder_decoder_batch_reads_the_prompt_and_scores_the_completion_and_it
 
 
 def test_context_stands_before_the_prompt_and_is_not_scored(tokenizer):
-    plain, with_context = (
-        CompletionCollator(tokenizer, context=text)([Sample("a", "b")]) for text in ("", "Input: x\n")
-    )
-    added = tokenizer("Input: x\n")["input_ids"]
+    plain, with_context = (CompletionCollator(tokenizer, context=text)([Sample("a", "b")]) for text in ("", "- x\n"))
+    added = tokenizer("- x\n")["input_ids"]
     assert with_context["input_ids"].tolist() == [added + plain["input_ids"][0].tolist()]
     assert with_context["labels"].tolist() == [[IGNORED] * len(added) + plain["labels"][0].tolist()]
 
@@ -230,6 +235,67 @@ def test_exact_is_what_greedy_generation_writes(overfitted, tokenizer):
             read, attention_mask=torch.ones_like(read), max_new_tokens=scored.shape[1], do_sample=False, pad_token_id=0
         )
         assert torch.equal(written[:, read.shape[1] :], scored) == expected
+
+
+# Several samples in a row
+
+
+def test_rows_are_filled_in_order(tokenizer):
+    collate = CompletionCollator(tokenizer, row_length=20)
+    samples = [Sample("a" * n, "b") for n in (1, 2, 9, 30, 1)]  # 7, 8, 15, 36 and 7 tokens
+    rows = collate.fill_rows(samples)
+    assert [[len(read) + len(scored) for read, scored in row] for row in rows] == [[7, 8], [15], [36], [7]]
+    batch = collate(samples)
+    assert {name: tuple(tensor.shape) for name, tensor in batch.items()} == dict.fromkeys(batch, (4, 36))
+    assert batch["position_ids"][0].tolist() == [*range(7), *range(8), *range(21)]  # padding is a sequence, too
+    assert set(batch) == {"input_ids", "position_ids", "labels"}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_packed_rows_score_as_their_samples_do(tokenizer, name):
+    model = {"llama": make_llama, "gpt2": make_gpt2}[name]()
+    texts = [Sample("", "plain text"), Sample("", "more of it")]  # the first token of each has none before it
+    samples = [*SAMPLES, *texts]
+    alone = score(model, CompletionCollator(tokenizer)(samples))
+    packed = score(model, CompletionCollator(tokenizer, row_length=48)(samples))
+    assert len(packed.loss) < len(samples)
+    torch.testing.assert_close(packed.loss.sum(), alone.loss.sum(), rtol=1e-5, atol=1e-4)
+    assert packed.num_tokens.sum() == alone.num_tokens.sum()
+
+
+def test_encoder_decoder_rows_hold_one_sample(tokenizer):
+    batch = CompletionCollator(tokenizer, is_encoder_decoder=True, row_length=64)(SAMPLES)
+    assert len(batch["input_ids"]) == len(SAMPLES)
+
+
+# A prefix that all rows share
+
+
+@pytest.mark.parametrize("context", ["- ab: c\n" * 6, "abcdefgh" * 5])
+def test_shared_prefix_is_read_once_and_scores_stay_the_same(any_model, tokenizer, context):
+    model, _ = any_model
+    batch = collator(tokenizer, model, context=context)(SAMPLES)
+    expected = [score(model, collator(tokenizer, model, context=context)([sample])) for sample in SAMPLES]
+    read = []
+    embeddings = model.get_input_embeddings()
+    handle = embeddings.register_forward_hook(lambda _, inputs, output: read.append(tuple(inputs[0].shape)))
+    scores = score(model, batch)
+    handle.remove()
+    torch.testing.assert_close(scores.loss, torch.cat([alone.loss for alone in expected]), atol=1e-4, rtol=1e-4)
+    assert scores.exact.tolist() == [bool(alone.exact) for alone in expected]
+    if not model.config.is_encoder_decoder:
+        (one, prefix), (rows, rest) = read
+        assert (one, rows) == (1, len(SAMPLES))
+        assert prefix >= len(context) - 1  # the last token of all predicts the first of plain text
+        assert prefix + rest == batch["input_ids"].shape[1]
+
+
+def test_gradients_flow_through_a_shared_prefix(llama, tokenizer):
+    batch = CompletionCollator(tokenizer, context="- ab: c\n" * 6)(SAMPLES)
+    embeddings = llama.get_input_embeddings().weight.requires_grad_()
+    score_completions(llama, batch).loss.sum().backward()
+    context = tokenizer("c")["input_ids"]
+    assert embeddings.grad[context].abs().max() > 0
 
 
 # The head

@@ -172,7 +172,7 @@ def test_losses_are_those_of_transformers(report, zoo, tokenizer):
             for row, model in (("base", make_llama()), ("task_lora", adapted)):
                 total, tokens = 0.0, 0
                 for prompt, completion in task.test:
-                    read, scored = f"Input: {prompt}\nOutput:", f" {completion}\n"
+                    read, scored = f"- {prompt}:", f" {completion}\n"
                     ids = torch.tensor([tokenizer(read + scored)["input_ids"]])
                     labels = ids.clone()
                     labels[:, : len(tokenizer(read)["input_ids"])] = -100
@@ -327,7 +327,7 @@ def test_everyone_is_given_the_same_examples(zoo, generator, tokenizer, monkeypa
     evaluate_generator(generator, make_llama(), tokenizer, zoo, tasks, num_examples=5)
     assert given == [(list(task.demo[:5]), None) for task in tasks]
     shown = [context for context in contexts if context]
-    assert shown == ["".join(f"Input: {s.prompt}\nOutput: {s.completion}\n" for s in task.demo[:5]) for task in tasks]
+    assert shown == ["".join(f"- {s.prompt}: {s.completion}\n" for s in task.demo[:5]) for task in tasks]
     assert len(contexts) - len(shown) == 4 * (len(ROWS) - 1)
 
 

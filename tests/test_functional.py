@@ -119,6 +119,30 @@ def test_rows_go_through_their_own_adapter_as_in_peft(tokenizer, name, gauge):
     assert len(set(losses.tolist())) == 3
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_packed_rows_have_the_losses_and_gradients_of_their_samples(tokenizer, name):
+    base, _, layout, _, packed, shared = make_adapters(name, "frozen_a")
+    base.requires_grad_(False)
+    packed.requires_grad_()
+    given = [task.train[:count] for task, count in zip(make_tasks(3), (1, 3, 8), strict=True)]
+    collate = CompletionCollator(tokenizer, row_length=60)
+    batch = FunctionalCollator(collate)([{"task_vector": torch.zeros(1, 32), "samples": samples} for samples in given])
+    kept = [len(collate.fill_rows(samples)[0]) for samples in given]
+    assert kept == [1, 3, 6]  # what no longer fits is left out
+    assert {key: tuple(tensor.shape) for key, tensor in batch.items() if key != "task_vector"} == {
+        "input_ids": (3, 54), "position_ids": (3, 54), "labels": (3, 54),
+    }  # fmt: skip
+    together = functional_loss(base, layout, packed, shared, batch)
+    (gradient,) = torch.autograd.grad(together.sum(), packed)
+    for i, samples in enumerate(given):
+        loss = functional_loss(
+            base, layout, packed[i : i + 1], shared, CompletionCollator(tokenizer)(samples[: kept[i]])
+        )
+        torch.testing.assert_close(together[i], loss[0], rtol=1e-5, atol=1e-5)
+        (expected,) = torch.autograd.grad(loss, packed)
+        torch.testing.assert_close(gradient[i], expected[i], rtol=1e-4, atol=1e-5)
+
+
 @torch.no_grad()
 def test_ranks_and_scalings_of_their_own_per_module(tokenizer):
     patterns = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.self_attn.v_proj": 1}, "use_rslora": True}
@@ -223,18 +247,24 @@ def vectors(zoo):
     return zoo.task_vectors
 
 
-def test_items_are_pairs_of_a_task_and_each_of_its_vectors(tasks, vectors):
-    dataset = FunctionalDataset(tasks, vectors, num_samples=3)
-    banks = vectors.banks
-    assert len(dataset) == sum(len(bank) for task in tasks for bank in banks[task.name].values())
-    found = [(item["task_vector"], item["samples"]) for item in dataset]
-    expected = [draw for task in tasks for bank in sorted(banks[task.name]) for draw in banks[task.name][bank]]
-    assert {tuple(v.flatten().tolist()) for v, _ in found} == {tuple(v.flatten().tolist()) for v in expected}
-    for (_, samples), (task, _) in zip(found, dataset.pairs, strict=True):
-        assert len(set(samples)) == 3
-        assert set(samples) <= set(task.train)  # and so neither demo nor test
-    assert {task.name for task, _ in dataset.pairs} == {f"shift/{i}" for i in range(1, 7)}  # two have no LoRA
-    assert len({samples for _, samples in found}) > len(tasks)  # drawn for each pair
+def test_an_epoch_shows_all_vectors_and_all_samples(tasks, vectors):
+    for task in tasks:
+        dataset = FunctionalDataset([task], vectors, num_samples=3)
+        assert len(dataset) == 9  # 3 draws for each of 3 modes; 24 samples would need 8 items
+        assert {sample for item in dataset for sample in item["samples"]} == set(task.train)  # neither demo nor test
+        assert all(len(set(item["samples"])) == 3 for item in dataset)
+        shown = [tuple(item["task_vector"].flatten().tolist()) for item in dataset]
+        banks = {mode: [tuple(v.flatten().tolist()) for v in bank] for mode, bank in vectors.banks[task.name].items()}
+        assert set(shown) == {vector for bank in banks.values() for vector in bank}
+        assert [sum(vector in bank for vector in shown) for bank in banks.values()] == [3, 3, 3]  # modes count alike
+    assert len(FunctionalDataset(tasks, vectors, num_samples=3)) == 6 * 9  # two of them have no LoRA
+
+
+def test_many_samples_make_many_items(tasks, vectors):
+    dataset = FunctionalDataset(tasks[:1], vectors, num_samples=1, modes=["demonstrations"])
+    assert len(dataset) == 24
+    assert len({item["samples"] for item in dataset}) == 24
+    assert len({tuple(item["task_vector"].flatten().tolist()) for item in dataset}) == 3
 
 
 def test_items_are_the_same_each_time(tasks, vectors):
@@ -250,8 +280,8 @@ def test_items_are_the_same_each_time(tasks, vectors):
 
 def test_only_the_given_modes_are_used(tasks, vectors):
     dataset = FunctionalDataset(tasks, vectors, modes=["description"])
-    assert len(dataset) == len(tasks)
-    assert torch.equal(dataset[2]["task_vector"], vectors.banks["shift/3"]["description"][0])
+    assert len(dataset) == 6 * len(tasks)  # 24 samples, 4 at a time
+    assert torch.equal(dataset[12]["task_vector"], vectors.banks["shift/3"]["description"][0])
 
 
 @pytest.mark.parametrize(
@@ -380,9 +410,8 @@ def test_loss_is_that_of_the_generated_adapters_in_peft(make_trainer, tasks, vec
     trainer = make_trainer(per_device_eval_batch_size=5)
     trainer.train()
     metrics, losses = trainer.evaluate(), []
-    for (task, vector), item in zip(trainer.train_dataset.pairs, trainer.train_dataset, strict=True):
-        assert set(item["samples"]) <= set(task.train)
-        model = trainer.model.generate_adapter(make_llama(), task_vector=vector)
+    for item in trainer.train_dataset:
+        model = trainer.model.generate_adapter(make_llama(), task_vector=item["task_vector"])
         with torch.no_grad():
             scores = score_completions(model, CompletionCollator(tokenizer)(item["samples"]))
         losses.append((scores.loss.sum() / scores.num_tokens.sum()).item())
@@ -399,7 +428,7 @@ def test_evaluation_during_training_is_on_the_evaluation_tasks(make_trainer, tas
     assert [row["step"] for row in rows] == [2, 4]
     unseen = trainer.evaluate(behaviour)["eval_functional_loss"]
     assert rows[-1]["eval_functional_loss"] == pytest.approx(unseen, rel=1e-6)
-    assert unseen != pytest.approx(trainer.evaluate(trainer.train_dataset)["eval_functional_loss"], rel=1e-3)
+    assert unseen != pytest.approx(trainer.evaluate(trainer.train_dataset)["eval_functional_loss"], rel=1e-5)
 
 
 def test_resuming_repeats_the_losses_exactly(make_trainer, tmp_path):

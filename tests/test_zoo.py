@@ -372,7 +372,7 @@ def test_task_vectors_of_all_tasks_in_another_way_replace_the_old_ones(full):
     ("change", "message"),
     [
         ({"base_model_fingerprint": "0" * 64}, "come from the base model 000000000000, .* for ffffffffffff"),
-        ({"spec": TaskVectorSpec(template="{prompt}>{completion}")}, "with the zoo's template 'Input: "),
+        ({"spec": TaskVectorSpec(template="{prompt}>{completion}")}, "with the zoo's template '- "),
         ({"banks": banks(NAMES[:2])}, r"no task vectors for \['capital '\]"),
     ],
     ids=["base", "template", "tasks"],
