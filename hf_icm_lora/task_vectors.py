@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .adapter import base_model_fingerprint, frozen_base
-from .completion import DEFAULT_TEMPLATE, encode_prompt, fill_template
+from .completion import DEFAULT_TEMPLATE, fill_template
 from .errors import TaskError, TaskVectorError
 from .files import sha256_of
 from .tasks import Sample, Task, check_unique_names, to_sample
@@ -40,7 +40,9 @@ class TaskVectorSpec:
         num_draws (`int`, *optional*, defaults to 16): Vectors per task and mode, each from demonstrations drawn anew.
         layers (`tuple[int, ...]`, *optional*, defaults to `(-1,)`): Hidden states to take, one row of the task vector
             each; 0 is the embedding, -1 the last layer.
-        pooling (`str`, *optional*, defaults to `"last"`): `"last"` takes the last token, `"mean"` averages all.
+        pooling (`str`, *optional*, defaults to `"prompts"`): `"last"` takes the last token. `"prompts"` averages the
+            last tokens of the final prompt and of all demonstrations' prompts that follow `min_demonstrations` others:
+            as many answers about to be given, from one pass. `"mean"` averages all tokens.
         max_length (`int`, *optional*, defaults to 512): Longest prompt in tokens; a longer one loses its beginning.
         seed (`int`, *optional*, defaults to 0): Seed of the draws.
 
@@ -53,7 +55,7 @@ class TaskVectorSpec:
     min_demonstrations: int = 3
     num_draws: int = 16
     layers: tuple[int, ...] = (-1,)
-    pooling: str = "last"
+    pooling: str = "prompts"
     max_length: int = 512
     seed: int = 0
 
@@ -66,13 +68,26 @@ class TaskVectorSpec:
             )
         if self.max_length < 1:
             raise TaskVectorError(f"Expected max_length >= 1, found {self.max_length}.")
-        if self.pooling not in ("last", "mean"):
-            raise TaskVectorError(f"Expected the pooling to be 'last' or 'mean', found {self.pooling!r}.")
+        if self.pooling not in ("last", "prompts", "mean"):
+            raise TaskVectorError(f"Expected the pooling to be 'last', 'prompts' or 'mean', found {self.pooling!r}.")
         fill_template(Sample("x", "y"), self.template)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values; `TaskVectorSpec(**values)` is the way back."""
         return dataclasses.asdict(self) | {"layers": list(self.layers)}
+
+
+class Prompt(NamedTuple):
+    """A text that ends with an open query.
+
+    Args:
+        text (`str`): What the base model reads.
+        ends (`tuple[int, ...]`): Where in the text an answer is about to be given, as numbers of characters; the last
+            one is its end.
+    """
+
+    text: str
+    ends: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -135,26 +150,30 @@ class TaskVectorExtractor:
         self.spec = spec or TaskVectorSpec()
         self.batch_size = batch_size
 
-    def extract(self, base_model: nn.Module, processing_class, tasks: Sequence[Task]) -> TaskVectors:
+    def extract(
+        self, base_model: nn.Module, processing_class, tasks: Sequence[Task], modes: Sequence[str] = MODES
+    ) -> TaskVectors:
         """Make a bank of vectors for every task, from its `demo` samples and its description.
 
         Args:
             base_model (`PreTrainedModel`): The base. Its adapters, if any, are off meanwhile; its mode is restored.
             processing_class: Its tokenizer.
             tasks (`Sequence[Task]`): Tasks with `demo` samples.
+            modes (`Sequence[str]`, *optional*): What to make them from: `"demonstrations"`, which evaluation needs,
+                and of a task with a description also `"both"` and the `"description"` alone.
 
         Raises:
             TaskError: if a task has fewer than two `demo` samples, or a name stands twice.
             TaskVectorError: if the base model lacks one of the layers.
         """
-        prompts: list[tuple[str, str, str]] = []  # task, mode, text
+        prompts: list[tuple[str, str, Prompt]] = []  # task, mode, prompt
         for task in check_unique_names(tasks):
             task.require("demo", 2, "a task vector (demonstrations and a prompt to answer)")
-            for mode in MODES if task.description else MODES[:1]:
+            for mode in modes if task.description else MODES[:1]:
                 prompts += [
-                    (task.name, mode, text) for text in self.prompts(task.demo, task.description, mode, task.name)
+                    (task.name, mode, prompt) for prompt in self.prompts(task.demo, task.description, mode, task.name)
                 ]
-        vectors = self._hidden_states(base_model, processing_class, [text for *_, text in prompts])
+        vectors = self._hidden_states(base_model, processing_class, [prompt for *_, prompt in prompts])
         banks: dict[str, dict[str, list]] = {}
         for (name, mode, _), vector in zip(prompts, vectors, strict=True):
             banks.setdefault(name, {}).setdefault(mode, []).append(vector)
@@ -183,8 +202,8 @@ class TaskVectorExtractor:
         mode = "both" if samples and description else "demonstrations" if samples else "description"
         return self._hidden_states(base_model, processing_class, self.prompts(samples, description, mode))
 
-    def prompts(self, samples: Sequence[Sample], description: str | None, mode: str, name: str = "") -> list[str]:
-        """Write the texts whose last hidden state is the task vector, one per draw.
+    def prompts(self, samples: Sequence[Sample], description: str | None, mode: str, name: str = "") -> list[Prompt]:
+        """Write what the base model reads to make the task vector, one prompt per draw.
 
         Args:
             samples (`Sequence[Sample]`): What demonstrations and queries are drawn from.
@@ -194,24 +213,43 @@ class TaskVectorExtractor:
         """
         heading = "" if mode == "demonstrations" else f"{description}\n"
         if mode == "description":
-            return [heading + fill_template(Sample("...", "x"), self.spec.template)[0]]
+            text = heading + fill_template(Sample("...", "x"), self.spec.template)[0]
+            return [Prompt(text, (len(text),))]
         rng = torch.Generator().manual_seed(int(sha256_of(name, str(self.spec.seed))[:12], 16))
-        texts = []
+        prompts = []
         for count in self._counts(len(samples)):
             order = torch.randperm(len(samples), generator=rng)[: count + 1].tolist()
             *demonstrations, query = [samples[i] for i in order] if len(order) > 1 else [samples[0]] * 2
-            shown = "".join("".join(fill_template(sample, self.spec.template)) for sample in demonstrations)
-            text = shown + fill_template(query, self.spec.template)[0] if query.prompt else shown + query.completion
-            texts.append(heading + text)
-        return list(dict.fromkeys(texts))  # few samples give the same draw twice
+            text, ends = heading, []
+            for number, sample in enumerate(demonstrations):
+                read, answer = fill_template(sample, self.spec.template)
+                if number >= self.spec.min_demonstrations:
+                    ends.append(len(text + read) if read else len(text + answer))
+                text += read + answer
+            # A query of plain text has no prompt: what it is about to be continued from is all of it.
+            text += fill_template(query, self.spec.template)[0] or query.completion
+            prompts.append(Prompt(text, (*ends, len(text))))
+        return list(dict.fromkeys(prompts))  # few samples give the same draw twice
 
     def _counts(self, num_samples: int) -> list[int]:
         most = min(self.spec.num_demonstrations, max(1, num_samples - 1))
         fewest = min(self.spec.min_demonstrations, most)
         return torch.linspace(most, fewest, self.spec.num_draws).round().int().tolist()
 
-    def _hidden_states(self, base_model: nn.Module, processing_class, texts: Sequence[str]) -> torch.Tensor:
-        rows = [encode_prompt(processing_class, text)[-self.spec.max_length :] for text in texts]
+    def _tokens(self, processing_class, prompt: Prompt) -> tuple[list[int], list[int]]:
+        """Return the ids of a prompt, and at which of them to take hidden states."""
+        encoding = processing_class(prompt.text)
+        ids = encoding["input_ids"]
+        cut = max(0, len(ids) - self.spec.max_length)
+        if self.spec.pooling == "prompts":
+            earlier = [encoding.char_to_token(end - 1) for end in prompt.ends[:-1]]
+            chosen = [*(token for token in earlier if token >= cut), len(ids) - 1]
+        else:
+            chosen = range(cut, len(ids)) if self.spec.pooling == "mean" else [len(ids) - 1]
+        return ids[cut:], [token - cut for token in chosen]
+
+    def _hidden_states(self, base_model: nn.Module, processing_class, prompts: Sequence[Prompt]) -> torch.Tensor:
+        rows, positions = zip(*(self._tokens(processing_class, prompt) for prompt in prompts), strict=True)
         by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # little padding in a batch
         vectors: list[torch.Tensor | None] = [None] * len(rows)
         with frozen_base(base_model) as model, tqdm(
@@ -233,12 +271,8 @@ class TaskVectorExtractor:
                         f"Expected layers among the base model's {len(states)} hidden states, found "
                         f"{self.spec.layers}."
                     )
-                chosen = torch.stack([states[layer] for layer in self.spec.layers], dim=2).float()
-                if self.spec.pooling == "last":
-                    pooled = chosen[torch.arange(len(indices)), lengths - 1]
-                else:
-                    pooled = (chosen * mask[:, :, None, None]).sum(1) / lengths[:, None, None]
-                for i, vector in zip(indices, pooled.cpu(), strict=True):
-                    vectors[i] = vector
+                chosen = torch.stack([states[layer] for layer in self.spec.layers], dim=2)
+                for i, row in zip(indices, chosen, strict=True):  # (length, num_vectors, hidden_size)
+                    vectors[i] = row[positions[i]].float().mean(0).cpu()
                 progress.update(len(indices))
         return torch.stack(vectors)

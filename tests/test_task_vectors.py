@@ -82,7 +82,7 @@ def test_other_tasks_in_the_call_do_not_matter(extracted, tokenizer):
         torch.testing.assert_close(vectors, extracted.banks["shift/2"][mode], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("pooling", ["last", "mean"])
+@pytest.mark.parametrize("pooling", ["last", "prompts", "mean"])
 def test_batch_size_and_padding_side_do_not_matter(any_model, tokenizer, pooling):
     model, _ = any_model
     spec = TaskVectorSpec(**SPEC.to_dict() | {"pooling": pooling, "layers": (0, -1)})
@@ -96,29 +96,74 @@ def test_batch_size_and_padding_side_do_not_matter(any_model, tokenizer, pooling
 
 def test_vector_is_the_last_hidden_state_of_its_prompt(any_model, tokenizer):
     model, _ = any_model
-    extractor = TaskVectorExtractor(TaskVectorSpec(**SPEC.to_dict() | {"layers": (0, 1, -1)}))
+    extractor = TaskVectorExtractor(TaskVectorSpec(**SPEC.to_dict() | {"layers": (0, 1, -1), "pooling": "last"}))
     task = make_tasks(1)[0]
     bank = extractor.extract(model, tokenizer, [task]).banks[task.name]
     for mode, vectors in bank.items():
-        texts = extractor.prompts(task.demo, task.description, mode, task.name)
-        assert len(texts) == len(vectors)
-        for text, vector in zip(texts, vectors, strict=True):
+        prompts = extractor.prompts(task.demo, task.description, mode, task.name)
+        assert len(prompts) == len(vectors)
+        for (text, _), vector in zip(prompts, vectors, strict=True):
             expected = hidden_states(model, tokenizer, text)[[0, 1, -1], -1]
             torch.testing.assert_close(vector, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_prompts_pooling_averages_what_stands_before_each_answer(any_model, tokenizer):
+    model, _ = any_model
+    extractor = TaskVectorExtractor(SPEC)
+    task = make_tasks(1)[0]
+    bank = extractor.extract(model, tokenizer, [task]).banks[task.name]["demonstrations"]
+    prompts = extractor.prompts(task.demo, None, "demonstrations", task.name)
+    assert len(prompts[0].ends) == 4  # after 2, 3, 4 and 5 demonstrations
+    assert len(prompts[-1].ends) == 1  # after the fewest
+    for (text, ends), vector in zip(prompts, bank, strict=True):
+        states = hidden_states(model, tokenizer, text).reshape(-1, *hidden_states(model, tokenizer, text).shape[1:])[
+            -1
+        ]
+        colons = [i for i, character in enumerate(text) if character == ":"][2:]  # one token per character
+        assert [end - 1 for end in ends] == colons
+        last = len(states) - 1  # an encoder ends with a special token
+        torch.testing.assert_close(vector[0], states[[*colons[:-1], last]].mean(0), atol=1e-4, rtol=1e-4)
+
+
+def test_plain_text_is_read_to_the_end_of_each_text(llama, tokenizer):
+    spec = TaskVectorSpec(num_draws=1, min_demonstrations=1)
+    (prompt,) = TaskVectorExtractor(spec).prompts(
+        [Sample("", t) for t in ("one", "two", "three")], None, "demonstrations"
+    )
+    assert [prompt.text[:end] for end in prompt.ends][-1] == prompt.text
+    assert len(prompt.ends) == 2
+
+
+def test_cut_prompts_average_what_is_left(llama, tokenizer):
+    spec = TaskVectorSpec(num_draws=1, min_demonstrations=1, max_length=12)
+    extractor = TaskVectorExtractor(spec)
+    ((text, _),) = extractor.prompts([Sample(*e) for e in EXAMPLES], None, "demonstrations")
+    kept = text[-12:]
+    colons = [i for i, character in enumerate(kept) if character == ":"]
+    expected = hidden_states(llama, tokenizer, kept)[-1][colons].mean(0)
+    torch.testing.assert_close(extractor.vector(llama, tokenizer, EXAMPLES)[0, 0], expected, atol=1e-4, rtol=1e-4)
+
+
 def test_mean_pooling_averages_the_prompt(llama, tokenizer):
     extractor = TaskVectorExtractor(TaskVectorSpec(num_draws=1, pooling="mean"))
-    (text,) = extractor.prompts([Sample(*e) for e in EXAMPLES], None, "demonstrations")
+    ((text, _),) = extractor.prompts([Sample(*e) for e in EXAMPLES], None, "demonstrations")
     expected = hidden_states(llama, tokenizer, text)[-1].mean(0)
     torch.testing.assert_close(extractor.vector(llama, tokenizer, EXAMPLES)[0, 0], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_long_prompts_lose_their_beginning(llama, tokenizer):
     extractor = TaskVectorExtractor(TaskVectorSpec(num_draws=1, max_length=7))
-    (text,) = extractor.prompts([Sample(*e) for e in EXAMPLES], None, "demonstrations")
+    ((text, _),) = extractor.prompts([Sample(*e) for e in EXAMPLES], None, "demonstrations")
     expected = hidden_states(llama, tokenizer, text[-7:])[-1, -1]
     torch.testing.assert_close(extractor.vector(llama, tokenizer, EXAMPLES)[0, 0], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_only_the_modes_that_were_asked_for(llama, tokenizer):
+    modes = ("demonstrations", "description")
+    one, other = make_tasks(2)
+    other = Task(other.name, other.train, demo=other.demo, test=other.test)  # no description
+    banks = TaskVectorExtractor(SPEC).extract(llama, tokenizer, [one, other], modes).banks
+    assert {name: tuple(bank) for name, bank in banks.items()} == {one.name: modes, other.name: modes[:1]}
 
 
 # Prompts
@@ -126,16 +171,16 @@ def test_long_prompts_lose_their_beginning(llama, tokenizer):
 
 def test_prompts_hold_demonstrations_and_one_open_query():
     demo = make_tasks(1)[0].demo
-    texts = TaskVectorExtractor(SPEC).prompts(demo, "Do it.", "both", "name")
+    prompts = TaskVectorExtractor(SPEC).prompts(demo, "Do it.", "both", "name")
     counts = []
-    for text in texts:
-        heading, *blocks = text.split("Input: ")
+    for text, _ in prompts:
+        heading, *blocks = text.split("- ")
         assert heading == "Do it.\n"
-        pairs = [tuple(block.strip().split("\nOutput:")) for block in blocks]
+        pairs = [tuple(block.strip().split(":")) for block in blocks]
         answers = {sample.prompt: f" {sample.completion}" for sample in demo}
         assert [answer for _, answer in pairs] == [answers[prompt] for prompt, _ in pairs[:-1]] + [""]
         assert len({prompt for prompt, _ in pairs}) == len(pairs)  # the query is none of the demonstrations
-        assert text.endswith("Output:")
+        assert text.endswith(":")
         counts.append(len(pairs) - 1)
     assert counts == sorted(counts, reverse=True)
     assert (counts[0], counts[-1]) == (5, 2)
@@ -150,7 +195,8 @@ def test_draws_depend_on_the_name_of_the_task():
 
 def test_description_alone_is_one_prompt_without_samples():
     demo = make_tasks(1)[0].demo
-    (text,) = TaskVectorExtractor(SPEC).prompts(demo, "Do it.", "description", "name")
+    ((text, ends),) = TaskVectorExtractor(SPEC).prompts(demo, "Do it.", "description", "name")
+    assert ends == (len(text),)
     assert text.startswith("Do it.\n")
     assert not any(sample.prompt in text.removeprefix("Do it.") for sample in demo)
 
@@ -201,7 +247,7 @@ def test_vector_of_a_new_task(llama, tokenizer, examples, description, draws):
 
 def test_one_example_is_demonstration_and_query(llama, tokenizer):
     vector = TaskVectorExtractor(SPEC).vector(llama, tokenizer, [("a", "b")])
-    text = "".join(fill_template(Sample("a", "b"), DEFAULT_TEMPLATE)) + "Input: a\nOutput:"
+    text = "".join(fill_template(Sample("a", "b"), DEFAULT_TEMPLATE)) + "- a:"
     torch.testing.assert_close(vector[0, 0], hidden_states(llama, tokenizer, text)[-1, -1], atol=1e-5, rtol=1e-5)
 
 
@@ -332,7 +378,7 @@ def test_spec_survives_json():
         ({"layers": ()}, TaskVectorError, "at least one layer"),
         ({"max_length": 0}, TaskVectorError, "max_length"),
         ({"max_length": -1}, TaskVectorError, "max_length"),
-        ({"pooling": "max"}, TaskVectorError, "'last' or 'mean', found 'max'"),
+        ({"pooling": "max"}, TaskVectorError, "'last', 'prompts' or 'mean', found 'max'"),
         ({"template": "{prompt}"}, TaskError, r"\{completion\}"),
     ],
 )
