@@ -1,0 +1,98 @@
+"""Train the generator of the suite: `python benchmarks/suite/train.py`, after `collect.py`.
+
+First on the zoo's LoRAs of seen tasks, then through the frozen base model on the samples of all `seen` and `samples`
+tasks of `splits.json`. Task vectors are extracted once. An interrupted run goes on from its last checkpoint. With
+`--generator` behavioural training goes on from a generator that is there already, such as the shipped one.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from collect import SPLITS
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_icm_lora import (
+    FunctionalCollator,
+    FunctionalDataset,
+    LoraGeneratorConfig,
+    LoraGeneratorModel,
+    LoraGeneratorTrainer,
+    LoraGeneratorTrainingArguments,
+    LoraZoo,
+    TaskVectorExtractor,
+    TaskVectors,
+    TaskVectorSpec,
+    built_in_tasks,
+    fast_dtype,
+    smollm2_path,
+)
+from hf_icm_lora.completion import CompletionCollator
+
+SPEC = TaskVectorSpec(num_draws=3, layers=(10, 18, 30))
+SIZES = {"hidden_size": 256, "intermediate_size": 768, "basis_size": 32, "num_decoder_layers": 3}
+
+
+@dataclass
+class TrainOptions:
+    output_dir: str = field(default="build/suite/generator", metadata={"help": "Where the generator goes."})
+    zoo: str = field(default="build/suite/zoo", metadata={"help": "The zoo of collect.py."})
+    vectors: str = field(default="build/suite/task_vectors.safetensors", metadata={"help": "Extracted if missing."})
+    generator: str | None = field(default=None, metadata={"help": "One to go on with, instead of a new one."})
+    seed: int = field(default=0, metadata={"help": "Of initialization and training."})
+    reconstruction_steps: int = field(default=300, metadata={"help": "Steps on the zoo's LoRAs."})
+    functional_steps: int = field(default=1500, metadata={"help": "Steps through the base model."})
+    learning_rate: float = field(default=3e-3, metadata={"help": "Of behavioural training."})
+
+
+def main() -> None:
+    (options,) = HfArgumentParser(TrainOptions).parse_args_into_dataclasses()
+    output_dir = Path(options.output_dir)
+    base = AutoModelForCausalLM.from_pretrained(smollm2_path(), dtype=fast_dtype())
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_path())
+    suite = {task.name: task for task in built_in_tasks()}
+    tasks = [suite[name] for name in SPLITS["seen"] + SPLITS["samples"]]
+
+    if Path(options.vectors).exists():
+        vectors = TaskVectors.load(options.vectors)
+    else:
+        extractor = TaskVectorExtractor(SPEC)
+        vectors = extractor.extract(base, tokenizer, tasks, modes=["demonstrations", "description"])
+        vectors.save(options.vectors)
+
+    common = {"seed": options.seed, "report_to": "none", "save_only_model": False}
+    set_seed(options.seed)
+    if options.generator:
+        generator = LoraGeneratorModel.from_pretrained(options.generator)
+    else:
+        zoo = LoraZoo(options.zoo)
+        zoo = zoo.subset([name for name in SPLITS["seen"] if name in zoo])
+        zoo.add_task_vectors(vectors)
+        generator = LoraGeneratorModel(LoraGeneratorConfig.from_zoo(zoo, **SIZES))
+        LoraGeneratorTrainer(
+            generator,
+            LoraGeneratorTrainingArguments(
+                output_dir=str(output_dir / "reconstruction"), max_steps=options.reconstruction_steps,
+                learning_rate=2e-3, logging_steps=50, save_strategy="no", **common,
+            ),
+            train_dataset=zoo.as_dataset(num_snapshots=1),
+        ).train()  # fmt: skip
+        generator = generator.without_encoder()
+
+    checkpoints = output_dir / "checkpoints"
+    trainer = LoraGeneratorTrainer(
+        generator,
+        LoraGeneratorTrainingArguments(
+            output_dir=str(checkpoints), max_steps=options.functional_steps, per_device_train_batch_size=24,
+            learning_rate=options.learning_rate, logging_steps=25, save_steps=100, save_total_limit=1, **common,
+        ),
+        base_model=base,
+        train_dataset=FunctionalDataset(tasks, vectors, num_samples=8),
+        data_collator=FunctionalCollator(CompletionCollator(tokenizer, template=SPEC.template, row_length=48)),
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(checkpoints) if checkpoints.exists() else None)
+    generator.save_pretrained(output_dir)
+
+
+if __name__ == "__main__":
+    main()
