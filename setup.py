@@ -36,7 +36,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["hf_icm_lora", "hf_icm_lora.*"]),
-    package_data={"hf_icm_lora": ["py.typed"]},
+    package_data={"hf_icm_lora": ["py.typed", "smollm2_generator/*"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["hf-icm-lora = hf_icm_lora.cli:main"]},

@@ -16,7 +16,7 @@ from .evaluation import evaluate_generator, format_report, recovered_gain
 from .functional import FunctionalCollator, FunctionalDataset
 from .layout import LoraLayout
 from .modeling_lora_generator import LoraGeneratorModel, LoraGeneratorOutput
-from .smollm2 import smollm2_path
+from .smollm2 import smollm2_generator_path, smollm2_path
 from .suite import built_in_tasks
 from .task_vectors import TaskVectorExtractor, TaskVectors, TaskVectorSpec
 from .tasks import Sample, Task, load_tasks, save_tasks, task_from_dataset
@@ -59,6 +59,7 @@ __all__ = [
     "recovered_gain",
     "save_adapter",
     "save_tasks",
+    "smollm2_generator_path",
     "smollm2_path",
     "task_from_dataset",
 ]

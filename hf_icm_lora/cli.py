@@ -29,7 +29,7 @@ from .configuration_lora_generator import LoraGeneratorConfig
 from .errors import IcmLoraError, TaskError
 from .evaluation import evaluate_generator, format_report
 from .modeling_lora_generator import LoraGeneratorModel
-from .smollm2 import smollm2_path
+from .smollm2 import smollm2_generator_path, smollm2_path
 from .suite import built_in_tasks
 from .task_vectors import TaskVectorExtractor, TaskVectorSpec
 from .tasks import Task, load_tasks
@@ -76,7 +76,7 @@ class VectorsOptions(BaseOptions, TaskOptions, ZooOption):
     min_demonstrations: int = field(default=3, metadata={"help": "Fewest; the draws run evenly from most to fewest."})
     num_draws: int = field(default=16, metadata={"help": "Vectors per task and mode."})
     layers: list[int] = field(default_factory=lambda: [-1], metadata={"help": "Hidden states; -1 is the last layer."})
-    pooling: str = field(default="last", metadata={"help": "last token, or mean of all."})
+    pooling: str = field(default="prompts", metadata={"help": "Average before each answer; last; mean of all."})
 
 
 @dataclass
@@ -91,8 +91,12 @@ class TrainOptions(ZooOption):
 @dataclass
 class GenerateOptions(BaseOptions):
     base_model: str | None = _base_model(None, "By default the generator's.")
-    generator: str = field(default="generator", metadata={"help": "Path or Hub id of the generator."})
-    output_dir: str = field(default="adapter", metadata={"help": "Where the adapter goes; must not exist yet."})
+    generator: str = field(
+        default="smollm2", metadata={"help": "Path or Hub id of the generator, or 'smollm2' for the shipped one."}
+    )
+    output_dir: str = field(
+        default="adapter", metadata={"help": "Where the adapter goes; must not exist yet.", "aliases": ["--out"]}
+    )
     examples: str | None = field(default=None, metadata={"help": "JSON Lines with prompt and completion."})
     description: str | None = field(default=None, metadata={"help": "The task in a sentence."})
 
@@ -164,8 +168,9 @@ def train(options: TrainOptions, args: LoraGeneratorTrainingArguments) -> None:
 
 def generate(options: GenerateOptions) -> None:
     """Write the adapter of a task as a PEFT folder."""
-    generator = LoraGeneratorModel.from_pretrained(options.generator)
-    name = options.base_model or generator.config.base_model_name_or_path
+    shipped = options.generator == "smollm2"
+    generator = LoraGeneratorModel.from_pretrained(smollm2_generator_path() if shipped else options.generator)
+    name = options.base_model or ("smollm2" if shipped else generator.config.base_model_name_or_path)
     base, tokenizer = load_base_model(name, options.dtype)
     examples = None
     if options.examples:

@@ -12,6 +12,8 @@ from itertools import cycle, islice
 import torch
 from torch import nn
 from torch.utils.data import Dataset, default_collate
+from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from .completion import CompletionCollator, score_completions
 from .errors import TaskError, TaskVectorError
@@ -153,3 +155,38 @@ def functional_loss(
         scores = score_completions(base_model, batch)
     per_adapter = [values.unflatten(0, (len(lora_weights), -1)).sum(1) for values in (scores.loss, scores.num_tokens)]
     return per_adapter[0] / per_adapter[1]
+
+
+def refine_lora_weights(
+    base_model: nn.Module,
+    layout: LoraLayout,
+    lora_weights: torch.Tensor,
+    shared_weights: torch.Tensor,
+    batch: dict[str, torch.Tensor],
+    num_steps: int,
+    learning_rate: float = 3e-3,
+) -> torch.Tensor:
+    """Go on from an adapter with ordinary gradient steps (Adam, linear decay) on all samples of a batch.
+
+    Args:
+        base_model (`PreTrainedModel`): The base, frozen, its adapters off.
+        layout (`LoraLayout`): Of the adapter.
+        lora_weights (`torch.Tensor` of shape `(num_weights,)`): Where to start.
+        shared_weights (`torch.Tensor` of shape `(num_shared_weights,)`): They stay as they are.
+        batch (`dict[str, torch.Tensor]`): As from [`CompletionCollator`].
+        num_steps (`int`): Steps, each on the whole batch.
+        learning_rate (`float`, *optional*, defaults to 3e-3): At the first step.
+
+    Returns:
+        `torch.Tensor` of shape `(num_weights,)`, fp32.
+    """
+    weights = lora_weights.detach().float().clone().requires_grad_()
+    optimizer = torch.optim.Adam([weights], lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / num_steps)
+    with torch.enable_grad():
+        for _ in tqdm(range(num_steps), desc="Refining", disable=not logging.is_progress_bar_enabled()):
+            loss = functional_loss(base_model, layout, weights[None], shared_weights, batch).sum()
+            (weights.grad,) = torch.autograd.grad(loss, weights)
+            optimizer.step()
+            schedule.step()
+    return weights.detach()

