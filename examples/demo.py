@@ -148,7 +148,7 @@ def main() -> None:
 
 def task_vectors_of(base, tokenizer, tasks, path: Path) -> TaskVectors:
     """Extract task vectors once, and read them back at the next run."""
-    spec = TaskVectorSpec(num_draws=4, layers=(10, 18, 30))
+    spec = TaskVectorSpec(num_draws=4, layers=(14, 22, 30))
     if path.exists():
         vectors = TaskVectors.load(path)
         if vectors.spec == spec and set(vectors.banks) == {task.name for task in tasks}:

@@ -76,7 +76,10 @@ class VectorsOptions(BaseOptions, TaskOptions, ZooOption):
     min_demonstrations: int = field(default=3, metadata={"help": "Fewest; the draws run evenly from most to fewest."})
     num_draws: int = field(default=16, metadata={"help": "Vectors per task and mode."})
     layers: list[int] = field(default_factory=lambda: [-1], metadata={"help": "Hidden states; -1 is the last layer."})
-    pooling: str = field(default="prompts", metadata={"help": "Average before each answer; last; mean of all."})
+    pooling: list[str] = field(
+        default_factory=lambda: ["prompts", "completions"],
+        metadata={"help": "Tokens to average, one row each: last, prompts, completions, mean."},
+    )
 
 
 @dataclass
@@ -134,7 +137,7 @@ def vectors(options: VectorsOptions) -> None:
         min_demonstrations=options.min_demonstrations,
         num_draws=options.num_draws,
         layers=tuple(options.layers),
-        pooling=options.pooling,
+        pooling=tuple(options.pooling),
     )
     zoo.add_task_vectors(TaskVectorExtractor(spec).extract(base, tokenizer, tasks))
     print(f"{zoo}: task vectors of {len(tasks)} tasks")

@@ -25,6 +25,7 @@ from .errors import TaskError, TaskVectorError
 from .files import sha256_of
 from .tasks import Sample, Task, check_unique_names, to_sample
 
+POOLINGS = ("last", "prompts", "completions", "mean")
 MODES = ("demonstrations", "both", "description")
 
 
@@ -38,11 +39,16 @@ class TaskVectorSpec:
         min_demonstrations (`int`, *optional*, defaults to 3): Fewest. The draws of a task run evenly from most to
             fewest, so that a generator also knows prompts with few examples.
         num_draws (`int`, *optional*, defaults to 16): Vectors per task and mode, each from demonstrations drawn anew.
-        layers (`tuple[int, ...]`, *optional*, defaults to `(-1,)`): Hidden states to take, one row of the task vector
-            each; 0 is the embedding, -1 the last layer.
-        pooling (`str`, *optional*, defaults to `"prompts"`): `"last"` takes the last token. `"prompts"` averages the
-            last tokens of the final prompt and of all demonstrations' prompts that follow `min_demonstrations` others:
-            as many answers about to be given, from one pass. `"mean"` averages all tokens.
+        layers (`tuple[int, ...]`, *optional*, defaults to `(-1,)`): Hidden states to take; 0 is the embedding, -1 the
+            last layer.
+        pooling (`tuple[str, ...]`, *optional*, defaults to `("prompts", "completions")`): Which tokens to average, out
+            of those below. Each pooling of each layer is one row of the task vector.
+
+                "last"         the last token alone, as in the paper
+                "prompts"      the last tokens of the final prompt and of all demonstrations' prompts that follow
+                               `min_demonstrations` others: as many answers about to be given, from one pass
+                "completions"  the demonstrations' completions; of a description alone, its own tokens
+                "mean"         all tokens
         max_length (`int`, *optional*, defaults to 512): Longest prompt in tokens; a longer one loses its beginning.
         seed (`int`, *optional*, defaults to 0): Seed of the draws.
 
@@ -55,12 +61,13 @@ class TaskVectorSpec:
     min_demonstrations: int = 3
     num_draws: int = 16
     layers: tuple[int, ...] = (-1,)
-    pooling: str = "prompts"
+    pooling: tuple[str, ...] = ("prompts", "completions")
     max_length: int = 512
     seed: int = 0
 
     def __post_init__(self):
         object.__setattr__(self, "layers", tuple(self.layers))  # JSON gives a list
+        object.__setattr__(self, "pooling", (self.pooling,) if isinstance(self.pooling, str) else tuple(self.pooling))
         if not 1 <= self.min_demonstrations <= self.num_demonstrations or self.num_draws < 1 or not self.layers:
             raise TaskVectorError(
                 "Expected 1 <= min_demonstrations <= num_demonstrations, num_draws >= 1 and at least one layer; found "
@@ -68,13 +75,13 @@ class TaskVectorSpec:
             )
         if self.max_length < 1:
             raise TaskVectorError(f"Expected max_length >= 1, found {self.max_length}.")
-        if self.pooling not in ("last", "prompts", "mean"):
-            raise TaskVectorError(f"Expected the pooling to be 'last', 'prompts' or 'mean', found {self.pooling!r}.")
+        if not self.pooling or not set(self.pooling) <= set(POOLINGS):
+            raise TaskVectorError(f"Expected the pooling to be some of {POOLINGS}, found {self.pooling}.")
         fill_template(Sample("x", "y"), self.template)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values; `TaskVectorSpec(**values)` is the way back."""
-        return dataclasses.asdict(self) | {"layers": list(self.layers)}
+        return dataclasses.asdict(self) | {"layers": list(self.layers), "pooling": list(self.pooling)}
 
 
 class Prompt(NamedTuple):
@@ -84,10 +91,12 @@ class Prompt(NamedTuple):
         text (`str`): What the base model reads.
         ends (`tuple[int, ...]`): Where in the text an answer is about to be given, as numbers of characters; the last
             one is its end.
+        answers (`tuple[tuple[int, int], ...]`): Where the demonstrations' completions begin and end.
     """
 
     text: str
     ends: tuple[int, ...]
+    answers: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -214,21 +223,23 @@ class TaskVectorExtractor:
         heading = "" if mode == "demonstrations" else f"{description}\n"
         if mode == "description":
             text = heading + fill_template(Sample("...", "x"), self.spec.template)[0]
-            return [Prompt(text, (len(text),))]
+            return [Prompt(text, (len(text),), ((0, len(description)),))]
         rng = torch.Generator().manual_seed(int(sha256_of(name, str(self.spec.seed))[:12], 16))
         prompts = []
         for count in self._counts(len(samples)):
             order = torch.randperm(len(samples), generator=rng)[: count + 1].tolist()
             *demonstrations, query = [samples[i] for i in order] if len(order) > 1 else [samples[0]] * 2
-            text, ends = heading, []
+            text, ends, answers = heading, [], []
             for number, sample in enumerate(demonstrations):
-                read, answer = fill_template(sample, self.spec.template)
+                read, scored = fill_template(sample, self.spec.template)
                 if number >= self.spec.min_demonstrations:
-                    ends.append(len(text + read) if read else len(text + answer))
-                text += read + answer
+                    ends.append(len(text + read) if read else len(text + scored))
+                start = len(text + read) + scored.index(sample.completion)
+                answers.append((start, start + len(sample.completion)))
+                text += read + scored
             # A query of plain text has no prompt: what it is about to be continued from is all of it.
             text += fill_template(query, self.spec.template)[0] or query.completion
-            prompts.append(Prompt(text, (*ends, len(text))))
+            prompts.append(Prompt(text, (*ends, len(text)), tuple(answers)))
         return list(dict.fromkeys(prompts))  # few samples give the same draw twice
 
     def _counts(self, num_samples: int) -> list[int]:
@@ -236,17 +247,24 @@ class TaskVectorExtractor:
         fewest = min(self.spec.min_demonstrations, most)
         return torch.linspace(most, fewest, self.spec.num_draws).round().int().tolist()
 
-    def _tokens(self, processing_class, prompt: Prompt) -> tuple[list[int], list[int]]:
-        """Return the ids of a prompt, and at which of them to take hidden states."""
-        encoding = processing_class(prompt.text)
-        ids = encoding["input_ids"]
+    def _tokens(self, processing_class, prompt: Prompt) -> tuple[list[int], list[list[int]]]:
+        """Return the ids of a prompt, and for each pooling at which of them to take hidden states."""
+        encoding = processing_class(prompt.text, return_offsets_mapping=True)
+        ids, last = encoding["input_ids"], len(encoding["input_ids"]) - 1
+        spans = [(token, begin, end) for token, (begin, end) in enumerate(encoding["offset_mapping"]) if begin < end]
+        positions = {
+            "last": [last],
+            "prompts": [max(token for token, begin, _ in spans if begin < end) for end in prompt.ends[:-1]] + [last],
+            "completions": [
+                token
+                for token, begin, end in spans
+                if any(end > start and begin < stop for start, stop in prompt.answers)
+            ],
+            "mean": range(len(ids)),
+        }
         cut = max(0, len(ids) - self.spec.max_length)
-        if self.spec.pooling == "prompts":
-            earlier = [encoding.char_to_token(end - 1) for end in prompt.ends[:-1]]
-            chosen = [*(token for token in earlier if token >= cut), len(ids) - 1]
-        else:
-            chosen = range(cut, len(ids)) if self.spec.pooling == "mean" else [len(ids) - 1]
-        return ids[cut:], [token - cut for token in chosen]
+        kept = [[token - cut for token in positions[name] if token >= cut] for name in self.spec.pooling]
+        return ids[cut:], [tokens or [last - cut] for tokens in kept]  # completions may all have been cut
 
     def _hidden_states(self, base_model: nn.Module, processing_class, prompts: Sequence[Prompt]) -> torch.Tensor:
         rows, positions = zip(*(self._tokens(processing_class, prompt) for prompt in prompts), strict=True)
@@ -273,6 +291,6 @@ class TaskVectorExtractor:
                     )
                 chosen = torch.stack([states[layer] for layer in self.spec.layers], dim=2)
                 for i, row in zip(indices, chosen, strict=True):  # (length, num_vectors, hidden_size)
-                    vectors[i] = row[positions[i]].float().mean(0).cpu()
+                    vectors[i] = torch.cat([row[tokens].float().mean(0) for tokens in positions[i]]).cpu()
                 progress.update(len(indices))
         return torch.stack(vectors)

@@ -13,7 +13,7 @@ from hf_icm_lora import Sample, Task, TaskError, TaskVectorError, TaskVectorExtr
 from hf_icm_lora.adapter import adapter_state_dict, attach_adapter, base_model_fingerprint
 from hf_icm_lora.completion import DEFAULT_TEMPLATE, fill_template
 
-SPEC = TaskVectorSpec(num_demonstrations=5, min_demonstrations=2, num_draws=6)
+SPEC = TaskVectorSpec(num_demonstrations=5, min_demonstrations=2, num_draws=6, pooling=("prompts",))
 EXAMPLES = [("a", "b"), ("c", "dd"), ("e", "fff"), ("g", "h")]
 
 
@@ -82,7 +82,7 @@ def test_other_tasks_in_the_call_do_not_matter(extracted, tokenizer):
         torch.testing.assert_close(vectors, extracted.banks["shift/2"][mode], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("pooling", ["last", "prompts", "mean"])
+@pytest.mark.parametrize("pooling", ["last", "prompts", "completions", "mean", ("prompts", "completions")])
 def test_batch_size_and_padding_side_do_not_matter(any_model, tokenizer, pooling):
     model, _ = any_model
     spec = TaskVectorSpec(**SPEC.to_dict() | {"pooling": pooling, "layers": (0, -1)})
@@ -102,7 +102,7 @@ def test_vector_is_the_last_hidden_state_of_its_prompt(any_model, tokenizer):
     for mode, vectors in bank.items():
         prompts = extractor.prompts(task.demo, task.description, mode, task.name)
         assert len(prompts) == len(vectors)
-        for (text, _), vector in zip(prompts, vectors, strict=True):
+        for (text, *_), vector in zip(prompts, vectors, strict=True):
             expected = hidden_states(model, tokenizer, text)[[0, 1, -1], -1]
             torch.testing.assert_close(vector, expected, atol=1e-4, rtol=1e-4)
 
@@ -115,7 +115,7 @@ def test_prompts_pooling_averages_what_stands_before_each_answer(any_model, toke
     prompts = extractor.prompts(task.demo, None, "demonstrations", task.name)
     assert len(prompts[0].ends) == 4  # after 2, 3, 4 and 5 demonstrations
     assert len(prompts[-1].ends) == 1  # after the fewest
-    for (text, ends), vector in zip(prompts, bank, strict=True):
+    for (text, ends, _), vector in zip(prompts, bank, strict=True):
         states = hidden_states(model, tokenizer, text).reshape(-1, *hidden_states(model, tokenizer, text).shape[1:])[
             -1
         ]
@@ -135,25 +135,46 @@ def test_plain_text_is_read_to_the_end_of_each_text(llama, tokenizer):
 
 
 def test_cut_prompts_average_what_is_left(llama, tokenizer):
-    spec = TaskVectorSpec(num_draws=1, min_demonstrations=1, max_length=12)
+    spec = TaskVectorSpec(num_draws=1, min_demonstrations=1, max_length=12, pooling="prompts")
     extractor = TaskVectorExtractor(spec)
-    ((text, _),) = extractor.prompts([Sample(*e) for e in EXAMPLES], None, "demonstrations")
+    ((text, *_),) = extractor.prompts([Sample(*e) for e in EXAMPLES], None, "demonstrations")
     kept = text[-12:]
     colons = [i for i, character in enumerate(kept) if character == ":"]
     expected = hidden_states(llama, tokenizer, kept)[-1][colons].mean(0)
     torch.testing.assert_close(extractor.vector(llama, tokenizer, EXAMPLES)[0, 0], expected, atol=1e-4, rtol=1e-4)
 
 
+def test_completions_pooling_averages_the_answers_that_are_shown(any_model, tokenizer):
+    model, _ = any_model
+    spec = TaskVectorSpec(num_draws=2, min_demonstrations=2, layers=(0, -1), pooling=("completions", "last"))
+    extractor = TaskVectorExtractor(spec)
+    bank = extractor.vector(model, tokenizer, EXAMPLES, "Do it.")  # (2, 4, 32): poolings, then layers
+    prompts = extractor.prompts([Sample(*e) for e in EXAMPLES], "Do it.", "both")
+    for (text, _, answers), vector in zip(prompts, bank, strict=True):
+        assert {text[start:end] for start, end in answers} <= {completion for _, completion in EXAMPLES}
+        tokens = [i for start, end in answers for i in range(start, end)]  # one token per character
+        states = hidden_states(model, tokenizer, text)
+        expected = [states[layer, tokens].mean(0) for layer in (0, -1)] + [states[layer, -1] for layer in (0, -1)]
+        torch.testing.assert_close(vector, torch.stack(expected), atol=1e-4, rtol=1e-4)
+
+
+def test_completions_of_a_description_are_its_own_tokens(llama, tokenizer):
+    spec = TaskVectorSpec(pooling="completions")
+    vector = TaskVectorExtractor(spec).vector(llama, tokenizer, description="Do it.")
+    expected = hidden_states(llama, tokenizer, "Do it.\n- ...:")[-1][:6].mean(0)
+    torch.testing.assert_close(vector[0, 0], expected, atol=1e-4, rtol=1e-4)
+
+
 def test_mean_pooling_averages_the_prompt(llama, tokenizer):
     extractor = TaskVectorExtractor(TaskVectorSpec(num_draws=1, pooling="mean"))
-    ((text, _),) = extractor.prompts([Sample(*e) for e in EXAMPLES], None, "demonstrations")
+    ((text, *_),) = extractor.prompts([Sample(*e) for e in EXAMPLES], None, "demonstrations")
     expected = hidden_states(llama, tokenizer, text)[-1].mean(0)
     torch.testing.assert_close(extractor.vector(llama, tokenizer, EXAMPLES)[0, 0], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_long_prompts_lose_their_beginning(llama, tokenizer):
-    extractor = TaskVectorExtractor(TaskVectorSpec(num_draws=1, max_length=7))
-    ((text, _),) = extractor.prompts([Sample(*e) for e in EXAMPLES], None, "demonstrations")
+    extractor = TaskVectorExtractor(TaskVectorSpec(num_draws=1, max_length=7, pooling="last"))
+    ((text, *_),) = extractor.prompts([Sample(*e) for e in EXAMPLES], None, "demonstrations")
     expected = hidden_states(llama, tokenizer, text[-7:])[-1, -1]
     torch.testing.assert_close(extractor.vector(llama, tokenizer, EXAMPLES)[0, 0], expected, atol=1e-4, rtol=1e-4)
 
@@ -173,7 +194,7 @@ def test_prompts_hold_demonstrations_and_one_open_query():
     demo = make_tasks(1)[0].demo
     prompts = TaskVectorExtractor(SPEC).prompts(demo, "Do it.", "both", "name")
     counts = []
-    for text, _ in prompts:
+    for text, *_ in prompts:
         heading, *blocks = text.split("- ")
         assert heading == "Do it.\n"
         pairs = [tuple(block.strip().split(":")) for block in blocks]
@@ -195,8 +216,9 @@ def test_draws_depend_on_the_name_of_the_task():
 
 def test_description_alone_is_one_prompt_without_samples():
     demo = make_tasks(1)[0].demo
-    ((text, ends),) = TaskVectorExtractor(SPEC).prompts(demo, "Do it.", "description", "name")
+    ((text, ends, answers),) = TaskVectorExtractor(SPEC).prompts(demo, "Do it.", "description", "name")
     assert ends == (len(text),)
+    assert [text[start:end] for start, end in answers] == ["Do it."]
     assert text.startswith("Do it.\n")
     assert not any(sample.prompt in text.removeprefix("Do it.") for sample in demo)
 
@@ -378,7 +400,7 @@ def test_spec_survives_json():
         ({"layers": ()}, TaskVectorError, "at least one layer"),
         ({"max_length": 0}, TaskVectorError, "max_length"),
         ({"max_length": -1}, TaskVectorError, "max_length"),
-        ({"pooling": "max"}, TaskVectorError, "'last', 'prompts' or 'mean', found 'max'"),
+        ({"pooling": "max"}, TaskVectorError, r"some of \('last', .*\), found \('max',\)"),
         ({"template": "{prompt}"}, TaskError, r"\{completion\}"),
     ],
 )

@@ -29,7 +29,7 @@ from hf_icm_lora import (
 )
 from hf_icm_lora.completion import CompletionCollator
 
-SPEC = TaskVectorSpec(num_draws=3, layers=(10, 18, 30))
+SPEC = TaskVectorSpec(num_draws=3, layers=(14, 22, 30))
 SIZES = {"hidden_size": 256, "intermediate_size": 768, "basis_size": 32, "num_decoder_layers": 3}
 
 
