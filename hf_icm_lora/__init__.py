@@ -10,6 +10,7 @@ from .errors import (
     NotFittedError,
     TaskError,
     TaskVectorError,
+    UnfamiliarTaskError,
     ZooError,
 )
 from .evaluation import evaluate_generator, format_report, recovered_gain
@@ -47,6 +48,7 @@ __all__ = [
     "TaskVectorExtractor",
     "TaskVectorSpec",
     "TaskVectors",
+    "UnfamiliarTaskError",
     "ZooError",
     "attach_adapter",
     "built_in_tasks",

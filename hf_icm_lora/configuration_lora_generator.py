@@ -23,6 +23,9 @@ class LoraGeneratorConfig(PreTrainedConfig):
         task_vector_spec (`dict`, *optional*): The [`TaskVectorSpec`], as a dictionary.
         training_tasks (`list[str]`, *optional*): Names of the tasks of the training zoo: the seen tasks.
         template (`str`, *optional*): Text with `{prompt}` and `{completion}` that the adapters were trained on.
+        mapped_tasks (`list[str]`, *optional*): Names of the tasks in the map of training tasks; see
+            [`~LoraGeneratorModel.map_tasks`].
+        map_rank (`int`, *optional*, defaults to 16): Directions of that map.
         num_task_vectors (`int`, *optional*, defaults to 1): Rows of a task vector.
         task_vector_size (`int`, *optional*, defaults to 576): Columns, the base model's hidden size.
         architecture (`str`, *optional*, defaults to `"transformer"`): `"transformer"` (one token per matrix) or
@@ -61,6 +64,8 @@ class LoraGeneratorConfig(PreTrainedConfig):
     base_model_fingerprint: str | None = None
     task_vector_spec: dict | None = None
     training_tasks: list[str] | None = None
+    mapped_tasks: list[str] | None = None
+    map_rank: int = 16
     template: str = DEFAULT_TEMPLATE
     num_task_vectors: int = 1
     task_vector_size: int = 576
@@ -103,7 +108,8 @@ class LoraGeneratorConfig(PreTrainedConfig):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field}: expected one of {allowed}, found {getattr(self, field)!r}.")
         sizes = ("num_task_vectors", "task_vector_size", "hidden_size", "intermediate_size", "basis_size",
-                 "num_encoder_layers", "num_decoder_layers", "num_attention_heads", "latent_size")  # fmt: skip
+                 "num_encoder_layers", "num_decoder_layers", "num_attention_heads", "latent_size",
+                 "map_rank")  # fmt: skip
         for field in sizes:
             if not 1 <= getattr(self, field) <= 65536:
                 raise ValueError(f"{field}: expected a number from 1 to 65536, found {getattr(self, field)}.")

@@ -5,7 +5,8 @@ IcmLoraError
 ├── IncompatibleAdapterError  (ValueError)       a readable adapter does not fit this layout, base model or generator
 ├── TaskError                 (ValueError)       a task, its samples or its description cannot be used
 ├── TaskVectorError           (ValueError)       a task vector does not fit the generator, or cannot be made
-├── NotFittedError            (RuntimeError)     the generator lacks its statistics, or its encoder
+├── UnfamiliarTaskError       (ValueError)       a task is too far from the training tasks, and this was to be said
+├── NotFittedError            (RuntimeError)     the generator lacks its statistics, its encoder or its map of tasks
 └── ZooError                  (FileExistsError)  a zoo's directory and what was asked of it disagree
 
 Every leaf is also a built-in exception, so `except ValueError` in existing code still catches it.
@@ -32,8 +33,12 @@ class TaskVectorError(IcmLoraError, ValueError):
     """A task vector has the wrong size or values, or was made by another specification or base model."""
 
 
+class UnfamiliarTaskError(IcmLoraError, ValueError):
+    """A task is too far from the generator's training tasks, and `on_unfamiliar="raise"` asked to say so."""
+
+
 class NotFittedError(IcmLoraError, RuntimeError):
-    """The generator lacks what was asked of it: its normalization statistics, or the encoder it was saved without."""
+    """The generator lacks what was asked of it: its normalization statistics, its encoder, or its map of tasks."""
 
 
 class ZooError(IcmLoraError, FileExistsError):

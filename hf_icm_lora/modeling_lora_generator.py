@@ -29,11 +29,19 @@ from transformers.utils import ModelOutput, logging
 from .adapter import attach_adapter, base_model_fingerprint, canonical_lora_config, frozen_base
 from .completion import CompletionCollator
 from .configuration_lora_generator import LoraGeneratorConfig
-from .errors import IncompatibleAdapterError, NotFittedError, TaskError, TaskVectorError
+from .errors import (
+    IncompatibleAdapterError,
+    NotFittedError,
+    TaskError,
+    TaskVectorError,
+    UnfamiliarTaskError,
+)
 from .functional import functional_loss, refine_lora_weights
 from .layout import LoraLayout, MatrixBlock, split
-from .task_vectors import TaskVectorExtractor, TaskVectorSpec
+from .task_vectors import TaskVectorExtractor, TaskVectors, TaskVectorSpec
 from .tasks import to_sample
+
+UNFAMILIAR = 0.99  # novelty above which a task counts as unfamiliar
 
 
 @dataclass
@@ -107,9 +115,56 @@ class ZooNormalizer(nn.Module):
     def normalize_vector(self, task_vector: torch.Tensor) -> torch.Tensor:
         return (task_vector.float() - self.vector_mean) / self.vector_scale
 
+    def denormalize_vector(self, normalized: torch.Tensor) -> torch.Tensor:
+        return normalized * self.vector_scale + self.vector_mean
+
     def _scale_of_each_weight(self) -> torch.Tensor:
         sizes = torch.tensor(self.sizes, device=self.weight_scale.device)
         return self.weight_scale.repeat_interleave(sizes, output_size=self.weight_mean.numel())
+
+
+class TaskMap(nn.Module):
+    """Where the training tasks lie among task vectors, in fp32: what says how unfamiliar a new task is.
+
+    The first principal directions of their normalized vectors, and every task's coordinates in them. The distance of
+    two tasks counts the part of a vector outside these directions, too.
+    """
+
+    def __init__(self, config: LoraGeneratorConfig):
+        super().__init__()
+        num_tasks, size = len(config.mapped_tasks), config.num_task_vectors * config.task_vector_size
+        rank = min(config.map_rank, num_tasks, size)
+        self.register_buffer("center", torch.zeros(size))
+        self.register_buffer("directions", torch.zeros(rank, size))
+        self.register_buffer("coordinates", torch.zeros(num_tasks, rank))
+        self.register_buffer("gaps", torch.zeros(num_tasks))  # of each task to the nearest other one, sorted
+
+    def fit(self, vectors: torch.Tensor) -> None:
+        """Fit to one normalized vector per task, `(num_tasks, num_task_vectors * task_vector_size)`."""
+        self.center.copy_(vectors.mean(0))
+        *_, directions = torch.linalg.svd(vectors - self.center, full_matrices=False)
+        self.directions.copy_(directions[: len(self.directions)])
+        coordinates, residual = self._project(vectors)
+        self.coordinates.copy_(coordinates)
+        distances = self._distances(coordinates, residual).fill_diagonal_(torch.inf)
+        self.gaps.copy_(distances.amin(1).sort().values)
+
+    def locate(self, vector: torch.Tensor) -> tuple[float, int]:
+        """Return how unfamiliar a normalized vector is, from 0 to 1, and the index of the nearest training task."""
+        distance, nearest = self._distances(*self._project(vector[None]))[0].min(0)
+        return (self.gaps < distance).float().mean().item(), int(nearest)
+
+    def vector(self, index: int) -> torch.Tensor:
+        """Return the normalized vector of a training task, as far as the directions hold it."""
+        return self.center + self.coordinates[index] @ self.directions
+
+    def _project(self, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        centered = vectors - self.center
+        coordinates = centered @ self.directions.T
+        return coordinates, (centered.square().sum(1) - coordinates.square().sum(1)).clamp(min=0)
+
+    def _distances(self, coordinates: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return (torch.cdist(coordinates, self.coordinates).square() + residual[:, None]).sqrt()
 
 
 class Attention(nn.Module):
@@ -351,7 +406,7 @@ class LoraGeneratorModel(PreTrainedModel):
     main_input_name = "task_vector"
     model_tags = ["hf_icm_lora"]
     accepts_loss_kwargs = False
-    _keep_in_fp32_modules_strict = ["zoo_normalizer"]
+    _keep_in_fp32_modules_strict = ["zoo_normalizer", "task_map"]
 
     def __init__(self, config: LoraGeneratorConfig):
         if config.layout is None:
@@ -361,6 +416,7 @@ class LoraGeneratorModel(PreTrainedModel):
         self.network = {"transformer": TransformerCVAE, "conv1d": Conv1dCVAE}[config.architecture](config)
         self.prior = Prior(config) if config.prior == "learned" else None
         self.layout: LoraLayout = config.lora_layout
+        self.task_map = TaskMap(config) if config.mapped_tasks else None
         if config.weight_format == "int8":
             self._round_weights()
         self.post_init()
@@ -375,7 +431,9 @@ class LoraGeneratorModel(PreTrainedModel):
         elif isinstance(module, TokenwiseLinear):
             init.normal_(module.weight, std=0.02)
             init.zeros_(module.bias)
-        elif isinstance(module, ZooNormalizer):  # or a checkpoint without statistics would come up with garbage
+        elif isinstance(
+            module, (ZooNormalizer, TaskMap)
+        ):  # or a checkpoint without statistics would come up with garbage
             for name, buffer in module.named_buffers():
                 (init.ones_ if name.endswith("_scale") else init.zeros_)(buffer)
         else:
@@ -561,6 +619,7 @@ class LoraGeneratorModel(PreTrainedModel):
         generator: torch.Generator | None = None,
         num_samples: int = 1,
         refine_steps: int = 0,
+        on_unfamiliar: str = "generate",
         check_base_model: bool = True,
     ) -> PeftModel:
         """Generate an adapter for a task and attach it to its base model. No gradient step is taken unless asked for.
@@ -578,16 +637,22 @@ class LoraGeneratorModel(PreTrainedModel):
                 draws; the one with the least loss on the examples is kept.
             refine_steps (`int`, *optional*, defaults to 0): Gradient steps on the examples, starting from the
                 generated adapter: fine-tuning with a head start.
+            on_unfamiliar (`str`, *optional*, defaults to `"generate"`): What to do for a task that is less familiar
+                than 99 of 100 training tasks are to each other: `"generate"` all the same, take the vector of the
+                `"nearest"` training task, take the `"mean"` adapter of the zoo, or `"raise"`. It needs `map_tasks`.
             check_base_model (`bool`, *optional*, defaults to `True`): Whether to compare the base model's fingerprint.
                 A base in 4 or 8 bits has no comparable one.
 
         Returns:
-            `PeftModel`: in eval mode, the adapter frozen.
+            `PeftModel`: in eval mode, the adapter frozen. Of a generator with a map of its training tasks,
+            `model.lora_generation[adapter_name]` holds the task's `novelty` and its `nearest_task`.
 
         Raises:
             TaskError: if there is neither a task vector, nor examples, nor a description; or no `processing_class`; or
                 no examples to choose or refine by.
             TaskVectorError: if the task vector does not fit this generator.
+            UnfamiliarTaskError: if the task is unfamiliar and `on_unfamiliar="raise"`.
+            NotFittedError: if `on_unfamiliar` needs the map of the training tasks, and there is none.
             IncompatibleAdapterError: if the base model is another one. It is then unchanged.
 
         Example:
@@ -605,9 +670,14 @@ class LoraGeneratorModel(PreTrainedModel):
             task_vector = extractor.vector(base_model, processing_class, examples, description)
         elif examples or description:
             raise TaskError("Expected either a task_vector, or examples and/or a description; found both.")
+        about, fallback = self._judge(task_vector, on_unfamiliar)
         if num_samples < 1 or refine_steps < 0:
             raise TaskError(f"Expected num_samples >= 1 and refine_steps >= 0, found {num_samples}, {refine_steps}.")
-        if num_samples == 1 and refine_steps == 0:
+        if fallback is not None:
+            lora_weights = fallback
+            if refine_steps and examples:
+                lora_weights = self._fit_to(examples, [fallback], base_model, processing_class, refine_steps)
+        elif num_samples == 1 and refine_steps == 0:
             lora_weights = self.decode_task_vector(task_vector, generator)
         elif examples:
             drawn_from = torch.Generator().manual_seed(0) if generator is None else generator
@@ -617,7 +687,70 @@ class LoraGeneratorModel(PreTrainedModel):
         else:
             raise TaskError("Adapters are chosen and refined by examples of the task: pass examples too.")
         state_dict = self.layout.unpack(lora_weights, self.zoo_normalizer.shared_weights)
-        return attach_adapter(base_model, self.adapter_config(), state_dict, adapter_name)
+        model = attach_adapter(base_model, self.adapter_config(), state_dict, adapter_name)
+        if about:
+            model.lora_generation = {**getattr(model, "lora_generation", {}), adapter_name: about}
+        return model
+
+    def map_tasks(self, task_vectors: TaskVectors) -> None:
+        """Remember where the training tasks lie, so that `novelty` can say how far a new task is from them.
+
+        Args:
+            task_vectors (`TaskVectors`): With banks of training tasks; those of other tasks are not looked at.
+
+        Raises:
+            TaskVectorError: if there are fewer than two training tasks among them.
+        """
+        banks = {name: task_vectors.banks.get(name, {}) for name in self.config.training_tasks or ()}
+        names = [name for name, bank in banks.items() if "demonstrations" in bank]
+        if len(names) < 2:
+            raise TaskVectorError(f"Expected vectors of at least two training tasks, found {names}.")
+        means = torch.stack([banks[name]["demonstrations"].mean(0) for name in names])
+        self.config.mapped_tasks = names
+        self.task_map = TaskMap(self.config).to(self.device)
+        self.task_map.fit(self.zoo_normalizer.normalize_vector(means.to(self.device)).flatten(1))
+
+    def novelty(self, task_vector: torch.Tensor) -> tuple[float, str]:
+        """Say how far a task is from the training tasks.
+
+        Args:
+            task_vector (`torch.Tensor`): As in `decode_task_vector`.
+
+        Returns:
+            `tuple[float, str]`: The part of the training tasks that have a nearer neighbour among the others than this
+            task has among all of them, from 0 to 1; and the name of the nearest training task.
+
+        Raises:
+            NotFittedError: if `map_tasks` was never called.
+        """
+        if self.task_map is None:
+            raise NotFittedError("This generator has no map of its training tasks: call map_tasks(task_vectors).")
+        draws = task_vector.reshape((1,) * (3 - task_vector.ndim) + tuple(task_vector.shape))
+        vector = self._normalized_vector(draws).float().mean(0)
+        score, nearest = self.task_map.locate(vector.flatten())
+        return score, self.config.mapped_tasks[nearest]
+
+    def _judge(self, task_vector: torch.Tensor, on_unfamiliar: str) -> tuple[dict, torch.Tensor | None]:
+        """Return what is known about a task, and the weights `(num_weights,)` to use instead of generated ones."""
+        choices = ("generate", "nearest", "mean", "raise")
+        if on_unfamiliar not in choices:
+            raise TaskError(f"on_unfamiliar: expected one of {choices}, found {on_unfamiliar!r}.")
+        if self.task_map is None and on_unfamiliar == "generate":
+            return {}, None
+        novelty, nearest = self.novelty(task_vector)
+        about = {"novelty": novelty, "nearest_task": nearest}
+        if novelty <= UNFAMILIAR or on_unfamiliar == "generate":
+            return about, None
+        if on_unfamiliar == "raise":
+            raise UnfamiliarTaskError(
+                f"The task is less familiar than {novelty:.1%} of the training tasks are to each other; the nearest "
+                f"is {nearest!r}. Give other examples, fine-tune a LoRA, or pass on_unfamiliar='generate'."
+            )
+        if on_unfamiliar == "mean":
+            return about, self.zoo_normalizer.weight_mean
+        vector = self.task_map.vector(self.config.mapped_tasks.index(nearest))
+        shape = (self.config.num_task_vectors, self.config.task_vector_size)
+        return about, self.decode_task_vector(self.zoo_normalizer.denormalize_vector(vector.reshape(shape)))
 
     def _fit_to(
         self, examples: Sequence, candidates: list[torch.Tensor], base_model, processing_class, num_steps: int

@@ -15,10 +15,12 @@ from hf_icm_lora import (
     IncompatibleAdapterError,
     LoraGeneratorConfig,
     LoraGeneratorModel,
+    NotFittedError,
     TaskError,
     TaskVectorError,
     TaskVectorExtractor,
     TaskVectorSpec,
+    UnfamiliarTaskError,
     attach_adapter,
     collect_zoo,
 )
@@ -59,7 +61,9 @@ def trained(tmp_path_factory, tokenizer, base_path):
     zoo = collect_zoo(folder / "zoo", base, tokenizer, tasks, lora_config, args)
     extractor = TaskVectorExtractor(TaskVectorSpec(num_demonstrations=4, num_draws=4))
     zoo.add_task_vectors(extractor.extract(base, tokenizer, tasks))
-    return amplified(LoraGeneratorConfig.from_zoo(zoo, **SIZES), zoo.as_dataset())
+    generator = amplified(LoraGeneratorConfig.from_zoo(zoo, **SIZES), zoo.as_dataset())
+    generator.task_vectors = zoo.task_vectors  # for the tests of what is unfamiliar
+    return generator
 
 
 @pytest.fixture
@@ -69,7 +73,7 @@ def generator(trained):
 
 @pytest.fixture
 def task_vector():
-    return torch.randn(3, 1, 32, generator=torch.Generator().manual_seed(1))
+    return torch.randn(3, 2, 32, generator=torch.Generator().manual_seed(1))
 
 
 def amplified(config, dataset=None):
@@ -462,3 +466,88 @@ def test_what_cannot_be_refined_is_said(generator, base, tokenizer, arguments, m
     with pytest.raises(TaskError, match=message):
         generator.generate_adapter(base, processing_class=tokenizer, description=DESCRIPTION, **arguments)
     assert not hasattr(base, "peft_config")
+
+
+# Unfamiliar tasks
+
+
+@pytest.fixture
+def mapped(generator):
+    generator.map_tasks(generator.task_vectors)
+    return generator
+
+
+def test_training_tasks_are_familiar_and_far_vectors_are_not(mapped):
+    banks = mapped.task_vectors.banks
+    assert mapped.config.mapped_tasks == list(banks)
+    for name, bank in banks.items():
+        novelty, nearest = mapped.novelty(bank["demonstrations"])
+        assert (novelty, nearest) == (0.0, name)  # nothing is nearer than the task itself
+    far = banks["shift/1"]["demonstrations"] + 1000
+    assert mapped.novelty(far)[0] == 1.0
+    # Also outside all directions in which the training tasks differ.
+    size = mapped.task_map.directions.shape[1]
+    outside = torch.eye(size) - mapped.task_map.directions.T @ mapped.task_map.directions
+    vector = mapped.task_map.center + 1000 * outside[0]
+    assert mapped.task_map.locate(vector)[0] == 1.0
+
+
+def test_distances_are_those_of_the_vectors(mapped):
+    banks = mapped.task_vectors.banks
+    means = torch.stack([bank["demonstrations"].mean(0) for bank in banks.values()])
+    normalized = mapped.zoo_normalizer.normalize_vector(means).flatten(1)
+    distances = torch.cdist(normalized, normalized).fill_diagonal_(torch.inf)
+    torch.testing.assert_close(mapped.task_map.gaps, distances.amin(1).sort().values, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(mapped.task_map.vector(1), normalized[1], rtol=1e-3, atol=1e-3)
+
+
+def test_map_is_saved_with_the_generator(mapped, tmp_path, task_vector):
+    mapped.save_pretrained(tmp_path)
+    again = LoraGeneratorModel.from_pretrained(tmp_path)
+    assert again.novelty(mapped.task_vectors.banks["shift/2"]["both"]) == mapped.novelty(
+        mapped.task_vectors.banks["shift/2"]["both"]
+    )
+    assert all(torch.equal(b, dict(again.task_map.named_buffers())[n]) for n, b in mapped.task_map.named_buffers())
+
+
+def test_novelty_is_reported_for_each_adapter(mapped, base, task_vector):
+    known = mapped.task_vectors.banks["shift/2"]["demonstrations"]
+    model = mapped.generate_adapter(base, task_vector=known)
+    model = mapped.generate_adapter(model, task_vector=known + 1000, adapter_name="far")
+    assert model.lora_generation["default"] == {"novelty": 0.0, "nearest_task": "shift/2"}
+    assert model.lora_generation["far"]["novelty"] == 1.0
+
+
+def test_unfamiliar_tasks_are_treated_as_asked(mapped, load_base):
+    known = mapped.task_vectors.banks["shift/2"]["demonstrations"]
+    far = known + 1000
+    _, nearest = mapped.novelty(far)
+    for choice in ("generate", "nearest", "mean", "raise"):  # a familiar task is generated
+        model = mapped.generate_adapter(load_base(), task_vector=known, on_unfamiliar=choice)
+        expected = mapped.generate_adapter(load_base(), task_vector=known)
+        assert torch.equal(weights_of(model), weights_of(expected))
+    generated = mapped.generate_adapter(load_base(), task_vector=far)
+    mean = mapped.generate_adapter(load_base(), task_vector=far, on_unfamiliar="mean")
+    taken = mapped.generate_adapter(load_base(), task_vector=far, on_unfamiliar="nearest")
+    packed, _ = mapped.layout.pack(adapter_state_dict(mean), mapped.adapter_config())
+    torch.testing.assert_close(packed, mapped.zoo_normalizer.weight_mean)
+    own = mapped.task_vectors.banks[nearest]["demonstrations"].mean(0)
+    expected = mapped.generate_adapter(load_base(), task_vector=own)
+    torch.testing.assert_close(weights_of(taken), weights_of(expected), rtol=1e-2, atol=1e-3)
+    assert not torch.allclose(weights_of(generated), weights_of(taken), rtol=1e-2, atol=1e-3)
+    base = load_base()
+    with pytest.raises(UnfamiliarTaskError, match="less familiar than 100.0% of the training tasks .* nearest is"):
+        mapped.generate_adapter(base, task_vector=far, on_unfamiliar="raise")
+    assert not hasattr(base, "peft_config")
+
+
+def test_what_the_map_needs_is_said(generator, base, task_vector):
+    with pytest.raises(NotFittedError, match="call map_tasks"):
+        generator.novelty(task_vector)
+    with pytest.raises(NotFittedError, match="call map_tasks"):
+        generator.generate_adapter(base, task_vector=task_vector, on_unfamiliar="mean")
+    with pytest.raises(TaskError, match="on_unfamiliar: expected one of .* found 'stop'"):
+        generator.generate_adapter(base, task_vector=task_vector, on_unfamiliar="stop")
+    generator.config.training_tasks = ["shift/1", "elsewhere"]
+    with pytest.raises(TaskVectorError, match=r"at least two training tasks, found \['shift/1'\]"):
+        generator.map_tasks(generator.task_vectors)
