@@ -482,7 +482,7 @@ def test_no_tasks_are_refused(counted, zoo, generator, tokenizer):
 
 
 def test_base_with_adapters_is_refused_and_keeps_them(zoo, generator, tokenizer):
-    model = generator.generate_adapter(make_llama(), task_vector=torch.zeros(32), adapter_name="mine")
+    model = generator.generate_adapter(make_llama(), task_vector=torch.zeros(2, 32), adapter_name="mine")
     with pytest.raises(IncompatibleAdapterError, match="without adapters"):
         evaluate_generator(generator, model, tokenizer, zoo, make_tasks())
     assert list(model.peft_config) == ["mine"]

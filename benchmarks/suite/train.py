@@ -32,7 +32,7 @@ from hf_icm_lora.completion import CompletionCollator
 
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the packaged copy is its, and lies elsewhere on each machine
 SPEC = TaskVectorSpec(num_draws=3, layers=(14, 22, 30))
-SIZES = {"hidden_size": 256, "intermediate_size": 768, "basis_size": 32, "num_decoder_layers": 3}
+SIZES = {"hidden_size": 256, "intermediate_size": 640, "basis_size": 32, "num_decoder_layers": 3}
 
 
 @dataclass
