@@ -18,6 +18,7 @@ chosen by leaving one seen task out, in weight space, so no rival sees a test sa
 """
 
 import json
+import math
 import platform
 import statistics
 import sys
@@ -157,6 +158,8 @@ def evaluate_generator(
                             rows[split][row][task.name] = _score(bare, collate, task, batch_size)
                     progress.update()
                 rows[split]["generated"][task.name] |= _weight_errors(generated, weights["task_lora"])
+                for row, own_weights in weights.items():
+                    rows[split][row][task.name]["nearest_seen_distance"] = rivals.distance(own_weights, task.name)
     progress.close()
 
     report = {
@@ -229,6 +232,12 @@ class _Rivals:
     def ridge(self, vector: torch.Tensor) -> torch.Tensor:
         query = self._standardize(vector.mean(0).flatten())
         return self.mean + (self.vectors @ query / len(query)) @ self.dual
+
+    def distance(self, weights: torch.Tensor, task: str) -> float:
+        """Return the distance to the nearest seen adapter of another task; 1 is their usual one from their mean."""
+        others = [index for index, name in enumerate(self.names) if name != task]
+        unit = (self.weights - self.mean).square().sum(1).mean().sqrt().clamp(min=1e-12)
+        return ((self.weights[others] - weights).norm(dim=1).min() / unit).item() if others else math.nan
 
     def _standardize(self, vectors: torch.Tensor) -> torch.Tensor:
         return (vectors - self.center) / self.scale
@@ -307,6 +316,9 @@ def _summarize(tables: Mapping[str, Mapping[str, dict]]) -> dict[str, dict]:
             "exact_match": statistics.mean(score["exact_match"] for score in scores.values()),
             "tasks": scores,
         }
+        distances = [score["nearest_seen_distance"] for score in scores.values() if "nearest_seen_distance" in score]
+        if distances:
+            summary[row]["nearest_seen_distance"] = statistics.mean(distances)
     return summary
 
 
@@ -358,6 +370,10 @@ def format_report(report: Mapping[str, Any]) -> str:
             cells = ["-" if gain is None else f"{gain:.2f}" for gain in gains]
             cells += [f"{summary['mean_loss']:.3f}", f"{100 * summary['exact_match']:.0f} %"]
             lines.append(f"| {row} | " + " | ".join(cells) + " |")
+        near = {row: rows[row].get("nearest_seen_distance") for row in ("generated", "task_lora", "mean_lora")}
+        if None not in near.values():
+            told = ", ".join(f"{row} {distance:.2f}" for row, distance in near.items())
+            lines.append(f"\nDistance to the nearest other seen adapter, in the seen ones' deviation: {told}.")
         if excluded:
             lines.append(f"\nWithout G, since fine-tuning gained nothing: {', '.join(excluded)}.")
         parts.append("\n".join(lines))

@@ -114,9 +114,10 @@ def test_report_has_the_documented_shape(report):
     assert list(report["splits"]) == ["seen", "unseen"]
     for split, names in (("seen", SEEN), ("unseen", UNSEEN)):
         assert list(report["splits"][split]) == ROWS
-        for row in report["splits"][split].values():
-            assert set(row) == {"mean_recovered_gain", "median_recovered_gain", "min_recovered_gain", "mean_loss",
-                                "exact_match", "tasks"}  # fmt: skip
+        for name, row in report["splits"][split].items():
+            common = {"mean_recovered_gain", "median_recovered_gain", "min_recovered_gain", "mean_loss", "exact_match"}
+            weights = set() if name in ("base", "few_shot_prompt") else {"nearest_seen_distance"}
+            assert set(row) == common | weights | {"tasks"}
             assert list(row["tasks"]) == names
             assert all({"loss", "exact_match", "recovered_gain"} <= set(score) for score in row["tasks"].values())
     assert all({"relative_error", "cosine"} <= set(s) for s in report["splits"]["seen"]["generated"]["tasks"].values())
@@ -187,6 +188,23 @@ def test_losses_do_not_depend_on_the_batch_size(report, zoo, generator, tokenize
         for row in ROWS:
             expected = report["splits"][split][row]["mean_loss"]
             assert again["splits"][split][row]["mean_loss"] == pytest.approx(expected, rel=1e-4), row
+
+
+def test_distance_to_the_nearest_seen_adapter(report, zoo):
+    seen = {name: zoo.lora_weights(name) for name in SEEN}
+    mean = torch.stack(list(seen.values())).mean(0)
+    unit = torch.stack([(weights - mean).norm() ** 2 for weights in seen.values()]).mean().sqrt()
+    for split, names in (("seen", SEEN), ("unseen", UNSEEN)):
+        rows = report["splits"][split]
+        for name in names:
+            others = [weights for other, weights in seen.items() if other != name]
+            for row, own in (("task_lora", zoo.lora_weights(name)), ("mean_lora", mean)):
+                expected = min((own - weights).norm() for weights in others) / unit
+                assert rows[row]["tasks"][name]["nearest_seen_distance"] == pytest.approx(float(expected), rel=1e-4)
+            assert rows["nearest_lora"]["tasks"][name]["nearest_seen_distance"] == pytest.approx(0, abs=1e-6)
+        found = [score["nearest_seen_distance"] for score in rows["generated"]["tasks"].values()]
+        assert rows["generated"]["nearest_seen_distance"] == pytest.approx(sum(found) / len(found))
+        assert "nearest_seen_distance" not in rows["base"]
 
 
 def test_storage(report, zoo, generator):
