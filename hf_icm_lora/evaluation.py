@@ -18,7 +18,6 @@ chosen by leaving one seen task out, in weight space, so no rival sees a test sa
 """
 
 import json
-import math
 import platform
 import statistics
 import sys
@@ -235,9 +234,9 @@ class _Rivals:
 
     def distance(self, weights: torch.Tensor, task: str) -> float:
         """Return the distance to the nearest seen adapter of another task; 1 is their usual one from their mean."""
-        others = [index for index, name in enumerate(self.names) if name != task]
+        others = [index for index, name in enumerate(self.names) if name != task] or [0]  # one task has no other
         unit = (self.weights - self.mean).square().sum(1).mean().sqrt().clamp(min=1e-12)
-        return ((self.weights[others] - weights).norm(dim=1).min() / unit).item() if others else math.nan
+        return ((self.weights[others] - weights).norm(dim=1).min() / unit).item()
 
     def _standardize(self, vectors: torch.Tensor) -> torch.Tensor:
         return (vectors - self.center) / self.scale
