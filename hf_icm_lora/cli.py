@@ -1,6 +1,7 @@
 """The command line: `hf-icm-lora collect | vectors | train | generate | evaluate | env`, each one call of the API."""
 
 import argparse
+import copy
 import json
 import platform
 import sys
@@ -25,9 +26,11 @@ from transformers import (
 
 from .adapter import fast_dtype, save_adapter
 from .collection import CollectionArguments, collect_zoo
+from .completion import CompletionCollator
 from .configuration_lora_generator import LoraGeneratorConfig
 from .errors import IcmLoraError, TaskError
 from .evaluation import evaluate_generator, format_report
+from .functional import FunctionalCollator, FunctionalDataset
 from .modeling_lora_generator import LoraGeneratorModel
 from .smollm2 import smollm2_generator_path, smollm2_path
 from .suite import built_in_tasks
@@ -83,8 +86,12 @@ class VectorsOptions(BaseOptions, TaskOptions, ZooOption):
 
 
 @dataclass
-class TrainOptions(ZooOption):
+class TrainOptions(BaseOptions, TaskOptions, ZooOption):
     unseen: list[str] | None = field(default=None, metadata={"help": "Tasks to keep out of training, for evaluation."})
+    functional_steps: int = field(
+        default=0,
+        metadata={"help": "Steps through the base model after those on the zoo, on the samples of all chosen tasks."},
+    )
     architecture: str = field(default="transformer", metadata={"help": "transformer, or the paper's conv1d."})
     hidden_size: int = field(default=256)
     latent_size: int = field(default=32)
@@ -144,7 +151,7 @@ def vectors(options: VectorsOptions) -> None:
 
 
 def train(options: TrainOptions, args: LoraGeneratorTrainingArguments) -> None:
-    """Train a generator on a zoo."""
+    """Train a generator on a zoo, and then through the base model on tasks that need no LoRA."""
     zoo = LoraZoo(options.zoo)
     unseen = options.unseen or []
     seen = zoo.subset([name for name in zoo if name not in unseen])
@@ -164,9 +171,27 @@ def train(options: TrainOptions, args: LoraGeneratorTrainingArguments) -> None:
         eval_dataset=zoo.subset(unseen).as_dataset() if unseen else None,
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    generator.save_pretrained(args.output_dir)  # save_model() would put a pickle beside it
     if unseen:
         print(json.dumps(trainer.evaluate()))
+    vectors = zoo.task_vectors
+    if options.functional_steps:
+        tasks = [task for task in select_tasks(options) if task.name not in unseen]
+        base, tokenizer = load_base_model(options.base_model or zoo.base_model_name_or_path, options.dtype)
+        vectors = TaskVectorExtractor(vectors.spec).extract(base, tokenizer, tasks)
+        functional = copy.copy(args)
+        functional.output_dir = str(Path(args.output_dir) / "functional")
+        functional.max_steps = options.functional_steps
+        collate = CompletionCollator(tokenizer, base.config.is_encoder_decoder, zoo.template, row_length=64)
+        LoraGeneratorTrainer(
+            generator,
+            functional,
+            base_model=base,
+            train_dataset=FunctionalDataset(tasks, vectors),
+            data_collator=FunctionalCollator(collate),
+        ).train()
+    if len(generator.config.training_tasks) > 1:
+        generator.map_tasks(vectors)
+    generator.save_pretrained(args.output_dir)  # save_model() would put a pickle beside it
 
 
 def generate(options: GenerateOptions) -> None:

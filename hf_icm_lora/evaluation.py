@@ -13,6 +13,12 @@ early on validation samples; clipped to [-1, 1] per task. 1 is as good as fine-t
     ridge             kernel ridge regression from task vector to weights
     few_shot_prompt   the base model prompted with the same examples
 
+and, when asked for,
+
+    description       generated from the task's description alone
+    refined           the generated adapter after `refine_steps` gradient steps on the examples
+    fine_tuned        as many steps on the same examples from no adapter at all
+
 For a seen task, `nearest_lora` and `top_k_merge` may not choose the task itself. Temperature and ridge penalty are
 chosen by leaving one seen task out, in weight space, so no rival sees a test sample either.
 """
@@ -47,6 +53,7 @@ from .zoo import LoraZoo
 
 ROWS = ("base", "task_lora", "generated", "wrong_condition", "mean_lora", "nearest_lora", "top_k_merge", "ridge",
         "few_shot_prompt")  # fmt: skip
+MORE_ROWS = ("description", "refined", "fine_tuned")
 
 
 def recovered_gain(base_loss: float, loss: float, task_lora_loss: float) -> float | None:
@@ -68,6 +75,8 @@ def evaluate_generator(
     tasks: Sequence[Task],
     *,
     num_examples: int = 12,
+    more_rows: Sequence[str] = (),
+    refine_steps: int = 20,
     batch_size: int = 32,
     output_dir: str | Path | None = None,
 ) -> dict[str, Any]:
@@ -82,6 +91,8 @@ def evaluate_generator(
         tasks (`Sequence[Task]`): The tasks to score, with `demo` and `test` samples.
         num_examples (`int`, *optional*, defaults to 12): `demo` samples that the generator, the rivals that need a
             task vector, and the few-shot prompt are given, the same for all.
+        more_rows (`Sequence[str]`, *optional*): Further rows, out of `"description"`, `"refined"` and `"fine_tuned"`.
+        refine_steps (`int`, *optional*, defaults to 20): Gradient steps of the last two.
         batch_size (`int`, *optional*, defaults to 32): Samples per forward pass.
         output_dir (`str` or `Path`, *optional*): Where to write `evaluation.json` and `evaluation.md`.
 
@@ -90,7 +101,8 @@ def evaluate_generator(
 
     Raises:
         IncompatibleAdapterError: if zoo, generator and base model do not belong together.
-        TaskError: if there is no task, or one lacks samples.
+        TaskError: if there is no task, or one lacks samples or, for the row `"description"`, a description.
+        ValueError: if a further row is unknown.
         ZooError: if a task has no LoRA in the zoo.
     """
     started = time.perf_counter()
@@ -101,12 +113,17 @@ def evaluate_generator(
         )
     require_bare(base_model)
     generator.check_base_model(base_model)
+    if unknown := sorted(set(more_rows) - set(MORE_ROWS)):
+        raise ValueError(f"more_rows: expected some of {MORE_ROWS}, found {unknown}.")
+    chosen_rows = (*ROWS, *(row for row in MORE_ROWS if row in more_rows))
     tasks = check_unique_names(tasks)
     if not tasks:
         raise TaskError("Expected at least one task to score, found none.")
     for task in tasks:
         task.require("demo", 2, "a task vector")
         task.require("test", 1, "a score")
+        if "description" in more_rows and not task.description:
+            raise TaskError(f"Task {task.name!r} has no description to generate an adapter from.")
     zoo.subset([task.name for task in tasks])  # or ZooError now, and not after minutes
     seen = set(generator.config.training_tasks or ())
     if not (seen_in_zoo := sorted(seen.intersection(zoo))):  # behavioural training sees more tasks than the zoo has
@@ -125,8 +142,8 @@ def evaluate_generator(
         with _timed(seconds["task_vector"]):
             vectors[task.name] = extractor.vector(base_model, processing_class, task.demo[:num_examples])
     rivals = _Rivals(zoo.subset(seen_in_zoo))
-    rows: dict[str, dict[str, dict[str, dict]]] = {split: {row: {} for row in ROWS} for split in splits}
-    total = len(tasks) * len(ROWS)
+    rows: dict[str, dict[str, dict[str, dict]]] = {split: {row: {} for row in chosen_rows} for split in splits}
+    total = len(tasks) * len(chosen_rows)
     progress = tqdm(total=total, desc="Evaluating", disable=not logging.is_progress_bar_enabled())
     with _attachable(base_model, zoo, shared_weights) as (model, attach):
         for split, members in splits.items():
@@ -143,8 +160,19 @@ def evaluate_generator(
                     "top_k_merge": rivals.top_k_merge(own, task.name),
                     "ridge": rivals.ridge(own),
                 }
-                shown = "".join("".join(fill_template(sample, zoo.template)) for sample in task.demo[:num_examples])
-                for row in ROWS:
+                examples = task.demo[:num_examples]
+                if "description" in more_rows:
+                    vector = extractor.vector(model, processing_class, description=task.description)
+                    weights["description"] = generator.decode_task_vector(vector).cpu()
+                for row, start in (("refined", generated), ("fine_tuned", torch.zeros_like(generated))):
+                    if row in more_rows:
+                        with _timed(seconds.setdefault(row, [])):
+                            fitted = generator.fit_to_examples(
+                                examples, [start], model, processing_class, refine_steps
+                            )
+                        weights[row] = fitted.cpu()
+                shown = "".join("".join(fill_template(sample, zoo.template)) for sample in examples)
+                for row in chosen_rows:
                     context = shown if row == "few_shot_prompt" else ""
                     is_encoder_decoder = base_model.config.is_encoder_decoder
                     collate = CompletionCollator(processing_class, is_encoder_decoder, zoo.template, context, 1024)

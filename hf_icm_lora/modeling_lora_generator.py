@@ -676,14 +676,14 @@ class LoraGeneratorModel(PreTrainedModel):
         if fallback is not None:
             lora_weights = fallback
             if refine_steps and examples:
-                lora_weights = self._fit_to(examples, [fallback], base_model, processing_class, refine_steps)
+                lora_weights = self.fit_to_examples(examples, [fallback], base_model, processing_class, refine_steps)
         elif num_samples == 1 and refine_steps == 0:
             lora_weights = self.decode_task_vector(task_vector, generator)
         elif examples:
             drawn_from = torch.Generator().manual_seed(0) if generator is None else generator
             candidates = [self.decode_task_vector(task_vector, None if num_samples > 1 else generator)]
             candidates += [self.decode_task_vector(task_vector, drawn_from) for _ in range(num_samples - 1)]
-            lora_weights = self._fit_to(examples, candidates, base_model, processing_class, refine_steps)
+            lora_weights = self.fit_to_examples(examples, candidates, base_model, processing_class, refine_steps)
         else:
             raise TaskError("Adapters are chosen and refined by examples of the task: pass examples too.")
         state_dict = self.layout.unpack(lora_weights, self.zoo_normalizer.shared_weights)
@@ -752,10 +752,26 @@ class LoraGeneratorModel(PreTrainedModel):
         shape = (self.config.num_task_vectors, self.config.task_vector_size)
         return about, self.decode_task_vector(self.zoo_normalizer.denormalize_vector(vector.reshape(shape)))
 
-    def _fit_to(
-        self, examples: Sequence, candidates: list[torch.Tensor], base_model, processing_class, num_steps: int
+    def fit_to_examples(
+        self,
+        examples: Sequence,
+        candidates: Sequence[torch.Tensor],
+        base_model: nn.Module,
+        processing_class,
+        num_steps: int = 0,
     ) -> torch.Tensor:
-        """Return the candidate `(num_weights,)` with the least loss on the examples, refined on them."""
+        """Choose among packed adapters by their loss on examples, and refine the best by gradient steps on them.
+
+        Args:
+            examples (`Sequence`): Samples of the task.
+            candidates (`Sequence[torch.Tensor]`): Each `(num_weights,)`, as from `decode_task_vector`.
+            base_model (`PreTrainedModel` or `PeftModel`): The base. Its adapters, if any, are off meanwhile.
+            processing_class: Its tokenizer.
+            num_steps (`int`, *optional*, defaults to 0): Steps, each on all examples.
+
+        Returns:
+            `torch.Tensor` of shape `(num_weights,)`.
+        """
         shared_weights = self.zoo_normalizer.shared_weights
         with frozen_base(base_model) as base:
             base.requires_grad_(False)

@@ -92,6 +92,18 @@ def test_trained_generator_is_json_and_safetensors(folder):
     assert generator.config.hidden_size == 32
 
 
+def test_training_goes_on_through_the_base_model(folder, tmp_path):
+    assert train(folder, tmp_path / "one", "--unseen", *UNSEEN, "--dtype", "float32") == 0
+    more = ("--functional_steps", "3", "--tasks", str(folder / "tasks.jsonl"), "--dtype", "float32")
+    assert train(folder, tmp_path / "more", "--unseen", *UNSEEN, *more) == 0
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "more"))
+    changed = {name for name in one if not torch.equal(one[name], other[name])}
+    assert any("decoder" in name for name in changed)
+    assert not any("posterior_proj" in name for name in changed)  # the encoder has no part in it
+    generator = LoraGeneratorModel.from_pretrained(tmp_path / "more")
+    assert sorted(generator.config.training_tasks) == generator.config.mapped_tasks == SEEN
+
+
 def test_same_seed_trains_the_same_generator(folder, tmp_path):
     """Also from its first weights on, which are drawn before the Trainer exists."""
     for name, seed in (("one", "1"), ("other", "2"), ("again", "1")):

@@ -25,6 +25,7 @@ from hf_icm_lora import (
     format_report,
     recovered_gain,
 )
+from hf_icm_lora.completion import CompletionCollator, score_completions
 from hf_icm_lora.evaluation import read_report
 
 SEEN, UNSEEN = ["shift/1", "shift/2", "shift/3"], ["shift/4"]
@@ -188,6 +189,37 @@ def test_losses_do_not_depend_on_the_batch_size(report, zoo, generator, tokenize
         for row in ROWS:
             expected = report["splits"][split][row]["mean_loss"]
             assert again["splits"][split][row]["mean_loss"] == pytest.approx(expected, rel=1e-4), row
+
+
+def test_further_rows(zoo, generator, tokenizer):
+    tasks, rows = make_tasks()[:2], ["fine_tuned", "description", "refined"]
+    report = evaluate_generator(generator, make_llama(), tokenizer, zoo, tasks, more_rows=rows, refine_steps=4)
+    (table,) = report["splits"].values()
+    assert list(table) == [*ROWS, "description", "refined", "fine_tuned"]
+    assert {"refined", "fine_tuned"} <= report["seconds"].keys()
+    examples = tasks[0].demo[:12]
+    base = make_llama()
+    alone = {
+        "description": generator.generate_adapter(
+            make_llama(), processing_class=tokenizer, description=tasks[0].description
+        ),
+        "refined": generator.generate_adapter(
+            make_llama(), processing_class=tokenizer, examples=examples, refine_steps=4
+        ),
+    }
+    for row, model in alone.items():
+        with torch.no_grad():
+            scores = score_completions(model, CompletionCollator(tokenizer)(tasks[0].test))
+        expected = (scores.loss.sum() / scores.num_tokens.sum()).item()
+        assert table[row]["tasks"][tasks[0].name]["loss"] == pytest.approx(expected, rel=1e-3)
+    start = torch.zeros(generator.layout.num_weights)
+    fitted = generator.fit_to_examples(examples, [start], base, tokenizer, 4)
+    assert fitted.abs().max() > 0
+    with pytest.raises(ValueError, match=r"more_rows: expected some of .*, found \['paper'\]"):
+        evaluate_generator(generator, make_llama(), tokenizer, zoo, tasks, more_rows=["paper"])
+    silent = [Task(tasks[0].name, demo=tasks[0].demo, test=tasks[0].test)]
+    with pytest.raises(TaskError, match="'shift/1' has no description"):
+        evaluate_generator(generator, make_llama(), tokenizer, zoo, silent, more_rows=["description"])
 
 
 def test_distance_to_the_nearest_seen_adapter(report, zoo):

@@ -28,6 +28,8 @@ class ScoreOptions:
     generator: str | None = field(default=None, metadata={"help": "By default the shipped one."})
     zoo: str = field(default="build/suite/zoo", metadata={"help": "The zoo of collect.py."})
     splits: list[str] = field(default_factory=lambda: ["seen", "unseen", "unseen_family"])
+    more_rows: list[str] = field(default_factory=lambda: ["description", "refined", "fine_tuned"])
+    refine_steps: int = field(default=20, metadata={"help": "Of the rows refined and fine_tuned."})
     output: str = field(default="benchmarks/results/suite.json", metadata={"help": "Where the report goes."})
 
 
@@ -40,7 +42,9 @@ def main() -> None:
     zoo, report = LoraZoo(options.zoo), None
     for split in options.splits:
         tasks = [suite[name] for name in with_lora(split) if name in zoo]
-        scored = evaluate_generator(generator, base, tokenizer, zoo, tasks)
+        scored = evaluate_generator(
+            generator, base, tokenizer, zoo, tasks, more_rows=options.more_rows, refine_steps=options.refine_steps
+        )
         (rows,) = scored["splits"].values()
         report = scored | {"splits": {}} if report is None else report
         report["splits"][split] = rows
