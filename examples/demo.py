@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 
 from hf_icm_lora import (
     CollectionArguments,
+    CompletionCollator,
     FunctionalCollator,
     FunctionalDataset,
     LoraGeneratorConfig,
@@ -36,7 +37,7 @@ from hf_icm_lora import (
     smollm2_generator_path,
     smollm2_path,
 )
-from hf_icm_lora.completion import CompletionCollator, fill_template
+from hf_icm_lora.completion import fill_template
 from hf_icm_lora.evaluation import write_report
 
 SEEN = (

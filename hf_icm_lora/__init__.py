@@ -2,6 +2,7 @@
 
 from .adapter import attach_adapter, fast_dtype, load_adapter, save_adapter
 from .collection import CollectionArguments, collect_zoo
+from .completion import CompletionCollator
 from .configuration_lora_generator import LoraGeneratorConfig
 from .errors import (
     CorruptAdapterError,
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CollectionArguments",
+    "CompletionCollator",
     "CorruptAdapterError",
     "FunctionalCollator",
     "FunctionalDataset",

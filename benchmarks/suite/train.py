@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_icm_lora import (
+    CompletionCollator,
     FunctionalCollator,
     FunctionalDataset,
     LoraGeneratorConfig,
@@ -28,7 +29,6 @@ from hf_icm_lora import (
     fast_dtype,
     smollm2_path,
 )
-from hf_icm_lora.completion import CompletionCollator
 
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the packaged copy is its, and lies elsewhere on each machine
 SPEC = TaskVectorSpec(num_draws=3, layers=(14, 22, 30))
