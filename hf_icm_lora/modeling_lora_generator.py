@@ -670,22 +670,22 @@ class LoraGeneratorModel(PreTrainedModel):
             task_vector = extractor.vector(base_model, processing_class, examples, description)
         elif examples or description:
             raise TaskError("Expected either a task_vector, or examples and/or a description; found both.")
-        about, fallback = self._judge(task_vector, on_unfamiliar)
         if num_samples < 1 or refine_steps < 0:
             raise TaskError(f"Expected num_samples >= 1 and refine_steps >= 0, found {num_samples}, {refine_steps}.")
-        if fallback is not None:
-            lora_weights = fallback
-            if refine_steps and examples:
-                lora_weights = self.fit_to_examples(examples, [fallback], base_model, processing_class, refine_steps)
-        elif num_samples == 1 and refine_steps == 0:
-            lora_weights = self.decode_task_vector(task_vector, generator)
-        elif examples:
-            drawn_from = torch.Generator().manual_seed(0) if generator is None else generator
-            candidates = [self.decode_task_vector(task_vector, None if num_samples > 1 else generator)]
-            candidates += [self.decode_task_vector(task_vector, drawn_from) for _ in range(num_samples - 1)]
-            lora_weights = self.fit_to_examples(examples, candidates, base_model, processing_class, refine_steps)
-        else:
+        if (num_samples > 1 or refine_steps) and not examples:
             raise TaskError("Adapters are chosen and refined by examples of the task: pass examples too.")
+        about, fallback = self._judge(task_vector, on_unfamiliar)
+        if fallback is not None:
+            candidates = [fallback]
+        elif num_samples == 1:
+            candidates = [self.decode_task_vector(task_vector, generator)]
+        else:
+            drawn_from = torch.Generator().manual_seed(0) if generator is None else generator
+            draws = (self.decode_task_vector(task_vector, drawn_from) for _ in range(num_samples - 1))
+            candidates = [self.decode_task_vector(task_vector), *draws]
+        lora_weights = candidates[0]
+        if len(candidates) > 1 or refine_steps:
+            lora_weights = self.fit_to_examples(examples, candidates, base_model, processing_class, refine_steps)
         state_dict = self.layout.unpack(lora_weights, self.zoo_normalizer.shared_weights)
         model = attach_adapter(base_model, self.adapter_config(), state_dict, adapter_name)
         if about:
@@ -772,20 +772,23 @@ class LoraGeneratorModel(PreTrainedModel):
         Returns:
             `torch.Tensor` of shape `(num_weights,)`.
         """
-        shared_weights = self.zoo_normalizer.shared_weights
+        samples = [to_sample(raw, f"examples[{index}]") for index, raw in enumerate(examples)]
         with frozen_base(base_model) as base:
             base.requires_grad_(False)
-            device = next(base.parameters()).device
-            collate = CompletionCollator(
-                processing_class, base.config.is_encoder_decoder, self.config.template, row_length=64
+            device, is_encoder_decoder = next(base.parameters()).device, base.config.is_encoder_decoder
+            batch = CompletionCollator(processing_class, is_encoder_decoder, self.config.template, row_length=64)(
+                samples
             )
-            batch = collate([to_sample(raw, f"examples[{index}]") for index, raw in enumerate(examples)])
-            fit = (base, self.layout)
-            tensors = [(weights.to(device), shared_weights.to(device)) for weights in candidates]
-            best = tensors[0]
-            if len(tensors) > 1:
-                best = min(tensors, key=lambda pair: functional_loss(*fit, pair[0][None], pair[1], batch).item())
-            return refine_lora_weights(*fit, *best, batch, num_steps) if num_steps else best[0]
+            shared_weights = self.zoo_normalizer.shared_weights.to(device)
+
+            def loss(lora_weights: torch.Tensor) -> float:
+                return functional_loss(base, self.layout, lora_weights[None], shared_weights, batch).item()
+
+            candidates = [lora_weights.to(device) for lora_weights in candidates]
+            best = min(candidates, key=loss) if len(candidates) > 1 else candidates[0]
+            return (
+                refine_lora_weights(base, self.layout, best, shared_weights, batch, num_steps) if num_steps else best
+            )
 
     def adapter_config(self) -> dict:
         """Return the `LoraConfig` fields of generated adapters: one rank, `lora_alpha == r`, nothing else needed."""
