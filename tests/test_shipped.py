@@ -31,7 +31,7 @@ def test_it_has_seen_the_training_splits_of_the_suite_and_nothing_else(shipped):
 def test_it_names_no_place_of_the_machine_that_made_it():
     text = (smollm2_generator_path() / "config.json").read_text(encoding="utf-8")
     assert json.loads(text)["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert not any(place in text for place in ("/root", "/home", "/tmp", "cache"))
+    assert not any(place in text for place in ("/root", "/home", "/tmp", ".cache"))
 
 
 def test_it_writes_adapters_and_knows_what_is_unfamiliar(shipped):
