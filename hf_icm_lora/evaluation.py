@@ -241,6 +241,7 @@ class _Rivals:
         self.names = list(seen)
         self.weights = torch.stack([seen.lora_weights(name) for name in self.names])  # (tasks, num_weights)
         self.mean = self.weights.mean(0)
+        self.deviation = (self.weights - self.mean).square().sum(1).mean().sqrt().clamp(min=1e-12)
         vectors = torch.stack([banks[name]["demonstrations"].mean(0).flatten() for name in self.names])
         self.center, self.scale = vectors.mean(0), vectors.std(0, correction=0).clamp(min=1e-6)
         self.vectors = self._standardize(vectors)  # (tasks, features)
@@ -263,8 +264,7 @@ class _Rivals:
     def distance(self, weights: torch.Tensor, task: str) -> float:
         """Return the distance to the nearest seen adapter of another task; 1 is their usual one from their mean."""
         others = [index for index, name in enumerate(self.names) if name != task] or [0]  # one task has no other
-        unit = (self.weights - self.mean).square().sum(1).mean().sqrt().clamp(min=1e-12)
-        return ((self.weights[others] - weights).norm(dim=1).min() / unit).item()
+        return ((self.weights[others] - weights).norm(dim=1).min() / self.deviation).item()
 
     def _standardize(self, vectors: torch.Tensor) -> torch.Tensor:
         return (vectors - self.center) / self.scale

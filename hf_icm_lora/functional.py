@@ -84,7 +84,7 @@ class FunctionalCollator:
     Args:
         collate_samples (`CompletionCollator`): Turns samples into `input_ids`, `attention_mask` and `labels`. With its
             `row_length`, each item has one row, with as many of its samples as fit: all tasks then have about as many
-            tokens in the loss, and none of them is padding.
+            tokens in the loss, with little padding.
     """
 
     def __init__(self, collate_samples: CompletionCollator):
