@@ -2,7 +2,7 @@
 
 Starts with the generator that ships with the package, on tasks that it has never seen. Then makes a small one from
 nothing: collects a LoRA for each of 20 tasks on SmolLM2-135M and trains a generator, on the LoRAs of 12 of them, then
-through the frozen base model on the samples of 117 tasks. Eight tasks stay unseen in both; it writes their adapters
+through the frozen base model on the samples of 82 tasks. Eight tasks stay unseen in both; it writes their adapters
 from 12 examples each, and scores everything against the plain rivals. Results go to `--output_dir`; a second run
 reuses the zoo and the task vectors.
 """
@@ -50,7 +50,7 @@ UNSEEN = (
     "language_names/italian", "number_words/italian", "calendar/italian", "calendar/dutch",
 )  # fmt: skip
 UNSEEN_BY_THE_SHIPPED = ("country_names/finnish", "calendar/catalan", "number_words/icelandic")
-# Behavioural training sees the samples of the seen tasks and of every second other task of these families.
+# Behavioural training sees the samples of the seen tasks and of every third other task of these families.
 FAMILIES = ("country_names", "country_facts", "language_names", "number_words", "calendar")
 
 FRESH_PROCESS = """
@@ -81,7 +81,7 @@ def main() -> None:
     base = AutoModelForCausalLM.from_pretrained(smollm2_path(), dtype=fast_dtype())
     tokenizer = AutoTokenizer.from_pretrained(smollm2_path())
     suite = {task.name: task for task in built_in_tasks(FAMILIES)}
-    others = [name for name in suite if name not in SEEN + UNSEEN][::2]
+    others = [name for name in suite if name not in SEEN + UNSEEN][::3]
     tasks = [suite[name] for name in SEEN + UNSEEN]
 
     print("0. Write adapters with the shipped generator, for tasks that it has never seen", flush=True)
