@@ -70,7 +70,7 @@ class DemoArguments:
     zoo: str | None = field(default=None, metadata={"help": "The zoo, by default below output_dir."})
     seed: int = field(default=0, metadata={"help": "Of the generator's initialization and training."})
     reconstruction_steps: int = field(default=150, metadata={"help": "Steps on the zoo's LoRAs."})
-    functional_steps: int = field(default=200, metadata={"help": "Steps through the base model."})
+    functional_steps: int = field(default=160, metadata={"help": "Steps through the base model."})
 
 
 def main() -> None:

@@ -16,8 +16,13 @@ early on validation samples; clipped to [-1, 1] per task. 1 is as good as fine-t
 and, when asked for,
 
     description       generated from the task's description alone
+    best_of_n         of `num_samples` generated adapters, the one with the least loss on the examples
     refined           the generated adapter after `refine_steps` gradient steps on the examples
     fine_tuned        as many steps on the same examples from no adapter at all
+    fallback          the mean of all seen tasks' LoRAs where the task is unfamiliar, else the generated adapter
+    noisy_nearest     of the seen LoRAs the one nearest to the generated adapter, plus noise to be as far from it
+
+Other generators can be scored in the same run, each as a row of its own.
 
 For a seen task, `nearest_lora` and `top_k_merge` may not choose the task itself. Temperature and ridge penalty are
 chosen by leaving one seen task out, in weight space, so no rival sees a test sample either.
@@ -44,16 +49,16 @@ from transformers.utils import logging
 
 from .adapter import attach_adapter, canonical_lora_config, frozen_base, require_bare, restored
 from .completion import CompletionCollator, fill_template, score_completions
-from .errors import IncompatibleAdapterError, TaskError, ZooError
+from .errors import IncompatibleAdapterError, NotFittedError, TaskError, ZooError
 from .files import commit_file, write_json
-from .modeling_lora_generator import LoraGeneratorModel
+from .modeling_lora_generator import UNFAMILIAR, LoraGeneratorModel
 from .task_vectors import TaskVectorExtractor, TaskVectorSpec
 from .tasks import Task, check_unique_names
 from .zoo import LoraZoo
 
 ROWS = ("base", "task_lora", "generated", "wrong_condition", "mean_lora", "nearest_lora", "top_k_merge", "ridge",
         "few_shot_prompt")  # fmt: skip
-MORE_ROWS = ("description", "refined", "fine_tuned")
+MORE_ROWS = ("description", "best_of_n", "refined", "fine_tuned", "fallback", "noisy_nearest")
 
 
 def recovered_gain(base_loss: float, loss: float, task_lora_loss: float) -> float | None:
@@ -76,7 +81,9 @@ def evaluate_generator(
     *,
     num_examples: int = 12,
     more_rows: Sequence[str] = (),
+    num_samples: int = 8,
     refine_steps: int = 20,
+    other_generators: Mapping[str, LoraGeneratorModel] | None = None,
     batch_size: int = 32,
     output_dir: str | Path | None = None,
 ) -> dict[str, Any]:
@@ -91,8 +98,12 @@ def evaluate_generator(
         tasks (`Sequence[Task]`): The tasks to score, with `demo` and `test` samples.
         num_examples (`int`, *optional*, defaults to 12): `demo` samples that the generator, the rivals that need a
             task vector, and the few-shot prompt are given, the same for all.
-        more_rows (`Sequence[str]`, *optional*): Further rows, out of `"description"`, `"refined"` and `"fine_tuned"`.
-        refine_steps (`int`, *optional*, defaults to 20): Gradient steps of the last two.
+        more_rows (`Sequence[str]`, *optional*): Further rows, out of `"description"`, `"best_of_n"`, `"refined"`,
+            `"fine_tuned"`, `"fallback"` and `"noisy_nearest"`.
+        num_samples (`int`, *optional*, defaults to 8): Adapters of the row `best_of_n`.
+        refine_steps (`int`, *optional*, defaults to 20): Gradient steps of the rows `refined` and `fine_tuned`.
+        other_generators (`Mapping[str, LoraGeneratorModel]`, *optional*): More generators of the same layout and
+            lora_A, scored on the same examples: row name -> generator.
         batch_size (`int`, *optional*, defaults to 32): Samples per forward pass.
         output_dir (`str` or `Path`, *optional*): Where to write `evaluation.json` and `evaluation.md`.
 
@@ -100,22 +111,31 @@ def evaluate_generator(
         `dict`: The report, as written to `evaluation.json`; [`format_report`] makes a table of it.
 
     Raises:
-        IncompatibleAdapterError: if zoo, generator and base model do not belong together.
+        IncompatibleAdapterError: if zoo, generators and base model do not belong together.
+        NotFittedError: if the row `"fallback"` is asked for and the generator has no map of its training tasks.
         TaskError: if there is no task, or one lacks samples or, for the row `"description"`, a description.
-        ValueError: if a further row is unknown.
+        ValueError: if a further row is unknown, or another generator has the name of a row.
         ZooError: if a task has no LoRA in the zoo.
     """
     started = time.perf_counter()
-    if generator.config.base_model_fingerprint != zoo.base_model_fingerprint or generator.layout != zoo.layout:
-        raise IncompatibleAdapterError(
-            f"The generator ({generator.layout.fingerprint[:12]}) and {zoo} ({zoo.layout.fingerprint[:12]}) differ in "
-            "layout or base model. Use the zoo that the generator was trained on."
-        )
+    others = dict(other_generators or {})
+    for one in (generator, *others.values()):
+        if one.config.base_model_fingerprint != zoo.base_model_fingerprint or one.layout != zoo.layout:
+            raise IncompatibleAdapterError(
+                f"A generator ({one.layout.fingerprint[:12]}) and {zoo} ({zoo.layout.fingerprint[:12]}) differ in "
+                "layout or base model. Use the zoo that the generator was trained on."
+            )
+        if one.zoo_normalizer.is_fitted and not torch.equal(one.zoo_normalizer.shared_weights.cpu(), zoo.shared_weights):
+            raise IncompatibleAdapterError(f"{zoo} has another lora_A than the zoo that a generator was trained on.")
     require_bare(base_model)
     generator.check_base_model(base_model)
     if unknown := sorted(set(more_rows) - set(MORE_ROWS)):
         raise ValueError(f"more_rows: expected some of {MORE_ROWS}, found {unknown}.")
-    chosen_rows = (*ROWS, *(row for row in MORE_ROWS if row in more_rows))
+    if taken := sorted({*ROWS, *MORE_ROWS} & others.keys()):
+        raise ValueError(f"other_generators: {taken} are names of rows already.")
+    chosen_rows = (*ROWS, *(row for row in MORE_ROWS if row in more_rows), *others)
+    if "fallback" in more_rows and generator.task_map is None:
+        raise NotFittedError("The row 'fallback' needs a map of the training tasks: call map_tasks(task_vectors).")
     tasks = check_unique_names(tasks)
     if not tasks:
         raise TaskError("Expected at least one task to score, found none.")
@@ -128,15 +148,14 @@ def evaluate_generator(
     seen = set(generator.config.training_tasks or ())
     if not (seen_in_zoo := sorted(seen.intersection(zoo))):  # behavioural training sees more tasks than the zoo has
         raise ZooError(f"{zoo} holds none of the {len(seen)} tasks that the generator was trained on.")
-    shared_weights = generator.zoo_normalizer.shared_weights.cpu()
-    if generator.zoo_normalizer.is_fitted and not torch.equal(shared_weights, zoo.shared_weights):
-        raise IncompatibleAdapterError(f"{zoo} has another lora_A than the zoo that the generator was trained on.")
     splits = {
         "seen": [task for task in tasks if task.name in seen],
         "unseen": [task for task in tasks if task.name not in seen],
     }
     seconds: dict[str, list[float]] = {"task_vector": [], "generation": [], "attachment": []}
-    extractor = TaskVectorExtractor(TaskVectorSpec(**generator.config.task_vector_spec))
+    extractor, *other_extractors = (
+        TaskVectorExtractor(TaskVectorSpec(**one.config.task_vector_spec)) for one in (generator, *others.values())
+    )
     vectors = {}  # task name -> (num_draws, num_task_vectors, task_vector_size)
     for task in tasks:
         with _timed(seconds["task_vector"]):
@@ -145,7 +164,7 @@ def evaluate_generator(
     rows: dict[str, dict[str, dict[str, dict]]] = {split: {row: {} for row in chosen_rows} for split in splits}
     total = len(tasks) * len(chosen_rows)
     progress = tqdm(total=total, desc="Evaluating", disable=not logging.is_progress_bar_enabled())
-    with _attachable(base_model, zoo, shared_weights) as (model, attach):
+    with _attachable(base_model, zoo) as (model, attach):
         for split, members in splits.items():
             for task in members:
                 own, other = vectors[task.name], vectors[_another(task, members, tasks).name]
@@ -164,6 +183,21 @@ def evaluate_generator(
                 if "description" in more_rows:
                     vector = extractor.vector(model, processing_class, description=task.description)
                     weights["description"] = generator.decode_task_vector(vector).cpu()
+                for name, other_extractor in zip(others, other_extractors, strict=True):
+                    vector = other_extractor.vector(model, processing_class, examples)
+                    weights[name] = others[name].decode_task_vector(vector).cpu()
+                if "best_of_n" in more_rows:
+                    with _timed(seconds.setdefault("best_of_n", [])):
+                        draw = torch.Generator().manual_seed(0)
+                        drawn = (generator.decode_task_vector(own, draw) for _ in range(num_samples - 1))
+                        weights["best_of_n"] = generator.fit_to_examples(
+                            examples, [generated, *drawn], model, processing_class
+                        ).cpu()
+                if "fallback" in more_rows:
+                    unfamiliar = generator.novelty(own)[0] > UNFAMILIAR
+                    weights["fallback"] = rivals.mean if unfamiliar else generated
+                if "noisy_nearest" in more_rows:
+                    weights["noisy_nearest"] = rivals.noisy_nearest(generated, task.name)
                 for row, start in (("refined", generated), ("fine_tuned", torch.zeros_like(generated))):
                     if row in more_rows:
                         with _timed(seconds.setdefault(row, [])):
@@ -185,6 +219,8 @@ def evaluate_generator(
                             rows[split][row][task.name] = _score(bare, collate, task, batch_size)
                     progress.update()
                 rows[split]["generated"][task.name] |= _weight_errors(generated, weights["task_lora"])
+                if generator.task_map is not None:
+                    rows[split]["generated"][task.name]["novelty"] = generator.novelty(own)[0]
                 for row, own_weights in weights.items():
                     rows[split][row][task.name]["nearest_seen_distance"] = rivals.distance(own_weights, task.name)
     progress.close()
@@ -206,12 +242,12 @@ def evaluate_generator(
 
 
 @contextmanager
-def _attachable(base_model: nn.Module, zoo: LoraZoo, shared_weights: torch.Tensor):
+def _attachable(base_model: nn.Module, zoo: LoraZoo):
     """Yield the base as a `PeftModel` and a function that puts packed weights into it; the base is restored after."""
     lora_config = canonical_lora_config(zoo.lora_config, zoo.layout.max_rank)
 
     def attach(lora_weights: torch.Tensor, model: nn.Module) -> PeftModel:
-        return attach_adapter(model, lora_config, zoo.layout.unpack(lora_weights, shared_weights), "evaluation")
+        return attach_adapter(model, lora_config, zoo.layout.unpack(lora_weights, zoo.shared_weights), "evaluation")
 
     with restored(base_model):
         model = attach(torch.zeros(zoo.layout.num_weights), base_model)
@@ -263,8 +299,18 @@ class _Rivals:
 
     def distance(self, weights: torch.Tensor, task: str) -> float:
         """Return the distance to the nearest seen adapter of another task; 1 is their usual one from their mean."""
+        return (self._nearest_by_weights(weights, task)[1] / self.deviation).item()
+
+    def noisy_nearest(self, weights: torch.Tensor, task: str) -> torch.Tensor:
+        """Return the nearest seen adapter of another task, with noise of the length of its distance."""
+        nearest, distance = self._nearest_by_weights(weights, task)
+        noise = torch.randn(len(weights), generator=torch.Generator().manual_seed(0))
+        return nearest + noise * (distance / noise.norm())
+
+    def _nearest_by_weights(self, weights: torch.Tensor, task: str) -> tuple[torch.Tensor, torch.Tensor]:
         others = [index for index, name in enumerate(self.names) if name != task] or [0]  # one task has no other
-        return ((self.weights[others] - weights).norm(dim=1).min() / self.deviation).item()
+        distance, index = (self.weights[others] - weights).norm(dim=1).min(0)
+        return self.weights[others[index]], distance
 
     def _standardize(self, vectors: torch.Tensor) -> torch.Tensor:
         return (vectors - self.center) / self.scale
@@ -346,7 +392,24 @@ def _summarize(tables: Mapping[str, Mapping[str, dict]]) -> dict[str, dict]:
         distances = [score["nearest_seen_distance"] for score in scores.values() if "nearest_seen_distance" in score]
         if distances:
             summary[row]["nearest_seen_distance"] = statistics.mean(distances)
+        judged = [s for s in scores.values() if "novelty" in s and s["recovered_gain"] is not None]
+        if judged:
+            pairs = [(score["novelty"], score["recovered_gain"]) for score in judged]
+            summary[row]["novelty_correlation"] = rank_correlation(*zip(*pairs, strict=True))
     return summary
+
+
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """Return Spearman's rank correlation, ties sharing their mean rank; `None` if one side is constant.
+
+    Example:
+        >>> rank_correlation([0.1, 0.5, 0.9], [3.0, 2.0, 1.0])
+        -1.0
+    """
+    if len(set(x)) < 2 or len(set(y)) < 2:
+        return None
+    ranks = ([sum((o < v) + (o == v) / 2 for o in values) for v in values] for values in (x, y))
+    return statistics.correlation(*ranks)
 
 
 def storage(generator: LoraGeneratorModel, zoo: LoraZoo) -> dict[str, Any]:
@@ -401,6 +464,8 @@ def format_report(report: Mapping[str, Any]) -> str:
         if None not in near.values():
             told = ", ".join(f"{row} {distance:.2f}" for row, distance in near.items())
             lines.append(f"\nDistance to the nearest other seen adapter, in the seen ones' deviation: {told}.")
+        if (correlation := rows["generated"].get("novelty_correlation")) is not None:
+            lines.append(f"\nRank correlation of novelty and G of the generated adapters: {correlation:.2f}.")
         if excluded:
             lines.append(f"\nWithout G, since fine-tuning gained nothing: {', '.join(excluded)}.")
         parts.append("\n".join(lines))

@@ -15,6 +15,7 @@ from hf_icm_lora import (
     LoraGeneratorConfig,
     LoraGeneratorModel,
     LoraZoo,
+    NotFittedError,
     Task,
     TaskError,
     TaskVectorExtractor,
@@ -25,6 +26,7 @@ from hf_icm_lora import (
     format_report,
     recovered_gain,
 )
+from hf_icm_lora.adapter import attach_adapter, canonical_lora_config
 from hf_icm_lora.completion import CompletionCollator, score_completions
 from hf_icm_lora.evaluation import read_report
 
@@ -195,7 +197,7 @@ def test_further_rows(zoo, generator, tokenizer):
     tasks, rows = make_tasks()[:2], ["fine_tuned", "description", "refined"]
     report = evaluate_generator(generator, make_llama(), tokenizer, zoo, tasks, more_rows=rows, refine_steps=4)
     (table,) = report["splits"].values()
-    assert list(table) == [*ROWS, "description", "refined", "fine_tuned"]
+    assert list(table) == [*ROWS, "description", "refined", "fine_tuned"]  # in the order of the documentation
     assert {"refined", "fine_tuned"} <= report["seconds"].keys()
     examples = tasks[0].demo[:12]
     base = make_llama()
@@ -220,6 +222,87 @@ def test_further_rows(zoo, generator, tokenizer):
     silent = [Task(tasks[0].name, demo=tasks[0].demo, test=tasks[0].test)]
     with pytest.raises(TaskError, match="'shift/1' has no description"):
         evaluate_generator(generator, make_llama(), tokenizer, zoo, silent, more_rows=["description"])
+
+
+def loss_of(model, tokenizer, task):
+    with torch.no_grad():
+        scores = score_completions(model, CompletionCollator(tokenizer)(task.test))
+    return (scores.loss.sum() / scores.num_tokens.sum()).item()
+
+
+def attached(zoo, lora_weights):
+    state_dict = zoo.layout.unpack(lora_weights, zoo.shared_weights)
+    return attach_adapter(make_llama(), canonical_lora_config(zoo.lora_config, zoo.layout.max_rank), state_dict)
+
+
+def test_best_of_n_is_the_adapter_that_num_samples_gives(zoo, generator, tokenizer):
+    task = make_tasks()[0]
+    report = evaluate_generator(generator, make_llama(), tokenizer, zoo, [task], more_rows=["best_of_n"], num_samples=3)
+    model = generator.generate_adapter(
+        make_llama(), processing_class=tokenizer, examples=task.demo[:12], num_samples=3
+    )
+    row = report["splits"]["seen"]["best_of_n"]["tasks"][task.name]
+    assert row["loss"] == pytest.approx(loss_of(model, tokenizer, task), rel=1e-3)
+    assert report["seconds"]["best_of_n"] > 0
+
+
+def test_noisy_nearest_is_as_far_as_the_generated_adapter(zoo, generator, tokenizer, rivals):
+    task = make_tasks()[3]
+    report = evaluate_generator(generator, make_llama(), tokenizer, zoo, [task], more_rows=["noisy_nearest"])
+    rows = {row: table["tasks"][task.name] for row, table in report["splits"]["unseen"].items()}
+    own = TaskVectorExtractor(TaskVectorSpec(num_demonstrations=4, num_draws=4)).vector(
+        make_llama(), tokenizer, task.demo[:12]
+    )
+    noisy = rivals.noisy_nearest(generator.decode_task_vector(own), task.name)
+    distances = (rivals.weights - noisy).norm(dim=1) / rivals.deviation
+    assert float(distances.min()) == pytest.approx(rows["generated"]["nearest_seen_distance"], rel=1e-3)
+    assert rows["noisy_nearest"]["loss"] == pytest.approx(loss_of(attached(zoo, noisy), tokenizer, task), rel=1e-3)
+
+
+def test_fallback_is_the_mean_where_the_task_is_unfamiliar(zoo, tokenizer, monkeypatch):
+    tasks, generator = make_tasks(), make_generator(zoo.subset(SEEN))
+    with pytest.raises(NotFittedError, match="'fallback' needs a map"):
+        evaluate_generator(generator, make_llama(), tokenizer, zoo, tasks, more_rows=["fallback"])
+    generator.map_tasks(zoo.task_vectors)
+    scores = iter([1.0, 0.5, 0.7, 0.8] + [1.0, 0.5, 0.7, 0.8] * 2)
+    known = {}
+    monkeypatch.setattr(
+        generator, "novelty", lambda vector: known.setdefault(float(vector.sum()), (next(scores), SEEN[0]))
+    )
+    report = evaluate_generator(generator, make_llama(), tokenizer, zoo, tasks, more_rows=["fallback"])
+    seen = report["splits"]["seen"]
+    taken = ["mean_lora", "generated", "generated"]
+    assert [seen["fallback"]["tasks"][n]["loss"] for n in SEEN] == [
+        seen[row]["tasks"][n]["loss"] for row, n in zip(taken, SEEN, strict=True)
+    ]
+    assert [seen["generated"]["tasks"][name]["novelty"] for name in SEEN] == [1.0, 0.5, 0.7]
+    gains = [seen["generated"]["tasks"][name]["recovered_gain"] for name in SEEN]
+    assert seen["generated"]["novelty_correlation"] == evaluation.rank_correlation([1.0, 0.5, 0.7], gains)
+    assert "Rank correlation of novelty and G" in format_report(report)
+
+
+def test_other_generators_are_rows(zoo, generator, tokenizer):
+    task = make_tasks()[3]
+    torch.manual_seed(1)
+    other = LoraGeneratorModel(LoraGeneratorConfig.from_zoo(zoo.subset(SEEN), architecture="conv1d")).eval()
+    other.fit_normalizer(zoo.subset(SEEN).as_dataset())
+    report = evaluate_generator(
+        generator, make_llama(), tokenizer, zoo, [task], other_generators={"paper_cvae": other}
+    )
+    assert list(report["splits"]["unseen"]) == [*ROWS, "paper_cvae"]
+    model = other.generate_adapter(make_llama(), processing_class=tokenizer, examples=task.demo[:12])
+    row = report["splits"]["unseen"]["paper_cvae"]["tasks"][task.name]
+    assert row["loss"] == pytest.approx(loss_of(model, tokenizer, task), rel=1e-3)
+    with pytest.raises(ValueError, match=r"other_generators: \['ridge'\] are names of rows already"):
+        evaluate_generator(generator, make_llama(), tokenizer, zoo, [task], other_generators={"ridge": other})
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "expected"),
+    [([1, 2, 3], [5, 6, 90], 1), ([1, 2, 3], [3, 2, 1], -1), ([1, 1, 2], [1, 2, 3], 0.75**0.5), ([1, 1], [1, 2], None)],
+)
+def test_rank_correlation(x, y, expected):
+    assert evaluation.rank_correlation(x, y) == (None if expected is None else pytest.approx(expected))
 
 
 def test_distance_to_the_nearest_seen_adapter(report, zoo):

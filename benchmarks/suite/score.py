@@ -20,6 +20,7 @@ from hf_icm_lora import (
     smollm2_generator_path,
     smollm2_path,
 )
+from hf_icm_lora.evaluation import MORE_ROWS
 from hf_icm_lora.files import write_json
 
 
@@ -28,7 +29,8 @@ class ScoreOptions:
     generator: str | None = field(default=None, metadata={"help": "By default the shipped one."})
     zoo: str = field(default="build/suite/zoo", metadata={"help": "The zoo of collect.py."})
     splits: list[str] = field(default_factory=lambda: ["seen", "unseen", "unseen_family"])
-    more_rows: list[str] = field(default_factory=lambda: ["description", "refined", "fine_tuned"])
+    more_rows: list[str] = field(default_factory=lambda: list(MORE_ROWS))
+    paper: str | None = field(default=None, metadata={"help": "A generator for the row paper_cvae, of paper.py."})
     refine_steps: int = field(default=20, metadata={"help": "Of the rows refined and fine_tuned."})
     output: str = field(default="benchmarks/results/suite.json", metadata={"help": "Where the report goes."})
 
@@ -39,12 +41,14 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2_path())
     suite = {task.name: task for task in built_in_tasks()}
     generator = LoraGeneratorModel.from_pretrained(options.generator or smollm2_generator_path())
+    others = {"paper_cvae": LoraGeneratorModel.from_pretrained(options.paper)} if options.paper else {}
     zoo, report = LoraZoo(options.zoo), None
     for split in options.splits:
         tasks = [suite[name] for name in with_lora(split) if name in zoo]
         scored = evaluate_generator(
-            generator, base, tokenizer, zoo, tasks, more_rows=options.more_rows, refine_steps=options.refine_steps
-        )
+            generator, base, tokenizer, zoo, tasks, more_rows=options.more_rows, refine_steps=options.refine_steps,
+            other_generators=others,
+        )  # fmt: skip
         (rows,) = scored["splits"].values()
         report = scored | {"splits": {}} if report is None else report
         report["splits"][split] = rows
