@@ -125,7 +125,9 @@ def evaluate_generator(
                 f"A generator ({one.layout.fingerprint[:12]}) and {zoo} ({zoo.layout.fingerprint[:12]}) differ in "
                 "layout or base model. Use the zoo that the generator was trained on."
             )
-        if one.zoo_normalizer.is_fitted and not torch.equal(one.zoo_normalizer.shared_weights.cpu(), zoo.shared_weights):
+        if one.zoo_normalizer.is_fitted and not torch.equal(
+            one.zoo_normalizer.shared_weights.cpu(), zoo.shared_weights
+        ):
             raise IncompatibleAdapterError(f"{zoo} has another lora_A than the zoo that a generator was trained on.")
     require_bare(base_model)
     generator.check_base_model(base_model)

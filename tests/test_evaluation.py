@@ -237,7 +237,9 @@ def attached(zoo, lora_weights):
 
 def test_best_of_n_is_the_adapter_that_num_samples_gives(zoo, generator, tokenizer):
     task = make_tasks()[0]
-    report = evaluate_generator(generator, make_llama(), tokenizer, zoo, [task], more_rows=["best_of_n"], num_samples=3)
+    report = evaluate_generator(
+        generator, make_llama(), tokenizer, zoo, [task], more_rows=["best_of_n"], num_samples=3
+    )
     model = generator.generate_adapter(
         make_llama(), processing_class=tokenizer, examples=task.demo[:12], num_samples=3
     )
@@ -264,11 +266,12 @@ def test_fallback_is_the_mean_where_the_task_is_unfamiliar(zoo, tokenizer, monke
     with pytest.raises(NotFittedError, match="'fallback' needs a map"):
         evaluate_generator(generator, make_llama(), tokenizer, zoo, tasks, more_rows=["fallback"])
     generator.map_tasks(zoo.task_vectors)
-    scores = iter([1.0, 0.5, 0.7, 0.8] + [1.0, 0.5, 0.7, 0.8] * 2)
-    known = {}
-    monkeypatch.setattr(
-        generator, "novelty", lambda vector: known.setdefault(float(vector.sum()), (next(scores), SEEN[0]))
-    )
+    known: dict[float, float] = {}  # by a vector's sum, in the order of the tasks
+
+    def novelty(vector):
+        return known.setdefault(float(vector.sum()), (1.0, 0.5, 0.7, 0.8)[min(len(known), 3)]), SEEN[0]
+
+    monkeypatch.setattr(generator, "novelty", novelty)
     report = evaluate_generator(generator, make_llama(), tokenizer, zoo, tasks, more_rows=["fallback"])
     seen = report["splits"]["seen"]
     taken = ["mean_lora", "generated", "generated"]
@@ -299,7 +302,12 @@ def test_other_generators_are_rows(zoo, generator, tokenizer):
 
 @pytest.mark.parametrize(
     ("x", "y", "expected"),
-    [([1, 2, 3], [5, 6, 90], 1), ([1, 2, 3], [3, 2, 1], -1), ([1, 1, 2], [1, 2, 3], 0.75**0.5), ([1, 1], [1, 2], None)],
+    [
+        ([1, 2, 3], [5, 6, 90], 1),
+        ([1, 2, 3], [3, 2, 1], -1),
+        ([1, 1, 2], [1, 2, 3], 0.75**0.5),
+        ([1, 1], [1, 2], None),
+    ],
 )
 def test_rank_correlation(x, y, expected):
     assert evaluation.rank_correlation(x, y) == (None if expected is None else pytest.approx(expected))

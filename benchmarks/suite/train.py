@@ -32,7 +32,10 @@ from hf_icm_lora import (
 
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the packaged copy is its, and lies elsewhere on each machine
 SPEC = TaskVectorSpec(num_draws=3, layers=(14, 22, 30))
-SIZES = {"hidden_size": 256, "intermediate_size": 640, "basis_size": 32, "num_decoder_layers": 3}
+SIZES = {
+    "transformer": {"hidden_size": 256, "intermediate_size": 640, "basis_size": 32, "num_decoder_layers": 3},
+    "conv1d": {},  # the paper's
+}
 
 
 @dataclass
@@ -41,6 +44,7 @@ class TrainOptions:
     zoo: str = field(default="build/suite/zoo", metadata={"help": "The zoo of collect.py."})
     vectors: str = field(default="build/suite/task_vectors.safetensors", metadata={"help": "Extracted if missing."})
     generator: str | None = field(default=None, metadata={"help": "One to go on with, instead of a new one."})
+    architecture: str = field(default="transformer", metadata={"help": "Or conv1d, the paper's."})
     seed: int = field(default=0, metadata={"help": "Of initialization and training."})
     reconstruction_steps: int = field(default=300, metadata={"help": "Steps on the zoo's LoRAs."})
     functional_steps: int = field(default=1500, metadata={"help": "Steps through the base model."})
@@ -70,7 +74,8 @@ def main() -> None:
         zoo = LoraZoo(options.zoo)
         zoo = zoo.subset([name for name in SPLITS["seen"] if name in zoo])
         zoo.add_task_vectors(vectors)
-        generator = LoraGeneratorModel(LoraGeneratorConfig.from_zoo(zoo, **SIZES))
+        sizes = {"architecture": options.architecture, **SIZES[options.architecture]}
+        generator = LoraGeneratorModel(LoraGeneratorConfig.from_zoo(zoo, **sizes))
         LoraGeneratorTrainer(
             generator,
             LoraGeneratorTrainingArguments(

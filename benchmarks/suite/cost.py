@@ -1,0 +1,81 @@
+"""What a query costs: `python benchmarks/suite/cost.py` compares 12 examples in the prompt with a generated adapter.
+
+Reads the prompt of one query up to its first answer token, one query at a time, on some tasks of the suite. Medians
+over all queries; the rows are timed in turns, query by query, so that a busy machine slows all of them alike.
+"""
+
+import json
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from collect import SPLITS
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+
+from hf_icm_lora import LoraGeneratorModel, built_in_tasks, fast_dtype, smollm2_generator_path, smollm2_path
+from hf_icm_lora.completion import encode_prompt, fill_template
+from hf_icm_lora.evaluation import run_metadata
+from hf_icm_lora.files import write_json
+
+
+@dataclass
+class CostOptions:
+    num_examples: int = field(default=12, metadata={"help": "Examples in the prompt, and for the adapter."})
+    num_queries: int = field(default=10, metadata={"help": "Queries per task."})
+    output: str = field(default="benchmarks/results/cost.json", metadata={"help": "Where the figures go."})
+
+
+def main() -> None:
+    (options,) = HfArgumentParser(CostOptions).parse_args_into_dataclasses()
+    base = AutoModelForCausalLM.from_pretrained(smollm2_path(), dtype=fast_dtype()).eval()
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_path())
+    suite = {task.name: task for task in built_in_tasks()}
+    generator = LoraGeneratorModel.from_pretrained(smollm2_generator_path())
+    template = generator.config.template
+    rows: dict[str, dict[str, list[float]]] = {
+        row: {"tokens": [], "milliseconds": []} for row in ("few_shot_prompt", "adapter", "merged_adapter")
+    }
+    making: list[float] = []
+    for name in SPLITS["validation"]:
+        task = suite[name]
+        examples = task.demo[: options.num_examples]
+        shown = "".join("".join(fill_template(sample, template)) for sample in examples)
+        prompts = [fill_template(sample, template)[0] for sample in task.test[: options.num_queries]]
+        start = time.perf_counter()
+        model = generator.generate_adapter(base, processing_class=tokenizer, examples=examples)
+        making.append(time.perf_counter() - start)
+        for prompt in prompts:
+            with model.disable_adapter():
+                _read(model, tokenizer, shown + prompt, rows["few_shot_prompt"])
+            _read(model, tokenizer, prompt, rows["adapter"])
+            model.merge_adapter()
+            _read(model, tokenizer, prompt, rows["merged_adapter"])
+            model.unmerge_adapter()
+        base = model.unload()
+    report = {
+        **run_metadata(0),
+        "num_queries": len(rows["adapter"]["tokens"]),
+        "rows": {
+            row: {kind: statistics.median(values) for kind, values in data.items()} for row, data in rows.items()
+        },
+        "seconds_to_make_the_adapter": statistics.median(making),
+    }
+    saved = (report["rows"]["few_shot_prompt"]["milliseconds"] - report["rows"]["adapter"]["milliseconds"]) / 1000
+    report["queries_to_break_even"] = report["seconds_to_make_the_adapter"] / saved
+    write_json(Path(options.output), report)
+    print(json.dumps({key: report[key] for key in ("rows", "seconds_to_make_the_adapter", "queries_to_break_even")}))
+
+
+@torch.no_grad()
+def _read(model, tokenizer, prompt: str, row: dict[str, list[float]]) -> None:
+    ids = torch.tensor([encode_prompt(tokenizer, prompt)])
+    start = time.perf_counter()
+    model(input_ids=ids, logits_to_keep=1)
+    row["milliseconds"].append(1000 * (time.perf_counter() - start))
+    row["tokens"].append(ids.numel())
+
+
+if __name__ == "__main__":
+    main()
