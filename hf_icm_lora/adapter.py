@@ -180,8 +180,8 @@ def base_model_fingerprint(model: nn.Module) -> str:
 def fast_dtype() -> torch.dtype:
     """Return the dtype in which this machine runs a frozen base model fastest: bfloat16 or float32.
 
-    Accelerators multiply bfloat16. A CPU without instructions for it takes four times as long as for float32, so it
-    is measured, in a few milliseconds.
+    Accelerators multiply bfloat16. A CPU without instructions for it is slower than with float32, so it is measured,
+    in a few milliseconds.
 
     Example:
         >>> base = AutoModelForCausalLM.from_pretrained(smollm2_path(), dtype=fast_dtype())  # doctest: +SKIP

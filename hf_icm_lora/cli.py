@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -29,7 +29,7 @@ from .collection import CollectionArguments, collect_zoo
 from .completion import CompletionCollator
 from .configuration_lora_generator import LoraGeneratorConfig
 from .errors import IcmLoraError, TaskError
-from .evaluation import evaluate_generator, format_report
+from .evaluation import MORE_ROWS, evaluate_generator, format_report
 from .functional import FunctionalCollator, FunctionalDataset
 from .modeling_lora_generator import LoraGeneratorModel
 from .smollm2 import smollm2_generator_path, smollm2_path
@@ -109,13 +109,20 @@ class GenerateOptions(BaseOptions):
     )
     examples: str | None = field(default=None, metadata={"help": "JSON Lines with prompt and completion."})
     description: str | None = field(default=None, metadata={"help": "The task in a sentence."})
+    num_samples: int = field(default=1, metadata={"help": "Adapters to write; the best on the examples is kept."})
+    refine_steps: int = field(default=0, metadata={"help": "Gradient steps on the examples after that."})
+    on_unfamiliar: Literal["generate", "nearest", "mean", "raise"] = field(
+        default="generate", metadata={"help": "What to do for a task that is far from the training tasks."}
+    )
 
 
 @dataclass
 class EvaluateOptions(BaseOptions, TaskOptions, ZooOption):
-    generator: str = field(default="generator", metadata={"help": "Path or Hub id of the generator."})
+    generator: str = field(default="generator", metadata={"help": "Path or Hub id, or 'smollm2' for the shipped one."})
     output_dir: str = field(default="evaluation", metadata={"help": "Where evaluation.json and .md go."})
     num_examples: int = field(default=12, metadata={"help": "Examples per task that everyone is given."})
+    more_rows: list[str] = field(default_factory=list, metadata={"help": f"Some of {', '.join(MORE_ROWS)}."})
+    refine_steps: int = field(default=20, metadata={"help": "Of the rows refined and fine_tuned."})
 
 
 def collect(options: CollectOptions, args: CollectionArguments) -> None:
@@ -196,28 +203,44 @@ def train(options: TrainOptions, args: LoraGeneratorTrainingArguments) -> None:
 
 def generate(options: GenerateOptions) -> None:
     """Write the adapter of a task as a PEFT folder."""
-    shipped = options.generator == "smollm2"
-    generator = LoraGeneratorModel.from_pretrained(smollm2_generator_path() if shipped else options.generator)
-    name = options.base_model or ("smollm2" if shipped else generator.config.base_model_name_or_path)
-    base, tokenizer = load_base_model(name, options.dtype)
+    if Path(options.output_dir).exists():  # before the work, not after it
+        raise FileExistsError(f"{options.output_dir} exists already: choose another --output_dir.")
+    generator = load_generator(options.generator)
+    name = generator.config.base_model_name_or_path if options.generator != "smollm2" else "smollm2"
+    base, tokenizer = load_base_model(options.base_model or name, options.dtype)
     examples = None
     if options.examples:
         lines = Path(options.examples).read_text(encoding="utf-8").split("\n")
         examples = [json.loads(line) for line in lines if line.strip()]
-    extractor = TaskVectorExtractor(TaskVectorSpec(**generator.config.task_vector_spec))
-    generator.check_base_model(base)
-    vector = extractor.vector(base, tokenizer, examples, options.description)
-    save_adapter(options.output_dir, generator.adapter_config(), generator.generate_lora_weights(vector))
+    model = generator.generate_adapter(
+        base,
+        processing_class=tokenizer,
+        examples=examples,
+        description=options.description,
+        num_samples=options.num_samples,
+        refine_steps=options.refine_steps,
+        on_unfamiliar=options.on_unfamiliar,
+    )
+    state_dict = get_peft_model_state_dict(model, save_embedding_layers=False)
+    save_adapter(options.output_dir, generator.adapter_config(), state_dict)
     print(options.output_dir)
 
 
 def evaluate(options: EvaluateOptions) -> None:
     """Score a generator and all plain rivals."""
-    zoo, generator = LoraZoo(options.zoo), LoraGeneratorModel.from_pretrained(options.generator)
+    zoo, generator = LoraZoo(options.zoo), load_generator(options.generator)
     base, tokenizer = load_base_model(options.base_model or zoo.base_model_name_or_path, options.dtype)
     tasks = [task for task in select_tasks(options) if task.name in zoo]
     report = evaluate_generator(
-        generator, base, tokenizer, zoo, tasks, num_examples=options.num_examples, output_dir=options.output_dir
+        generator,
+        base,
+        tokenizer,
+        zoo,
+        tasks,
+        num_examples=options.num_examples,
+        more_rows=options.more_rows,
+        refine_steps=options.refine_steps,
+        output_dir=options.output_dir,
     )
     print(format_report(report))
 
@@ -242,6 +265,11 @@ def env() -> None:
             print(f"- {name}: not installed")
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     print(f"- Device: {device}, {torch.get_num_threads()} threads")
+
+
+def load_generator(name: str) -> LoraGeneratorModel:
+    """Load a generator from a folder or the Hub, or the shipped one."""
+    return LoraGeneratorModel.from_pretrained(smollm2_generator_path() if name == "smollm2" else name)
 
 
 def load_base_model(name: str, dtype: str):

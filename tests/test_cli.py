@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 from conftest import make_llama, make_tasks
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_icm_lora import LoraGeneratorModel, LoraZoo, load_adapter, save_tasks
 from hf_icm_lora.cli import COMMANDS, main
@@ -123,6 +123,24 @@ def test_training_reports_unseen_tasks_and_resumes(folder, tmp_path, capsys):
     assert train(folder, tmp_path / "resumed", *more, "--resume_from_checkpoint", checkpoint) == 0
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "resumed"))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_generated_adapter_is_chosen_and_refined_on_the_examples(folder, tmp_path):
+    argv = ["generate", "--generator", str(folder / "generator"), "--examples", str(folder / "examples.jsonl")]
+    more = ["--num_samples", "2", "--refine_steps", "2", "--dtype", "float32"]
+    assert main([*argv, *more, "--out", str(tmp_path / "adapter")]) == 0
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    model = LoraGeneratorModel.from_pretrained(folder / "generator").generate_adapter(
+        base,
+        processing_class=AutoTokenizer.from_pretrained(folder / "base"),
+        examples=[("ab", "bc"), ("xy", "yz")],
+        num_samples=2,
+        refine_steps=2,
+    )
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    found = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.allclose(found[key], expected[key], atol=1e-6) for key in found)
 
 
 def test_generated_adapter_is_read_by_peft(folder):

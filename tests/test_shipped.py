@@ -56,8 +56,8 @@ def test_on_the_real_model_its_adapters_lower_the_loss_of_unseen_tasks(shipped):
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2_path())
     base = AutoModelForCausalLM.from_pretrained(smollm2_path(), dtype=torch.float32)
-    suite = {task.name: task for task in built_in_tasks(["calendar", "country_names", "number_words"])}
-    for name in ("calendar/catalan", "country_names/finnish", "number_words/icelandic"):
+    suite = {task.name: task for task in built_in_tasks()}
+    for name in json.loads(SPLITS.read_text(encoding="utf-8"))["validation"][:4]:
         assert name not in shipped.config.training_tasks
         batch = CompletionCollator(tokenizer, template=shipped.config.template)(suite[name].test)
         losses = []

@@ -91,7 +91,10 @@ def main() -> None:
         generator,
         LoraGeneratorTrainingArguments(
             output_dir=str(checkpoints), max_steps=options.functional_steps, per_device_train_batch_size=16,
-            learning_rate=options.learning_rate, logging_steps=25, save_steps=100, save_total_limit=1, **common,
+            learning_rate=options.learning_rate, logging_steps=25, save_steps=300,
+            # Constant up to the last quarter: a longer run can go on from a checkpoint before it.
+            lr_scheduler_type="warmup_stable_decay",
+            lr_scheduler_kwargs={"num_decay_steps": options.functional_steps // 4}, **common,
         ),
         base_model=base,
         train_dataset=FunctionalDataset(tasks, vectors, num_samples=8),
