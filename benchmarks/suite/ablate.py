@@ -1,0 +1,226 @@
+"""One change at a time, three seeds: `python benchmarks/suite/ablate.py`, after `collect.py` and `train.py`.
+
+Every arm gets the same budget: steps on the zoo's LoRAs of seen tasks, then steps through the base model. It is scored
+on the validation tasks of `splits.json`, by mean recovered gain, and its seconds are kept. Finished runs are kept in
+the output and not repeated, so an interrupted call goes on and `--arms` adds to it.
+"""
+
+import json
+import os
+import shutil
+import statistics
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from collect import SPLITS
+from train import SIZES
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
+
+from hf_icm_lora import (
+    CompletionCollator,
+    FunctionalCollator,
+    FunctionalDataset,
+    LoraGeneratorConfig,
+    LoraGeneratorModel,
+    LoraGeneratorTrainer,
+    LoraGeneratorTrainingArguments,
+    LoraZoo,
+    TaskVectorExtractor,
+    TaskVectors,
+    built_in_tasks,
+    fast_dtype,
+    recovered_gain,
+    smollm2_path,
+)
+from hf_icm_lora.evaluation import run_metadata
+from hf_icm_lora.files import write_json
+from hf_icm_lora.functional import functional_loss
+from hf_icm_lora.task_vectors import MODES
+
+WORK = Path("build/suite/ablate")
+
+
+@dataclass
+class Arm:
+    """What differs from the default."""
+
+    config: dict = field(default_factory=dict)  # of the generator
+    layers: tuple[int, ...] | None = None  # of the task vector, out of those that were extracted
+    pooling: tuple[str, ...] | None = None
+    modes: tuple[str, ...] = MODES
+    draws: slice = slice(None)  # the first has most demonstrations, the last fewest
+    num_tasks: int | None = None  # in behavioural training
+    num_snapshots: int = 1
+    num_loras: int | None = None
+    functional: bool = True
+
+
+ARMS = {
+    "default": Arm(),
+    "a token per rank component": Arm(config={"token_granularity": "rank"}),
+    "width 128": Arm(config={"hidden_size": 128, "intermediate_size": 320}),
+    "width 384": Arm(config={"hidden_size": 384, "intermediate_size": 960}),
+    "1 decoder layer": Arm(config={"num_decoder_layers": 1}),
+    "6 decoder layers": Arm(config={"num_decoder_layers": 6}),
+    "basis of 16": Arm(config={"basis_size": 16}),
+    "basis of 64": Arm(config={"basis_size": 64}),
+    "latent of 8": Arm(config={"latent_size": 8}),
+    "latent of 128": Arm(config={"latent_size": 128}),
+    "prior N(0, I)": Arm(config={"prior": "standard"}),
+    "no latent": Arm(config={"prior": "none"}),
+    "layer 30 (last)": Arm(layers=(30,)),
+    "layer 22": Arm(layers=(22,)),
+    "layer 14": Arm(layers=(14,)),
+    "prompts only": Arm(pooling=("prompts",)),
+    "completions only": Arm(pooling=("completions",)),
+    "demonstrations alone": Arm(modes=("demonstrations",)),
+    "description alone": Arm(modes=("description",)),
+    "one draw, 12 demonstrations": Arm(draws=slice(0, 1)),
+    "one draw, 3 demonstrations": Arm(draws=slice(-1, None)),
+    "8 tasks": Arm(num_tasks=8),
+    "32 tasks": Arm(num_tasks=32),
+    "128 tasks": Arm(num_tasks=128),
+    "512 tasks": Arm(num_tasks=512),
+    "2 snapshots": Arm(num_snapshots=2),
+    "2 LoRAs": Arm(num_loras=2),
+    "LoRAs alone": Arm(functional=False),
+    "LoRAs alone, the paper's network": Arm(config={"architecture": "conv1d"}, functional=False),
+}
+
+
+@dataclass
+class AblateOptions:
+    arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": "Names of arms, by default all."})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    reconstruction_steps: int = field(default=150)
+    functional_steps: int = field(default=75)
+    zoo: str = field(default="build/suite/zoo", metadata={"help": "The zoo of collect.py."})
+    vectors: str = field(default="build/suite/task_vectors.safetensors", metadata={"help": "Made by train.py."})
+    output: str = field(default="benchmarks/results/ablations.json", metadata={"help": "Where the figures go."})
+
+
+def rows_of(spec, arm: Arm) -> tuple[list[int], dict]:
+    """Return which rows of a task vector an arm keeps, and what that changes in the specification."""
+    layers, pooling = arm.layers or spec.layers, arm.pooling or spec.pooling
+    rows = [
+        p * len(spec.layers) + index
+        for p, kind in enumerate(spec.pooling)
+        for index, layer in enumerate(spec.layers)
+        if layer in layers and kind in pooling
+    ]
+    return rows, {"layers": tuple(layers), "pooling": tuple(pooling)}
+
+
+def narrowed(vectors: TaskVectors, arm: Arm) -> TaskVectors:
+    rows, changes = rows_of(vectors.spec, arm)
+    banks = {
+        task: {mode: bank[arm.draws][:, rows] for mode, bank in modes.items()} for task, modes in vectors.banks.items()
+    }
+    return TaskVectors(replace(vectors.spec, **changes), vectors.base_model_fingerprint, banks)
+
+
+class Bench:
+    """What all runs share: the base model, tasks, LoRAs and vectors."""
+
+    def __init__(self, options: AblateOptions):
+        self.options = options
+        self.base = AutoModelForCausalLM.from_pretrained(smollm2_path(), dtype=fast_dtype())
+        self.tokenizer = AutoTokenizer.from_pretrained(smollm2_path())
+        self.suite = {task.name: task for task in built_in_tasks()}
+        self.vectors = TaskVectors.load(options.vectors)
+        # Arms store their vectors in the zoo, so they get one of their own; files there are replaced, never changed.
+        shutil.rmtree(WORK, ignore_errors=True)
+        shutil.copytree(options.zoo, WORK / "zoo", copy_function=os.link)
+        self.zoo = LoraZoo(WORK / "zoo")
+        self.scored = [name for name in SPLITS["validation"] if name in self.zoo]
+        extractor = TaskVectorExtractor(self.vectors.spec)
+        read = {}
+        for name in self.scored:
+            task = self.suite[name]
+            read[name] = {
+                "demonstrations": extractor.vector(self.base, self.tokenizer, task.demo[:12]),
+                "description": extractor.vector(self.base, self.tokenizer, description=task.description),
+            }
+        self.read = read
+        collate = CompletionCollator(self.tokenizer, template=self.zoo.template, row_length=64)
+        self.batches = {name: collate(self.suite[name].test) for name in self.scored}
+        zero = torch.zeros(self.zoo.layout.num_weights)
+        self.bounds = {name: (self.loss(zero, name), self.loss(self.zoo.lora_weights(name), name)) for name in read}
+
+    @torch.no_grad()
+    def loss(self, lora_weights: torch.Tensor, name: str) -> float:
+        shared = self.zoo.shared_weights
+        return functional_loss(self.base, self.zoo.layout, lora_weights[None], shared, self.batches[name]).item()
+
+    def run(self, arm: Arm, seed: int) -> dict:
+        options, vectors = self.options, narrowed(self.vectors, arm)
+        seen = self.zoo.subset([name for name in SPLITS["seen"] if name in self.zoo][: arm.num_loras])
+        seen.add_task_vectors(vectors)
+        set_seed(seed)
+        sizes = SIZES[arm.config.get("architecture", "transformer")] | arm.config
+        generator = LoraGeneratorModel(LoraGeneratorConfig.from_zoo(seen, **sizes))
+        common = {
+            "output_dir": str(WORK / "generator"),
+            "seed": seed,
+            "report_to": "none",
+            "save_strategy": "no",
+            "logging_steps": 25,
+        }
+        start = time.perf_counter()
+        LoraGeneratorTrainer(
+            generator,
+            LoraGeneratorTrainingArguments(max_steps=options.reconstruction_steps, learning_rate=2e-3, **common),
+            train_dataset=seen.as_dataset(num_snapshots=arm.num_snapshots, modes=arm.modes),
+        ).train()
+        if arm.functional:
+            names = SPLITS["seen"] + SPLITS["samples"]
+            if arm.num_tasks:  # evenly over the list, whose order is by family
+                names = names[:: len(names) // arm.num_tasks][: arm.num_tasks]
+            collate = CompletionCollator(self.tokenizer, template=self.zoo.template, row_length=48)
+            LoraGeneratorTrainer(
+                generator,
+                LoraGeneratorTrainingArguments(max_steps=options.functional_steps, learning_rate=3e-3, **common),
+                base_model=self.base,
+                train_dataset=FunctionalDataset(
+                    [self.suite[name] for name in names], vectors, num_samples=8, modes=arm.modes
+                ),
+                data_collator=FunctionalCollator(collate),
+            ).train()
+        seconds = time.perf_counter() - start
+        mode = "description" if arm.modes == ("description",) else "demonstrations"
+        rows, _ = rows_of(self.vectors.spec, arm)
+        losses = {
+            name: self.loss(generator.decode_task_vector(self.read[name][mode][:, rows]), name) for name in self.scored
+        }
+        gains = {
+            name: recovered_gain(self.bounds[name][0], loss, self.bounds[name][1]) for name, loss in losses.items()
+        }
+        return {"seed": seed, "seconds": round(seconds), "losses": losses, "recovered_gains": gains}
+
+
+def main() -> None:
+    (options,) = HfArgumentParser(AblateOptions).parse_args_into_dataclasses()
+    output = Path(options.output)
+    report = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {"arms": {}}
+    bench = Bench(options)
+    for seed in options.seeds:
+        for name in options.arms:
+            runs = report["arms"].setdefault(name, [])
+            if all(run["seed"] != seed for run in runs):
+                runs.append(bench.run(ARMS[name], seed))
+                steps = {"reconstruction_steps": options.reconstruction_steps}
+                steps |= {"functional_steps": options.functional_steps, "num_loras": len(bench.zoo)}
+                write_json(output, {**run_metadata(0), **steps, "arms": report["arms"]})
+    print("| | mean G | largest difference of seeds | loss | seconds |\n|---|---|---|---|---|")
+    for name, runs in report["arms"].items():
+        gains = [statistics.mean(run["recovered_gains"].values()) for run in runs]
+        loss = statistics.mean(statistics.mean(run["losses"].values()) for run in runs)
+        seconds = statistics.mean(run["seconds"] for run in runs)
+        spread = max(gains) - min(gains)
+        print(f"| {name} | {statistics.mean(gains):.3f} | {spread:.3f} | {loss:.3f} | {seconds:.0f} |")
+
+
+if __name__ == "__main__":
+    main()
