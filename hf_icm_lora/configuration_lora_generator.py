@@ -35,6 +35,8 @@ class LoraGeneratorConfig(PreTrainedConfig):
         hidden_size (`int`, *optional*, defaults to 256): Width of the tokens.
         intermediate_size (`int`, *optional*, defaults to 1024): Width of the feed-forward layers.
         basis_size (`int`, *optional*, defaults to 32): Directions in which each token's weights may lie.
+        linear_path (`bool`, *optional*, defaults to `False`): Whether each token's place in its basis also has a part
+            that is linear in the task vector, beside the decoder.
         num_encoder_layers (`int`, *optional*, defaults to 2), num_decoder_layers (`int`, *optional*, defaults to 3).
         num_attention_heads (`int`, *optional*, defaults to 4).
         latent_size (`int`, *optional*, defaults to 32): Size of z.
@@ -74,6 +76,7 @@ class LoraGeneratorConfig(PreTrainedConfig):
     hidden_size: int = 256
     intermediate_size: int = 1024
     basis_size: int = 32
+    linear_path: bool = False
     num_encoder_layers: int = 2
     num_decoder_layers: int = 3
     num_attention_heads: int = 4

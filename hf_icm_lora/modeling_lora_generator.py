@@ -262,10 +262,10 @@ class WeightTokens(nn.Module):
         views = [weights.flatten(1).unflatten(1, (block.count * n, -1)) for weights, block, n in parts]
         return torch.cat([project(view) for project, view in zip(self.in_projections, views, strict=True)], dim=1)
 
-    def unembed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Turn tokens back into weights `(batch, num_weights)`."""
+    def unembed(self, tokens: torch.Tensor, offset: torch.Tensor | float = 0.0) -> torch.Tensor:
+        """Turn tokens back into weights `(batch, num_weights)`; `offset` `(batch, num_tokens, basis_size)` helps."""
         counts = [block.count * n for block, n in zip(self.blocks, self.per_matrix, strict=True)]
-        coordinates = self.coordinate_norm(self.coordinate_proj(tokens)).split(counts, dim=1)
+        coordinates = self.coordinate_norm(self.coordinate_proj(tokens) + offset).split(counts, dim=1)
         return torch.cat([basis(part).flatten(1) for basis, part in zip(self.bases, coordinates, strict=True)], dim=1)
 
 
@@ -285,6 +285,11 @@ class TransformerCVAE(nn.Module):
         self.latent_proj = nn.Linear(config.latent_size, config.hidden_size)
         self.decoder = nn.ModuleList(Block(config) for _ in range(config.num_decoder_layers))
         self.decoder_norm = nn.LayerNorm(config.hidden_size)
+        if config.linear_path:
+            num_tokens, features = len(self.tokens.identities()), config.num_task_vectors * config.hidden_size
+            self.linear_path = TokenwiseLinear(num_tokens, features, config.basis_size)
+        else:
+            self.linear_path = None
 
     def encode(self, normalized: torch.Tensor, vector: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return mean and log variance of q(z | weights, task), each `(batch, latent_size)`."""
@@ -305,7 +310,10 @@ class TransformerCVAE(nn.Module):
         x = torch.cat([condition, self.tokens.identities() + evidence], dim=1)
         for block in self.decoder:
             x = block(x)
-        return self.tokens.unembed(self.decoder_norm(x[:, condition.shape[1] :]))
+        x = self.decoder_norm(x[:, condition.shape[1] :])
+        if self.linear_path is None:
+            return self.tokens.unembed(x)
+        return self.tokens.unembed(x, self.linear_path(condition.flatten(1)[:, None].expand(-1, x.shape[1], -1)))
 
     def _condition(self, vector: torch.Tensor) -> torch.Tensor:
         return self.condition_proj(vector) + self.condition_embedding.weight

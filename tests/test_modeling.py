@@ -39,6 +39,7 @@ VARIANTS = {
     "none": {"prior": "none"},
     "conv1d": {"architecture": "conv1d"},
     "conv1d-none": {"architecture": "conv1d", "prior": "none"},
+    "linear_path": {"linear_path": True},
     "gpt2": {"base": "gpt2"},
     "t5": {"base": "t5"},
     "t5-rank": {"base": "t5", "token_granularity": "rank", "prior": "standard"},
@@ -635,6 +636,21 @@ def test_weights_pass_through_tokens_in_their_order():
                 one.weight.copy_(torch.eye(*one.weight.shape[-2:]))
                 one.bias.zero_()
             assert torch.equal(tokens.unembed(tokens.embed(weights)), weights)
+
+
+def test_linear_path_reaches_each_matrix_on_its_own():
+    """Without the decoder, the coordinates before the norm are affine in the task vector; matrices differ."""
+    model, dataset = make_model(linear_path=True)
+    network, seen = model.network, []
+    with torch.no_grad():
+        network.tokens.coordinate_proj.weight.zero_()
+    network.tokens.coordinate_norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    vectors = dataset.batch(2)["task_vector"]
+    for vector in (vectors[:1], vectors[1:], vectors.mean(0, keepdim=True)):
+        model(task_vector=vector)
+    torch.testing.assert_close(seen[2], (seen[0] + seen[1]) / 2, atol=1e-5, rtol=1e-4)
+    assert (seen[0] - seen[1]).abs().amax(-1).min() > 1e-4
+    assert torch.cdist(seen[0][0], seen[0][0]).add(torch.eye(seen[0].shape[1])).min() > 1e-4
 
 
 def test_each_token_has_a_linear_layer_of_its_own():

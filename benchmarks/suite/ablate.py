@@ -66,6 +66,7 @@ ARMS = {
     "6 decoder layers": Arm(config={"num_decoder_layers": 6}),
     "basis of 16": Arm(config={"basis_size": 16}),
     "basis of 64": Arm(config={"basis_size": 64}),
+    "a linear path": Arm(config={"linear_path": True}),
     "latent of 8": Arm(config={"latent_size": 8}),
     "latent of 128": Arm(config={"latent_size": 128}),
     "prior N(0, I)": Arm(config={"prior": "standard"}),

@@ -33,7 +33,7 @@ from hf_icm_lora import (
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the packaged copy is its, and lies elsewhere on each machine
 SPEC = TaskVectorSpec(num_draws=3, layers=(14, 22, 30))
 SIZES = {
-    "transformer": {"hidden_size": 256, "intermediate_size": 640, "basis_size": 32, "num_decoder_layers": 3},
+    "transformer": {"hidden_size": 224, "intermediate_size": 448, "basis_size": 24, "linear_path": True},
     "conv1d": {},  # the paper's
 }
 
