@@ -263,7 +263,7 @@ class WeightTokens(nn.Module):
         return torch.cat([project(view) for project, view in zip(self.in_projections, views, strict=True)], dim=1)
 
     def unembed(self, tokens: torch.Tensor, offset: torch.Tensor | float = 0.0) -> torch.Tensor:
-        """Turn tokens back into weights `(batch, num_weights)`; `offset` `(batch, num_tokens, basis_size)` helps."""
+        """Turn tokens, plus an offset of their coordinates, back into weights `(batch, num_weights)`."""
         counts = [block.count * n for block, n in zip(self.blocks, self.per_matrix, strict=True)]
         coordinates = self.coordinate_norm(self.coordinate_proj(tokens) + offset).split(counts, dim=1)
         return torch.cat([basis(part).flatten(1) for basis, part in zip(self.bases, coordinates, strict=True)], dim=1)
