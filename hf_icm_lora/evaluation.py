@@ -190,10 +190,9 @@ def evaluate_generator(
                     weights[name] = others[name].decode_task_vector(vector).cpu()
                 if "best_of_n" in more_rows:
                     with _timed(seconds.setdefault("best_of_n", [])):
-                        draw = torch.Generator().manual_seed(0)
-                        drawn = (generator.decode_task_vector(own, draw) for _ in range(num_samples - 1))
+                        candidates = generator.candidates(own, num_samples)
                         weights["best_of_n"] = generator.fit_to_examples(
-                            examples, [generated, *drawn], model, processing_class
+                            examples, candidates, model, processing_class
                         ).cpu()
                 if "fallback" in more_rows:
                     unfamiliar = generator.novelty(own)[0] > UNFAMILIAR

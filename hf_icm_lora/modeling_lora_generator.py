@@ -688,9 +688,7 @@ class LoraGeneratorModel(PreTrainedModel):
         elif num_samples == 1:
             candidates = [self.decode_task_vector(task_vector, generator)]
         else:
-            drawn_from = torch.Generator().manual_seed(0) if generator is None else generator
-            draws = (self.decode_task_vector(task_vector, drawn_from) for _ in range(num_samples - 1))
-            candidates = [self.decode_task_vector(task_vector), *draws]
+            candidates = self.candidates(task_vector, num_samples, generator)
         lora_weights = candidates[0]
         if len(candidates) > 1 or refine_steps:
             lora_weights = self.fit_to_examples(examples, candidates, base_model, processing_class, refine_steps)
@@ -759,6 +757,23 @@ class LoraGeneratorModel(PreTrainedModel):
         vector = self.task_map.vector(self.config.mapped_tasks.index(nearest))
         shape = (self.config.num_task_vectors, self.config.task_vector_size)
         return about, self.decode_task_vector(self.zoo_normalizer.denormalize_vector(vector.reshape(shape)))
+
+    def candidates(
+        self, task_vector: torch.Tensor, num_samples: int, generator: torch.Generator | None = None
+    ) -> list[torch.Tensor]:
+        """Generate several packed adapters for one task, for `fit_to_examples` to choose from.
+
+        Args:
+            task_vector (`torch.Tensor`): As in `decode_task_vector`.
+            num_samples (`int`): How many: one from the latent's mean, the others from draws.
+            generator (`torch.Generator`, *optional*): What to draw with; by default one of seed 0.
+
+        Returns:
+            `list[torch.Tensor]`: Each `(num_weights,)`, fp32.
+        """
+        drawn_from = torch.Generator().manual_seed(0) if generator is None else generator
+        draws = [self.decode_task_vector(task_vector, drawn_from) for _ in range(num_samples - 1)]
+        return [self.decode_task_vector(task_vector), *draws]
 
     def fit_to_examples(
         self,

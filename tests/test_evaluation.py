@@ -197,7 +197,7 @@ def test_further_rows(zoo, generator, tokenizer):
     tasks, rows = make_tasks()[:2], ["fine_tuned", "description", "refined"]
     report = evaluate_generator(generator, make_llama(), tokenizer, zoo, tasks, more_rows=rows, refine_steps=4)
     (table,) = report["splits"].values()
-    assert list(table) == [*ROWS, "description", "refined", "fine_tuned"]  # in the order of the documentation
+    assert list(table) == [*ROWS, "description", "refined", "fine_tuned"]
     assert {"refined", "fine_tuned"} <= report["seconds"].keys()
     examples = tasks[0].demo[:12]
     base = make_llama()
