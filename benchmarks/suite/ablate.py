@@ -50,7 +50,7 @@ class Arm:
     layers: tuple[int, ...] | None = None  # of the task vector, out of those that were extracted
     pooling: tuple[str, ...] | None = None
     modes: tuple[str, ...] = MODES
-    draws: slice = slice(None)  # the first has most demonstrations, the last fewest
+    draws: tuple[int | None, int | None] = (None, None)  # from, to; the first has most demonstrations, the last fewest
     num_tasks: int | None = None  # in behavioural training
     num_snapshots: int = 1
     num_loras: int | None = None
@@ -78,8 +78,8 @@ ARMS = {
     "completions only": Arm(pooling=("completions",)),
     "demonstrations alone": Arm(modes=("demonstrations",)),
     "description alone": Arm(modes=("description",)),
-    "one draw, 12 demonstrations": Arm(draws=slice(0, 1)),
-    "one draw, 3 demonstrations": Arm(draws=slice(-1, None)),
+    "one draw, 12 demonstrations": Arm(draws=(0, 1)),
+    "one draw, 3 demonstrations": Arm(draws=(-1, None)),
     "8 tasks": Arm(num_tasks=8),
     "32 tasks": Arm(num_tasks=32),
     "128 tasks": Arm(num_tasks=128),
@@ -117,7 +117,8 @@ def rows_of(spec, arm: Arm) -> tuple[list[int], dict]:
 def narrowed(vectors: TaskVectors, arm: Arm) -> TaskVectors:
     rows, changes = rows_of(vectors.spec, arm)
     banks = {
-        task: {mode: bank[arm.draws][:, rows] for mode, bank in modes.items()} for task, modes in vectors.banks.items()
+        task: {mode: bank[slice(*arm.draws)][:, rows] for mode, bank in modes.items()}
+        for task, modes in vectors.banks.items()
     }
     return TaskVectors(replace(vectors.spec, **changes), vectors.base_model_fingerprint, banks)
 
