@@ -106,6 +106,8 @@ def main() -> None:
     best = seen.as_dataset(num_snapshots=1)  # earlier snapshots are other answers to the same question
     set_seed(options.seed)
     generator = LoraGeneratorModel(LoraGeneratorConfig.from_zoo(seen))
+    behaviour = FunctionalDataset(samples, vectors, num_samples=8)
+    generator.fit_normalizer(best, behaviour)
     common = {"output_dir": str(output_dir / "generator"), "save_strategy": "no", "seed": options.seed}
 
     print(f"3. Train the generator on the LoRAs of {len(seen)} tasks", flush=True)
@@ -126,7 +128,7 @@ def main() -> None:
             logging_steps=20, **common,
         ),
         base_model=base,
-        train_dataset=FunctionalDataset(samples, vectors, num_samples=8),
+        train_dataset=behaviour,
         data_collator=FunctionalCollator(CompletionCollator(tokenizer, template=zoo.template, row_length=48)),
     ).train()  # fmt: skip
     generator.save_pretrained(output_dir / "generator")

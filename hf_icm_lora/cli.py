@@ -169,8 +169,15 @@ def train(options: TrainOptions, args: LoraGeneratorTrainingArguments) -> None:
         latent_size=options.latent_size,
         prior=options.prior,
     )
+    vectors, behaviour = zoo.task_vectors, None
+    if options.functional_steps:
+        tasks = [task for task in select_tasks(options) if task.name not in unseen]
+        base, tokenizer = load_base_model(options.base_model or zoo.base_model_name_or_path, options.dtype)
+        vectors = TaskVectorExtractor(vectors.spec).extract(base, tokenizer, tasks)
+        behaviour = FunctionalDataset(tasks, vectors)
     set_seed(args.seed)  # the Trainer's own call comes after the weights are drawn
     generator = LoraGeneratorModel(config)
+    generator.fit_normalizer(seen.as_dataset(), behaviour)
     trainer = LoraGeneratorTrainer(
         generator,
         args,
@@ -180,11 +187,7 @@ def train(options: TrainOptions, args: LoraGeneratorTrainingArguments) -> None:
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if unseen:
         print(json.dumps(trainer.evaluate()))
-    vectors = zoo.task_vectors
-    if options.functional_steps:
-        tasks = [task for task in select_tasks(options) if task.name not in unseen]
-        base, tokenizer = load_base_model(options.base_model or zoo.base_model_name_or_path, options.dtype)
-        vectors = TaskVectorExtractor(vectors.spec).extract(base, tokenizer, tasks)
+    if behaviour is not None:
         functional = copy.copy(args)
         functional.output_dir = str(Path(args.output_dir) / "functional")
         functional.max_steps = options.functional_steps
@@ -193,7 +196,7 @@ def train(options: TrainOptions, args: LoraGeneratorTrainingArguments) -> None:
             generator,
             functional,
             base_model=base,
-            train_dataset=FunctionalDataset(tasks, vectors),
+            train_dataset=behaviour,
             data_collator=FunctionalCollator(collate),
         ).train()
     if len(generator.config.training_tasks) > 1:

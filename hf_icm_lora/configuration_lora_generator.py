@@ -25,9 +25,11 @@ class LoraGeneratorConfig(PreTrainedConfig):
         template (`str`, *optional*): Text with `{prompt}` and `{completion}` that the adapters were trained on.
         mapped_tasks (`list[str]`, *optional*): Names of the tasks in the map of training tasks; see
             [`~LoraGeneratorModel.map_tasks`].
-        map_rank (`int`, *optional*, defaults to 16): Directions of that map.
+        map_size (`int`, *optional*, defaults to 64): Directions of that map.
         num_task_vectors (`int`, *optional*, defaults to 1): Rows of a task vector.
         task_vector_size (`int`, *optional*, defaults to 576): Columns, the base model's hidden size.
+        condition_size (`int`, *optional*, defaults to 256): Principal directions of the training tasks' vectors that
+            the generator sees.
         architecture (`str`, *optional*, defaults to `"transformer"`): `"transformer"` (one token per matrix) or
             `"conv1d"` (the paper's convolutions over the flat vector).
         token_granularity (`str`, *optional*, defaults to `"matrix"`): One token per `"matrix"` or per `"rank"`
@@ -35,8 +37,6 @@ class LoraGeneratorConfig(PreTrainedConfig):
         hidden_size (`int`, *optional*, defaults to 256): Width of the tokens.
         intermediate_size (`int`, *optional*, defaults to 1024): Width of the feed-forward layers.
         basis_size (`int`, *optional*, defaults to 32): Directions in which each token's weights may lie.
-        linear_path (`bool`, *optional*, defaults to `False`): Whether each token's place in its basis also has a part
-            that is linear in the task vector, beside the decoder.
         num_encoder_layers (`int`, *optional*, defaults to 2), num_decoder_layers (`int`, *optional*, defaults to 3).
         num_attention_heads (`int`, *optional*, defaults to 4).
         latent_size (`int`, *optional*, defaults to 32): Size of z.
@@ -67,16 +67,16 @@ class LoraGeneratorConfig(PreTrainedConfig):
     task_vector_spec: dict | None = None
     training_tasks: list[str] | None = None
     mapped_tasks: list[str] | None = None
-    map_rank: int = 16
+    map_size: int = 64
     template: str = DEFAULT_TEMPLATE
     num_task_vectors: int = 1
     task_vector_size: int = 576
+    condition_size: int = 256
     architecture: str = "transformer"
     token_granularity: str = "matrix"
     hidden_size: int = 256
     intermediate_size: int = 1024
     basis_size: int = 32
-    linear_path: bool = False
     num_encoder_layers: int = 2
     num_decoder_layers: int = 3
     num_attention_heads: int = 4
@@ -112,7 +112,7 @@ class LoraGeneratorConfig(PreTrainedConfig):
                 raise ValueError(f"{field}: expected one of {allowed}, found {getattr(self, field)!r}.")
         sizes = ("num_task_vectors", "task_vector_size", "hidden_size", "intermediate_size", "basis_size",
                  "num_encoder_layers", "num_decoder_layers", "num_attention_heads", "latent_size",
-                 "map_rank")  # fmt: skip
+                 "map_size", "condition_size")  # fmt: skip
         for field in sizes:
             if not 1 <= getattr(self, field) <= 65536:
                 raise ValueError(f"{field}: expected a number from 1 to 65536, found {getattr(self, field)}.")

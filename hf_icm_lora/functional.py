@@ -53,7 +53,8 @@ class FunctionalDataset(Dataset):
         if not self.tasks or num_samples < 1:
             raise TaskError(f"Expected at least one task and one sample, found {len(self.tasks)} and {num_samples}.")
         self.beside = beside
-        self.items: list[tuple[torch.Tensor, tuple[Sample, ...]]] = []
+        self.items: list[tuple[int, tuple[Sample, ...]]] = []
+        vectors: list[torch.Tensor] = []
         for task in self.tasks:
             task.require("train", num_samples, "behavioural training")
             banks = task_vectors.banks.get(task.name, {})
@@ -62,17 +63,20 @@ class FunctionalDataset(Dataset):
                 raise TaskVectorError(f"Task {task.name!r} has no task vectors of the modes {tuple(modes)}.")
             most = max(map(len, bank))  # a description has one vector: repeated, every mode counts alike
             draws = torch.cat([vectors.repeat(most // len(vectors), 1, 1) for vectors in bank])
+            first = sum(map(len, vectors))
+            vectors.append(draws)
             rng = torch.Generator().manual_seed(int(sha256_of(task.name)[:12], 16))
             shuffled = cycle(task.train[i] for i in torch.randperm(len(task.train), generator=rng))
             for index in range(max(len(draws), -(-len(task.train) // num_samples))):
-                self.items.append((draws[index % len(draws)], tuple(islice(shuffled, num_samples))))
+                self.items.append((first + index % len(draws), tuple(islice(shuffled, num_samples))))
+        self.task_vectors = torch.cat(vectors)  # (draws of all tasks, num_task_vectors, task_vector_size)
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int) -> dict:
-        vector, samples = self.items[index]
-        item = {"task_vector": vector, "samples": samples}
+        draw, samples = self.items[index]
+        item = {"task_vector": self.task_vectors[draw], "samples": samples}
         if self.beside is not None:
             item["beside"] = self.beside[int(sha256_of(str(index))[:12], 16) % len(self.beside)]
         return item

@@ -7,12 +7,13 @@ network aware of the modules that it writes for:
     prior    p(z | task)              what generation draws z from, or takes the mean of
     decoder  weights(z, task)
 
-Shapes: `lora_weights (batch, num_weights)`, `task_vector (batch, num_task_vectors, task_vector_size)`,
-`z (batch, latent_size)`, tokens `(batch, num_tokens, hidden_size)`.
+Shapes: `lora_weights (batch, num_weights)`, `task_vector (batch, num_task_vectors, task_vector_size)`, which the
+networks see as `condition (batch, condition_size)`, `z (batch, latent_size)`, and tokens
+`(batch, num_tokens, hidden_size)`.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +37,7 @@ from .errors import (
     TaskVectorError,
     UnfamiliarTaskError,
 )
-from .functional import functional_loss, refine_lora_weights
+from .functional import FunctionalDataset, functional_loss, refine_lora_weights
 from .layout import LoraLayout, MatrixBlock, split
 from .task_vectors import TaskVectorExtractor, TaskVectors, TaskVectorSpec
 from .tasks import to_sample
@@ -70,10 +71,15 @@ class LoraGeneratorOutput(ModelOutput):
 
 
 class ZooNormalizer(nn.Module):
-    """Statistics of the training zoo, in fp32: what one unit of weight and of task vector means.
+    """Statistics of the training data, in fp32: what one unit of weight and of task vector means.
 
-    The elementwise mean adapter and one scale per matrix, since B is small beside A and layers differ; mean and scale
-    of every entry of the task vector; and the weights that all adapters share.
+    Of the zoo: the elementwise mean adapter, one scale per matrix, since B is small beside A and layers differ, and
+    the weights that all adapters share. Of the task vectors: mean and scale of every entry, and the principal
+    directions, which turn a vector into a condition.
+
+    A condition is half whitened: each direction is divided by the fourth root of its variance. A few directions hold
+    most of the variance of hidden states, and what tells two tasks of a family apart has little of it: gradient
+    descent would come to it last. Full whitening, on the other hand, would make noise as loud as what matters.
     """
 
     def __init__(self, config: LoraGeneratorConfig):
@@ -86,25 +92,39 @@ class ZooNormalizer(nn.Module):
         self.register_buffer("shared_weights", torch.zeros(layout.num_shared_weights))
         self.register_buffer("vector_mean", torch.zeros(vector))
         self.register_buffer("vector_scale", torch.ones(vector))
+        self.register_buffer("vector_directions", torch.zeros(config.condition_size, vector[0] * vector[1]))
         self.register_buffer("is_fitted", torch.zeros(1))
 
-    def fit(self, weights: DataLoader, shared_weights: torch.Tensor) -> None:
-        count, sums = 0, None
-        for batch in weights:
-            moments = [m for x in (batch["lora_weights"], batch["task_vector"]) for m in (x.double(), x.double() ** 2)]
-            sums = [m.sum(0) if sums is None else s + m.sum(0) for m, s in zip(moments, sums or moments, strict=True)]
-            count += len(batch["lora_weights"])
-        weight_mean, weight_square, vector_mean, vector_square = (s / count for s in sums)
-        variance = (weight_square - weight_mean**2).clamp(min=0)
+    def fit_weights(self, batches: Iterable[torch.Tensor], shared_weights: torch.Tensor) -> None:
+        """Fit to adapters, batches of `(batch, num_weights)`."""
+        count, total, square = 0, 0.0, 0.0
+        for batch in batches:
+            count, total, square = (
+                count + len(batch),
+                total + batch.double().sum(0),
+                square + (batch.double() ** 2).sum(0),
+            )
+        mean = total / count
+        variance = (square / count - mean**2).clamp(min=0)
         scale = torch.stack([v.mean().sqrt() for v in variance.split(self.sizes)])
-        vector_scale = (vector_square - vector_mean**2).clamp(min=0).sqrt()
-        self.weight_mean.copy_(weight_mean)
+        self.weight_mean.copy_(mean)
         # A matrix that never varies has scale 0: the floor makes it come out as its mean, instead of as NaN.
         self.weight_scale.copy_(scale.clamp(min=max(1e-3 * scale.median().item(), 1e-8)))
-        self.vector_mean.copy_(vector_mean)
-        self.vector_scale.copy_(vector_scale.clamp(min=max(1e-3 * vector_scale.median().item(), 1e-8)))
         self.shared_weights.copy_(shared_weights)
-        self.is_fitted.fill_(1)
+
+    def fit_vectors(self, vectors: torch.Tensor) -> None:
+        """Fit to task vectors, `(num_vectors, num_task_vectors, task_vector_size)`."""
+        scale = vectors.double().std(0, correction=0)
+        self.vector_mean.copy_(vectors.double().mean(0))
+        self.vector_scale.copy_(scale.clamp(min=max(1e-3 * scale.median().item(), 1e-8)))
+        normalized = ((vectors.to(self.vector_mean) - self.vector_mean) / self.vector_scale).flatten(1)
+        *_, singular_values, directions = torch.linalg.svd(normalized, full_matrices=False)
+        known = min(len(self.vector_directions), int((singular_values > 1e-4 * singular_values[0]).sum()))
+        deviations = singular_values[:known] / len(vectors) ** 0.5
+        # The mean square of an entry of a condition is 1: half whitened, direction i has the variance deviation i.
+        unit = (deviations.sum() / len(self.vector_directions)).sqrt()
+        self.vector_directions.zero_()  # few vectors span fewer directions: the others stay silent
+        self.vector_directions[:known] = directions[:known] / (deviations.sqrt() * unit)[:, None]
 
     def normalize(self, lora_weights: torch.Tensor) -> torch.Tensor:
         return (lora_weights.float() - self.weight_mean) / self._scale_of_each_weight()
@@ -112,11 +132,9 @@ class ZooNormalizer(nn.Module):
     def denormalize(self, normalized: torch.Tensor) -> torch.Tensor:
         return normalized.float() * self._scale_of_each_weight() + self.weight_mean
 
-    def normalize_vector(self, task_vector: torch.Tensor) -> torch.Tensor:
-        return (task_vector.float() - self.vector_mean) / self.vector_scale
-
-    def denormalize_vector(self, normalized: torch.Tensor) -> torch.Tensor:
-        return normalized * self.vector_scale + self.vector_mean
+    def condition(self, task_vector: torch.Tensor) -> torch.Tensor:
+        normalized = (task_vector.float() - self.vector_mean) / self.vector_scale
+        return normalized.flatten(1) @ self.vector_directions.T
 
     def _scale_of_each_weight(self) -> torch.Tensor:
         sizes = torch.tensor(self.sizes, device=self.weight_scale.device)
@@ -124,47 +142,28 @@ class ZooNormalizer(nn.Module):
 
 
 class TaskMap(nn.Module):
-    """Where the training tasks lie among task vectors, in fp32: what says how unfamiliar a new task is.
+    """Where the training tasks lie among conditions, in fp32: what says how unfamiliar a new task is.
 
-    The first principal directions of their normalized vectors, and every task's coordinates in them. The distance of
-    two tasks counts the part of a vector outside these directions, too.
+    Distances count the first `map_size` entries of a condition. In later ones two draws of demonstrations of one task
+    differ as much as two tasks do.
     """
 
     def __init__(self, config: LoraGeneratorConfig):
         super().__init__()
-        num_tasks, size = len(config.mapped_tasks), config.num_task_vectors * config.task_vector_size
-        rank = min(config.map_rank, num_tasks, size)
-        self.register_buffer("center", torch.zeros(size))
-        self.register_buffer("directions", torch.zeros(rank, size))
-        self.register_buffer("coordinates", torch.zeros(num_tasks, rank))
+        num_tasks = len(config.mapped_tasks)
+        self.register_buffer("places", torch.zeros(num_tasks, min(config.map_size, config.condition_size)))
         self.register_buffer("gaps", torch.zeros(num_tasks))  # of each task to the nearest other one, sorted
 
-    def fit(self, vectors: torch.Tensor) -> None:
-        """Fit to one normalized vector per task, `(num_tasks, num_task_vectors * task_vector_size)`."""
-        self.center.copy_(vectors.mean(0))
-        *_, directions = torch.linalg.svd(vectors - self.center, full_matrices=False)
-        self.directions.copy_(directions[: len(self.directions)])
-        coordinates, residual = self._project(vectors)
-        self.coordinates.copy_(coordinates)
-        distances = self._distances(coordinates, residual).fill_diagonal_(torch.inf)
+    def fit(self, conditions: torch.Tensor) -> None:
+        """Fit to one condition per task, `(num_tasks, condition_size)`."""
+        self.places.copy_(conditions[:, : self.places.shape[1]])
+        distances = torch.cdist(self.places, self.places).fill_diagonal_(torch.inf)
         self.gaps.copy_(distances.amin(1).sort().values)
 
-    def locate(self, vector: torch.Tensor) -> tuple[float, int]:
-        """Return how unfamiliar a normalized vector is, from 0 to 1, and the index of the nearest training task."""
-        distance, nearest = self._distances(*self._project(vector[None]))[0].min(0)
+    def locate(self, condition: torch.Tensor) -> tuple[float, int]:
+        """Return how unfamiliar a condition `(condition_size,)` is, from 0 to 1, and the index of the nearest task."""
+        distance, nearest = (self.places - condition[: self.places.shape[1]]).norm(dim=1).min(0)
         return (self.gaps < distance).float().mean().item(), int(nearest)
-
-    def vector(self, index: int) -> torch.Tensor:
-        """Return the normalized vector of a training task, as far as the directions hold it."""
-        return self.center + self.coordinates[index] @ self.directions
-
-    def _project(self, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        centered = vectors - self.center
-        coordinates = centered @ self.directions.T
-        return coordinates, (centered.square().sum(1) - coordinates.square().sum(1)).clamp(min=0)
-
-    def _distances(self, coordinates: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return (torch.cdist(coordinates, self.coordinates).square() + residual[:, None]).sqrt()
 
 
 class Attention(nn.Module):
@@ -262,7 +261,7 @@ class WeightTokens(nn.Module):
         views = [weights.flatten(1).unflatten(1, (block.count * n, -1)) for weights, block, n in parts]
         return torch.cat([project(view) for project, view in zip(self.in_projections, views, strict=True)], dim=1)
 
-    def unembed(self, tokens: torch.Tensor, offset: torch.Tensor | float = 0.0) -> torch.Tensor:
+    def unembed(self, tokens: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
         """Turn tokens, plus an offset of their coordinates, back into weights `(batch, num_weights)`."""
         counts = [block.count * n for block, n in zip(self.blocks, self.per_matrix, strict=True)]
         coordinates = self.coordinate_norm(self.coordinate_proj(tokens) + offset).split(counts, dim=1)
@@ -270,13 +269,12 @@ class WeightTokens(nn.Module):
 
 
 class TransformerCVAE(nn.Module):
-    """Encoder and decoder over weight tokens; the task vector's rows are tokens that both attend to."""
+    """Encoder and decoder over weight tokens, to each of which the condition is added."""
 
     def __init__(self, config: LoraGeneratorConfig):
         super().__init__()
         self.tokens = WeightTokens(config)
-        self.condition_proj = nn.Linear(config.task_vector_size, config.hidden_size)
-        self.condition_embedding = nn.Embedding(config.num_task_vectors, config.hidden_size)
+        self.condition_proj = nn.Linear(config.condition_size, config.hidden_size)
         if _encodes(config):
             self.summary_embedding = nn.Embedding(1, config.hidden_size)
             self.encoder = nn.ModuleList(Block(config) for _ in range(config.num_encoder_layers))
@@ -285,38 +283,29 @@ class TransformerCVAE(nn.Module):
         self.latent_proj = nn.Linear(config.latent_size, config.hidden_size)
         self.decoder = nn.ModuleList(Block(config) for _ in range(config.num_decoder_layers))
         self.decoder_norm = nn.LayerNorm(config.hidden_size)
-        if config.linear_path:
-            num_tokens, features = len(self.tokens.identities()), config.num_task_vectors * config.hidden_size
-            self.linear_path = TokenwiseLinear(num_tokens, features, config.basis_size)
-        else:
-            self.linear_path = None
+        # Beside the decoder, which learns slowly what differs from task to task: a place in each basis that is linear
+        # in the condition.
+        num_tokens = len(self.tokens.identities())
+        self.linear_path = TokenwiseLinear(num_tokens, config.condition_size, config.basis_size)
 
-    def encode(self, normalized: torch.Tensor, vector: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, normalized: torch.Tensor, condition: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return mean and log variance of q(z | weights, task), each `(batch, latent_size)`."""
-        batch = len(normalized)
-        summary = self.summary_embedding.weight.expand(batch, 1, -1)
+        summary = self.summary_embedding.weight.expand(len(normalized), 1, -1)
         weights = self.tokens.embed(normalized) + self.tokens.identities()
-        x = torch.cat([summary, self._condition(vector), weights], dim=1)
+        x = torch.cat([summary, weights], dim=1) + self.condition_proj(condition)[:, None]
         for block in self.encoder:
             x = block(x)
         mean, logvar = self.posterior_proj(self.encoder_norm(x[:, 0])).chunk(2, dim=-1)
         return mean, logvar
 
-    def decode(self, z: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    def decode(self, z: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """Return normalized weights `(batch, num_weights)`."""
-        condition = self._condition(vector)
-        # Added to every query: attention over many tokens would dilute one task vector at the start of training.
-        evidence = self.latent_proj(z)[:, None] + condition.mean(1, keepdim=True)
-        x = torch.cat([condition, self.tokens.identities() + evidence], dim=1)
+        evidence = self.latent_proj(z) + self.condition_proj(condition)
+        x = self.tokens.identities() + evidence[:, None]
         for block in self.decoder:
             x = block(x)
-        x = self.decoder_norm(x[:, condition.shape[1] :])
-        if self.linear_path is None:
-            return self.tokens.unembed(x)
-        return self.tokens.unembed(x, self.linear_path(condition.flatten(1)[:, None].expand(-1, x.shape[1], -1)))
-
-    def _condition(self, vector: torch.Tensor) -> torch.Tensor:
-        return self.condition_proj(vector) + self.condition_embedding.weight
+        offset = self.linear_path(condition[:, None].expand(-1, x.shape[1], -1))
+        return self.tokens.unembed(self.decoder_norm(x), offset)
 
 
 class Conv1dCVAE(nn.Module):
@@ -335,7 +324,7 @@ class Conv1dCVAE(nn.Module):
         self.num_weights = config.lora_layout.num_weights
         self.padding = -self.num_weights % stride
         self.length = (self.num_weights + self.padding) // stride  # after the last convolution
-        condition, features = config.num_task_vectors * config.task_vector_size, self.CHANNELS[-1] * self.length
+        condition, features = config.condition_size, self.CHANNELS[-1] * self.length
         downwards = (1, *self.CHANNELS)
         if _encodes(config):
             self.encoder = nn.Sequential(
@@ -355,28 +344,28 @@ class Conv1dCVAE(nn.Module):
         conv = kind(in_channels, out_channels, kernel_size=7, stride=2, padding=3, **extra)
         return nn.Sequential(conv, nn.GroupNorm(1, out_channels), nn.LeakyReLU())
 
-    def encode(self, normalized: torch.Tensor, vector: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, normalized: torch.Tensor, condition: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         features = self.encoder(F.pad(normalized, (0, self.padding))[:, None]).flatten(1)
-        mean, logvar = self.posterior_proj(torch.cat([features, vector.flatten(1)], dim=1)).chunk(2, dim=-1)
+        mean, logvar = self.posterior_proj(torch.cat([features, condition], dim=1)).chunk(2, dim=-1)
         return mean, logvar
 
-    def decode(self, z: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-        features = self.latent_proj(torch.cat([z, vector.flatten(1)], dim=1))
+    def decode(self, z: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        features = self.latent_proj(torch.cat([z, condition], dim=1))
         x = self.decoder(features.unflatten(1, (-1, self.length)))
         return self.out_conv(x)[:, 0, : self.num_weights]
 
 
 class Prior(nn.Module):
-    """p(z | task): mean and log variance from the task vector, starting near N(0, I)."""
+    """p(z | task): mean and log variance from the condition, starting near N(0, I)."""
 
     def __init__(self, config: LoraGeneratorConfig):
         super().__init__()
-        self.in_proj = nn.Linear(config.num_task_vectors * config.task_vector_size, config.hidden_size)
+        self.in_proj = nn.Linear(config.condition_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, 2 * config.latent_size)
 
-    def forward(self, vector: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        mean, logvar = self.out_proj(F.gelu(self.norm(self.in_proj(vector.flatten(1))))).chunk(2, dim=-1)
+    def forward(self, condition: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, logvar = self.out_proj(F.gelu(self.norm(self.in_proj(condition)))).chunk(2, dim=-1)
         return mean, logvar
 
 
@@ -447,25 +436,37 @@ class LoraGeneratorModel(PreTrainedModel):
         else:
             super()._init_weights(module)
 
-    def fit_normalizer(self, dataset: Dataset, batch_size: int = 32) -> None:
+    def fit_normalizer(
+        self, dataset: Dataset, functional_dataset: FunctionalDataset | None = None, batch_size: int = 32
+    ) -> None:
         """Compute the normalization statistics from the training split, once, before training.
 
         Args:
-            dataset (`Dataset`): Items `{"lora_weights": (num_weights,), "task_vector": (num_task_vectors,
-                task_vector_size)}`, and the attribute `shared_weights` `(num_shared_weights,)`.
+            dataset (`Dataset`): Items `{"lora_weights": (num_weights,), ...}`, as from `LoraZoo.as_dataset()`, with
+                the attributes `shared_weights` `(num_shared_weights,)` and `task_vectors` `(num_vectors,
+                num_task_vectors, task_vector_size)`.
+            functional_dataset (`FunctionalDataset`, *optional*): What behavioural training will go through after that:
+                with it, the condition also tells the tasks apart that have no LoRA.
             batch_size (`int`, *optional*, defaults to 32): Items per step.
 
         Raises:
             IncompatibleAdapterError: if the dataset's shared weights are not of this layout.
+            TaskVectorError: if the task vectors are not of this generator's shape.
         """
-        if tuple(dataset.shared_weights.shape) != tuple(self.zoo_normalizer.shared_weights.shape):
+        normalizer = self.zoo_normalizer
+        if tuple(dataset.shared_weights.shape) != tuple(normalizer.shared_weights.shape):
             raise IncompatibleAdapterError(
-                f"Expected {self.zoo_normalizer.shared_weights.numel()} shared weights, found "
+                f"Expected {normalizer.shared_weights.numel()} shared weights, found "
                 f"{tuple(dataset.shared_weights.shape)}: the dataset comes from a zoo of another layout."
             )
+        vectors = torch.cat([d.task_vectors for d in (dataset, functional_dataset) if d is not None])
+        self._check_task_vector(vectors)
+        normalizer.fit_vectors(vectors)
         batches = DataLoader(dataset, batch_size=batch_size)
         disable = len(batches) < 32 or not logging.is_progress_bar_enabled()
-        self.zoo_normalizer.fit(tqdm(batches, desc="Normalizer", leave=False, disable=disable), dataset.shared_weights)
+        progress = tqdm(batches, desc="Normalizer", leave=False, disable=disable)
+        normalizer.fit_weights((batch["lora_weights"] for batch in progress), dataset.shared_weights)
+        normalizer.is_fitted.fill_(1)
 
     def forward(
         self,
@@ -488,15 +489,15 @@ class LoraGeneratorModel(PreTrainedModel):
             NotFittedError: if `fit_normalizer` was never called.
             TaskVectorError, IncompatibleAdapterError: if a shape is not the generator's.
         """
-        vector = self._normalized_vector(task_vector)
-        prior_mean, prior_logvar = self._prior(vector)
+        condition = self._condition(task_vector)
+        prior_mean, prior_logvar = self._prior(condition)
         if lora_weights is None:
-            generated = self.zoo_normalizer.denormalize(self.network.decode(prior_mean, vector))
+            generated = self.zoo_normalizer.denormalize(self.network.decode(prior_mean, condition))
             output = LoraGeneratorOutput(lora_weights=generated, prior_mean=prior_mean, prior_logvar=prior_logvar)
         else:
-            if lora_weights.shape != (len(vector), self.layout.num_weights):
+            if lora_weights.shape != (len(condition), self.layout.num_weights):
                 raise IncompatibleAdapterError(
-                    f"Expected lora_weights of shape {(len(vector), self.layout.num_weights)}, found "
+                    f"Expected lora_weights of shape {(len(condition), self.layout.num_weights)}, found "
                     f"{tuple(lora_weights.shape)}."
                 )
             target = self.zoo_normalizer.normalize(lora_weights)
@@ -508,10 +509,10 @@ class LoraGeneratorModel(PreTrainedModel):
                         "This generator was made without_encoder(): it generates adapters but cannot reconstruct "
                         "them. Train a generator that has its encoder, or train this one through the base model."
                     )
-                posterior_mean, posterior_logvar = self.network.encode(target.to(vector.dtype), vector)
+                posterior_mean, posterior_logvar = self.network.encode(target.to(condition.dtype), condition)
                 noise = torch.randn_like(posterior_mean) if self.training else 0.0
                 z = posterior_mean + noise * (0.5 * posterior_logvar).exp()
-            normalized = self.network.decode(z, vector)
+            normalized = self.network.decode(z, condition)
             output = LoraGeneratorOutput(
                 reconstruction_loss=F.mse_loss(normalized.float(), target, reduction="none").mean(1),
                 kl=kl_per_unit(posterior_mean, posterior_logvar, prior_mean, prior_logvar).sum(1),
@@ -542,16 +543,18 @@ class LoraGeneratorModel(PreTrainedModel):
         Raises:
             NotFittedError, TaskVectorError: as in `forward`.
         """
+        draws = task_vector.reshape((1,) * (3 - task_vector.ndim) + tuple(task_vector.shape))
+        return self._decode(self._condition(draws), generator)
+
+    def _decode(self, condition: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         training = self.training
         self.eval()
         try:
-            draws = task_vector.reshape((1,) * (3 - task_vector.ndim) + tuple(task_vector.shape))
-            vector = self._normalized_vector(draws)
-            mean, logvar = self._prior(vector)
+            mean, logvar = self._prior(condition)
             if generator is not None and self.config.prior != "none":
                 noise = torch.randn(mean.shape[1:], generator=generator, device=generator.device)  # one for all draws
                 mean = mean + noise.to(mean) * (0.5 * logvar).exp()
-            return self.zoo_normalizer.denormalize(self.network.decode(mean, vector)).mean(0)
+            return self.zoo_normalizer.denormalize(self.network.decode(mean, condition)).mean(0)
         finally:
             self.train(training)
 
@@ -599,6 +602,7 @@ class LoraGeneratorModel(PreTrainedModel):
             if isinstance(module, (nn.Linear, TokenwiseLinear)):
                 module.weight.requires_grad_(False)
                 parametrize.register_parametrization(module, "weight", Int8())
+        parametrize.register_parametrization(self.zoo_normalizer, "vector_directions", Int8())
 
     def generate_lora_weights(
         self, task_vector: torch.Tensor, generator: torch.Generator | None = None
@@ -714,7 +718,7 @@ class LoraGeneratorModel(PreTrainedModel):
         means = torch.stack([banks[name]["demonstrations"].mean(0) for name in names])
         self.config.mapped_tasks = names
         self.task_map = TaskMap(self.config).to(self.device)
-        self.task_map.fit(self.zoo_normalizer.normalize_vector(means.to(self.device)).flatten(1))
+        self.task_map.fit(self._condition(means).float())
 
     def novelty(self, task_vector: torch.Tensor) -> tuple[float, str]:
         """Say how far a task is from the training tasks.
@@ -732,8 +736,7 @@ class LoraGeneratorModel(PreTrainedModel):
         if self.task_map is None:
             raise NotFittedError("This generator has no map of its training tasks: call map_tasks(task_vectors).")
         draws = task_vector.reshape((1,) * (3 - task_vector.ndim) + tuple(task_vector.shape))
-        vector = self._normalized_vector(draws).float().mean(0)
-        score, nearest = self.task_map.locate(vector.flatten())
+        score, nearest = self.task_map.locate(self._condition(draws).float().mean(0))
         return score, self.config.mapped_tasks[nearest]
 
     def _judge(self, task_vector: torch.Tensor, on_unfamiliar: str) -> tuple[dict, torch.Tensor | None]:
@@ -754,9 +757,8 @@ class LoraGeneratorModel(PreTrainedModel):
             )
         if on_unfamiliar == "mean":
             return about, self.zoo_normalizer.weight_mean
-        vector = self.task_map.vector(self.config.mapped_tasks.index(nearest))
-        shape = (self.config.num_task_vectors, self.config.task_vector_size)
-        return about, self.decode_task_vector(self.zoo_normalizer.denormalize_vector(vector.reshape(shape)))
+        place = self.task_map.places[self.config.mapped_tasks.index(nearest)]
+        return about, self._decode(F.pad(place, (0, self.config.condition_size - len(place)))[None].to(self.dtype))
 
     def candidates(
         self, task_vector: torch.Tensor, num_samples: int, generator: torch.Generator | None = None
@@ -832,17 +834,21 @@ class LoraGeneratorModel(PreTrainedModel):
                 "quantized copy of it pass check_base_model=False."
             )
 
-    def _prior(self, vector: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _prior(self, condition: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.prior is not None:
-            return self.prior(vector)
-        zeros = vector.new_zeros(len(vector), self.config.latent_size)
+            return self.prior(condition)
+        zeros = condition.new_zeros(len(condition), self.config.latent_size)
         return zeros, zeros
 
-    def _normalized_vector(self, task_vector: torch.Tensor) -> torch.Tensor:
+    def _condition(self, task_vector: torch.Tensor) -> torch.Tensor:
         if not self.zoo_normalizer.is_fitted:
             raise NotFittedError(
                 "This generator has no statistics yet: call fit_normalizer(train_dataset) or train it."
             )
+        self._check_task_vector(task_vector)
+        return self.zoo_normalizer.condition(task_vector.to(self.device)).to(self.dtype)
+
+    def _check_task_vector(self, task_vector: torch.Tensor | None) -> None:
         expected = (self.config.num_task_vectors, self.config.task_vector_size)
         if task_vector is None or task_vector.ndim != 3 or tuple(task_vector.shape[1:]) != expected:
             found = None if task_vector is None else tuple(task_vector.shape)
@@ -851,7 +857,6 @@ class LoraGeneratorModel(PreTrainedModel):
             )
         if not task_vector.isfinite().all():
             raise TaskVectorError("The task vector holds values that are not finite.")
-        return self.zoo_normalizer.normalize_vector(task_vector.to(self.device)).to(self.dtype)
 
 
 def kl_per_unit(

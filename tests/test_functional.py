@@ -374,7 +374,7 @@ def state_of(base):
 
 @pytest.mark.parametrize("beside", [False, True])
 def test_training_lowers_the_base_models_loss(make_trainer, beside):
-    trainer = make_trainer(max_steps=60, learning_rate=1e-2, per_device_train_batch_size=8, beside=beside)
+    trainer = make_trainer(max_steps=100, learning_rate=1e-2, per_device_train_batch_size=8, beside=beside)
     base, before = trainer.frozen_base, weights(trainer)
     tensors = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     first = trainer.evaluate()["eval_functional_loss"]

@@ -66,7 +66,8 @@ ARMS = {
     "6 decoder layers": Arm(config={"num_decoder_layers": 6}),
     "basis of 16": Arm(config={"basis_size": 16}),
     "basis of 64": Arm(config={"basis_size": 64}),
-    "a linear path": Arm(config={"linear_path": True}),
+    "condition of 64": Arm(config={"condition_size": 64}),
+    "condition of 1024": Arm(config={"condition_size": 1024}),
     "latent of 8": Arm(config={"latent_size": 8}),
     "latent of 128": Arm(config={"latent_size": 128}),
     "prior N(0, I)": Arm(config={"prior": "standard"}),
@@ -171,23 +172,26 @@ class Bench:
             "logging_steps": 25,
         }
         start = time.perf_counter()
-        LoraGeneratorTrainer(
-            generator,
-            LoraGeneratorTrainingArguments(max_steps=options.reconstruction_steps, learning_rate=2e-3, **common),
-            train_dataset=seen.as_dataset(num_snapshots=arm.num_snapshots, modes=arm.modes),
-        ).train()
+        dataset, behaviour = seen.as_dataset(num_snapshots=arm.num_snapshots, modes=arm.modes), None
         if arm.functional:
             names = SPLITS["seen"] + SPLITS["samples"]
             if arm.num_tasks:  # evenly over the list, whose order is by family
                 names = names[:: len(names) // arm.num_tasks][: arm.num_tasks]
+            tasks = [self.suite[name] for name in names]
+            behaviour = FunctionalDataset(tasks, vectors, num_samples=8, modes=arm.modes)
+        generator.fit_normalizer(dataset, behaviour)
+        LoraGeneratorTrainer(
+            generator,
+            LoraGeneratorTrainingArguments(max_steps=options.reconstruction_steps, learning_rate=2e-3, **common),
+            train_dataset=dataset,
+        ).train()
+        if behaviour is not None:
             collate = CompletionCollator(self.tokenizer, template=self.zoo.template, row_length=48)
             LoraGeneratorTrainer(
                 generator,
                 LoraGeneratorTrainingArguments(max_steps=options.functional_steps, learning_rate=3e-3, **common),
                 base_model=self.base,
-                train_dataset=FunctionalDataset(
-                    [self.suite[name] for name in names], vectors, num_samples=8, modes=arm.modes
-                ),
+                train_dataset=behaviour,
                 data_collator=FunctionalCollator(collate),
             ).train()
         seconds = time.perf_counter() - start

@@ -33,7 +33,7 @@ from hf_icm_lora import (
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the packaged copy is its, and lies elsewhere on each machine
 SPEC = TaskVectorSpec(num_draws=3, layers=(14, 22, 30))
 SIZES = {
-    "transformer": {"hidden_size": 224, "intermediate_size": 448, "basis_size": 24, "linear_path": True},
+    "transformer": {"hidden_size": 224, "intermediate_size": 448, "basis_size": 24},
     "conv1d": {},  # the paper's
 }
 
@@ -66,6 +66,7 @@ def main() -> None:
         vectors = extractor.extract(base, tokenizer, tasks)
         vectors.save(options.vectors)
 
+    functional_dataset = FunctionalDataset(tasks, vectors, num_samples=8)
     common = {"seed": options.seed, "report_to": "none", "save_only_model": False}
     set_seed(options.seed)
     if options.generator:
@@ -76,13 +77,15 @@ def main() -> None:
         zoo.add_task_vectors(vectors)
         sizes = {"architecture": options.architecture, **SIZES[options.architecture]}
         generator = LoraGeneratorModel(LoraGeneratorConfig.from_zoo(zoo, **sizes))
+        dataset = zoo.as_dataset(num_snapshots=1)
+        generator.fit_normalizer(dataset, functional_dataset)
         LoraGeneratorTrainer(
             generator,
             LoraGeneratorTrainingArguments(
                 output_dir=str(output_dir / "reconstruction"), max_steps=options.reconstruction_steps,
                 learning_rate=2e-3, logging_steps=50, save_strategy="no", **common,
             ),
-            train_dataset=zoo.as_dataset(num_snapshots=1),
+            train_dataset=dataset,
         ).train()  # fmt: skip
         generator = generator.without_encoder()  # reconstruction is over, and the encoder is half the size
 
@@ -97,7 +100,7 @@ def main() -> None:
             lr_scheduler_kwargs={"num_decay_steps": options.functional_steps // 4}, **common,
         ),
         base_model=base,
-        train_dataset=FunctionalDataset(tasks, vectors, num_samples=8),
+        train_dataset=functional_dataset,
         data_collator=FunctionalCollator(CompletionCollator(tokenizer, template=SPEC.template, row_length=48)),
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=get_last_checkpoint(checkpoints) if checkpoints.exists() else None)
