@@ -9,7 +9,7 @@ in 8 bits, as it ships, goes to `OUTPUT_DIR/int8`.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from collect import SPLITS
+from collect import SPLITS, with_lora
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -33,7 +33,7 @@ from hf_icm_lora import (
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the packaged copy is its, and lies elsewhere on each machine
 SPEC = TaskVectorSpec(num_draws=3, layers=(14, 22, 30))
 SIZES = {
-    "transformer": {"hidden_size": 224, "intermediate_size": 448, "basis_size": 24},
+    "transformer": {"hidden_size": 224, "intermediate_size": 448, "basis_size": 32},
     "conv1d": {},  # the paper's
 }
 
@@ -46,9 +46,10 @@ class TrainOptions:
     generator: str | None = field(default=None, metadata={"help": "One to go on with, instead of a new one."})
     architecture: str = field(default="transformer", metadata={"help": "Or conv1d, the paper's."})
     seed: int = field(default=0, metadata={"help": "Of initialization and training."})
+    num_loras: int = field(default=48, metadata={"help": "LoRAs of seen tasks for reconstruction."})
     reconstruction_steps: int = field(default=300, metadata={"help": "Steps on the zoo's LoRAs."})
-    functional_steps: int = field(default=1500, metadata={"help": "Steps through the base model."})
-    learning_rate: float = field(default=3e-3, metadata={"help": "Of behavioural training."})
+    functional_steps: int = field(default=2400, metadata={"help": "Steps through the base model."})
+    learning_rate: float = field(default=8e-3, metadata={"help": "Of behavioural training."})
 
 
 def main() -> None:
@@ -72,8 +73,7 @@ def main() -> None:
     if options.generator:
         generator = LoraGeneratorModel.from_pretrained(options.generator).to_float()
     else:
-        zoo = LoraZoo(options.zoo)
-        zoo = zoo.subset([name for name in SPLITS["seen"] if name in zoo])
+        zoo = LoraZoo(options.zoo).subset(with_lora("seen")[: options.num_loras])
         zoo.add_task_vectors(vectors)
         sizes = {"architecture": options.architecture, **SIZES[options.architecture]}
         generator = LoraGeneratorModel(LoraGeneratorConfig.from_zoo(zoo, **sizes))
@@ -95,9 +95,9 @@ def main() -> None:
         LoraGeneratorTrainingArguments(
             output_dir=str(checkpoints), max_steps=options.functional_steps, per_device_train_batch_size=16,
             learning_rate=options.learning_rate, logging_steps=25, save_steps=300,
-            # Constant up to the last quarter: a longer run can go on from a checkpoint before it.
+            # Constant for the first half: a longer run can go on from a checkpoint before its end.
             lr_scheduler_type="warmup_stable_decay",
-            lr_scheduler_kwargs={"num_decay_steps": options.functional_steps // 4}, **common,
+            lr_scheduler_kwargs={"num_decay_steps": options.functional_steps // 2}, **common,
         ),
         base_model=base,
         train_dataset=functional_dataset,
