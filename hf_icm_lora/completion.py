@@ -147,8 +147,22 @@ class CompletionScores(NamedTuple):
     exact: torch.Tensor
 
 
+class LabelledLogits(NamedTuple):
+    """What `labelled_logits` returns, one entry per labelled token of a batch, row after row.
+
+    Args:
+        logits (`torch.Tensor` of shape `(num_labelled, vocabulary)`, fp32).
+        tokens (`torch.Tensor` of shape `(num_labelled,)`, int64): The labels.
+        rows (`torch.Tensor` of shape `(num_labelled,)`, int64): The row of the batch that each stands in.
+    """
+
+    logits: torch.Tensor
+    tokens: torch.Tensor
+    rows: torch.Tensor
+
+
 def score_completions(model: nn.Module, batch: dict[str, torch.Tensor]) -> CompletionScores:
-    """Score the labelled tokens of a batch, computing logits nowhere else.
+    """Score the labelled tokens of a batch.
 
     `exact` needs no generation: greedy decoding writes a completion exactly if each of its tokens is the most
     probable one after the tokens before it.
@@ -156,6 +170,19 @@ def score_completions(model: nn.Module, batch: dict[str, torch.Tensor]) -> Compl
     Args:
         model: A language model with a head, causal or encoder-decoder, with or without adapters.
         batch (`dict`): As from [`CompletionCollator`].
+    """
+    logits, tokens, rows = labelled_logits(model, batch)
+    zeros = logits.new_zeros(len(batch["labels"]))
+    loss = zeros.index_add(0, rows, F.cross_entropy(logits, tokens, reduction="none"))
+    mistakes = zeros.index_add(0, rows, (logits.argmax(-1) != tokens).float())
+    return CompletionScores(loss, rows.bincount(minlength=len(zeros)), mistakes == 0)
+
+
+def labelled_logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> LabelledLogits:
+    """Predict the labelled tokens of a batch, computing logits nowhere else.
+
+    Args:
+        model, batch: As in `score_completions`.
     """
     device = next(model.parameters()).device
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
@@ -179,11 +206,7 @@ def score_completions(model: nn.Module, batch: dict[str, torch.Tensor]) -> Compl
     plain = device.type == "cpu" and torch.is_grad_enabled()
     with logits_only_at(model, mask), sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
         logits = model(**batch, use_cache=False).logits[0].float()  # (labelled tokens, vocabulary)
-    tokens, rows = targets[mask], mask.nonzero()[:, 0]
-    zeros = logits.new_zeros(len(labels))
-    loss = zeros.index_add(0, rows, F.cross_entropy(logits, tokens, reduction="none"))
-    mistakes = zeros.index_add(0, rows, (logits.argmax(-1) != tokens).float())
-    return CompletionScores(loss, mask.sum(1), mistakes == 0)
+    return LabelledLogits(logits, targets[mask], mask.nonzero()[:, 0])
 
 
 def _shared_prefix(input_ids: torch.Tensor, mask: torch.Tensor) -> int:

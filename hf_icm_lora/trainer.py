@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from .adapter import require_bare, restored
 from .errors import IcmLoraError
-from .functional import FunctionalDataset, functional_loss
+from .functional import FunctionalDataset, distillation_loss, functional_loss
 from .modeling_lora_generator import LoraGeneratorModel, LoraGeneratorOutput, kl_per_unit
 
 ACTIVE_UNIT_NATS = 0.01  # a latent unit is active if it carries more than this on average
@@ -55,7 +55,8 @@ class LoraGeneratorTrainer(Trainer):
     What is trained follows from the dataset. `LoraZoo.as_dataset()` gives reconstruction, the paper's loss. A
     [`FunctionalDataset`] with a [`FunctionalCollator`] and `base_model` gives behavioural training: weights are
     generated from the task vector, and their loss is the base model's on the task's samples, logged as
-    `functional_loss`. Run the first, then the second on many more tasks, with the first beside it.
+    `functional_loss`; with the dataset's `teachers`, its divergence from what it predicts with them, logged as
+    `distillation_loss`. Run the first, then the second on many more tasks, with the first beside it.
 
     For reconstruction, logs and `evaluate()` report, beside the loss, averaged over samples: `reconstruction_loss`
     (from the posterior), `generation_loss` (from the task vector alone, which is what a user gets), `kl` in nats, and
@@ -139,10 +140,13 @@ class LoraGeneratorTrainer(Trainer):
         batch = dict(inputs)
         output = model(task_vector=batch.pop("task_vector"), return_loss=False, return_dict=True)
         generator = self.accelerator.unwrap_model(model)
-        losses = functional_loss(
-            self.frozen_base, generator.layout, output.lora_weights, generator.zoo_normalizer.shared_weights, batch
-        )
-        return self.args.functional_weight * losses.mean(), {"functional_loss": losses}, output
+        teachers = batch.pop("teacher", None)
+        adapters = (generator.layout, output.lora_weights, generator.zoo_normalizer.shared_weights)
+        if teachers is None:
+            name, losses = "functional_loss", functional_loss(self.frozen_base, *adapters, batch)
+        else:
+            name, losses = "distillation_loss", distillation_loss(self.frozen_base, *adapters, batch, teachers)
+        return self.args.functional_weight * losses.mean(), {name: losses}, output
 
     def _kl_weight(self, training: bool) -> float:
         # A pure function of the step: a resumed run follows the same curve, and evaluations compare.

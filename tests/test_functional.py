@@ -29,7 +29,7 @@ from hf_icm_lora import (
 )
 from hf_icm_lora.adapter import adapter_state_dict, canonical_lora_config
 from hf_icm_lora.completion import CompletionCollator, score_completions
-from hf_icm_lora.functional import batched_lora, functional_loss
+from hf_icm_lora.functional import batched_lora, distillation_loss, functional_loss
 from hf_icm_lora.tasks import Sample
 
 MAKE = {"llama": make_llama, "gpt2": make_gpt2, "t5": make_t5}
@@ -117,6 +117,30 @@ def test_rows_go_through_their_own_adapter_as_in_peft(tokenizer, name, gauge):
         assert not torch.allclose(alone, without[4 * i : 4 * i + 4], atol=1e-2)
     assert losses.dtype == torch.float32
     assert len(set(losses.tolist())) == 3
+
+
+@pytest.mark.parametrize("name", list(MAKE))
+def test_distillation_is_the_divergence_from_the_teacher(tokenizer, name):
+    base, lora_config, layout, state_dicts, packed, shared = make_adapters(name, "frozen_a")
+    base.requires_grad_(False)
+    batch, teachers = make_batch(base, tokenizer, 6), packed.roll(1, 0)
+    same = distillation_loss(base, layout, packed, shared, batch, packed)
+    torch.testing.assert_close(same, torch.zeros(3), rtol=0, atol=1e-5)
+    losses = distillation_loss(base, layout, packed.requires_grad_(), shared, batch, teachers)
+    (gradient,) = torch.autograd.grad(losses[1], packed)
+    assert gradient[1].abs().sum() > 0
+    assert gradient[[0, 2]].abs().sum() == 0
+    model = base
+    for i in range(3):
+        rows = {key: tensor[2 * i : 2 * i + 2] for key, tensor in batch.items()}
+        predicted = []
+        for state_dict in (state_dicts[i], state_dicts[i - 1]):
+            model = attach_adapter(model, lora_config, state_dict)
+            mask, scores = rows["labels"] != -100, logits(model, rows)
+            scores = scores[mask] if model.config.is_encoder_decoder else scores[:, :-1][mask[:, 1:]]
+            predicted.append(torch.distributions.Categorical(logits=scores))
+        expected = torch.distributions.kl_divergence(predicted[1], predicted[0]).mean()
+        torch.testing.assert_close(losses[i], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -334,13 +358,16 @@ def test_samples_of_an_item_are_adjacent_rows(tasks, vectors, zoo, tokenizer, wi
 
 @pytest.fixture
 def make_trainer(tmp_path, zoo, tasks, vectors, tokenizer):
-    def make(base=None, seed=0, beside=False, callbacks=None, train=tasks, unseen=None, fit=True, **kwargs):
+    def make(
+        base=None, seed=0, beside=False, callbacks=None, train=tasks, unseen=None, fit=True, teachers=None, **kwargs
+    ):
         seen = zoo.subset(SEEN)
         torch.manual_seed(seed)
         model = LoraGeneratorModel(LoraGeneratorConfig.from_zoo(seen, **SIZES))
         if fit:
             model.fit_normalizer(seen.as_dataset())
-        train = FunctionalDataset(train, vectors, num_samples=3, beside=seen.as_dataset() if beside else None)
+        beside = seen.as_dataset() if beside else None
+        train = FunctionalDataset(train, vectors, num_samples=3, beside=beside, teachers=teachers)
         defaults = dict(output_dir=tmp_path / "out", max_steps=4, logging_steps=1, per_device_train_batch_size=4,
                         save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True)  # fmt: skip
         return LoraGeneratorTrainer(
@@ -386,6 +413,20 @@ def test_training_lowers_the_base_models_loss(make_trainer, beside):
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in base.state_dict().items())
     assert all(parameter.grad is None for parameter in base.parameters())
     assert hooks(base) == 0
+
+
+def test_teachers_are_imitated(make_trainer, tasks, zoo):
+    known = [task for task in tasks if task.name in zoo]
+    teachers = {task.name: 5 * zoo.lora_weights(task.name) for task in known}
+    trainer = make_trainer(
+        max_steps=60, learning_rate=1e-2, per_device_train_batch_size=8, train=known, teachers=teachers
+    )
+    first = trainer.evaluate()["eval_distillation_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_distillation_loss"] < 0.8 * first
+    assert "functional_loss" not in trainer.state.log_history[0]
+    with pytest.raises(TaskError, match=f"Task {tasks[0].name!r} has no LoRA among the teachers"):
+        make_trainer(teachers={})
 
 
 def test_logs_have_the_terms_of_the_loss(make_trainer):

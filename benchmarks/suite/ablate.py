@@ -55,6 +55,8 @@ class Arm:
     num_snapshots: int = 1
     num_loras: int | None = None
     functional: bool = True
+    with_lora: bool = False  # behavioural training on the tasks alone that have a LoRA
+    distilled: bool = False  # from their LoRAs, instead of from labels
 
 
 ARMS = {
@@ -87,6 +89,8 @@ ARMS = {
     "512 tasks": Arm(num_tasks=512),
     "2 snapshots": Arm(num_snapshots=2),
     "2 LoRAs": Arm(num_loras=2),
+    "tasks with a LoRA, labels": Arm(with_lora=True),
+    "tasks with a LoRA, distilled": Arm(with_lora=True, distilled=True),
     "LoRAs alone": Arm(functional=False),
     "LoRAs alone, the paper's network": Arm(config={"architecture": "conv1d"}, functional=False),
 }
@@ -175,10 +179,13 @@ class Bench:
         dataset, behaviour = seen.as_dataset(num_snapshots=arm.num_snapshots, modes=arm.modes), None
         if arm.functional:
             names = SPLITS["seen"] + SPLITS["samples"]
+            if arm.with_lora:
+                names = list(seen)
             if arm.num_tasks:  # evenly over the list, whose order is by family
                 names = names[:: len(names) // arm.num_tasks][: arm.num_tasks]
             tasks = [self.suite[name] for name in names]
-            behaviour = FunctionalDataset(tasks, vectors, num_samples=8, modes=arm.modes)
+            teachers = {name: seen.lora_weights(name) for name in seen} if arm.distilled else None
+            behaviour = FunctionalDataset(tasks, vectors, num_samples=8, modes=arm.modes, teachers=teachers)
         generator.fit_normalizer(dataset, behaviour)
         LoraGeneratorTrainer(
             generator,
