@@ -48,7 +48,7 @@ class TrainOptions:
     seed: int = field(default=0, metadata={"help": "Of initialization and training."})
     num_loras: int = field(default=48, metadata={"help": "LoRAs of seen tasks for reconstruction."})
     reconstruction_steps: int = field(default=300, metadata={"help": "Steps on the zoo's LoRAs."})
-    functional_steps: int = field(default=2000, metadata={"help": "Steps through the base model."})
+    functional_steps: int = field(default=1600, metadata={"help": "Steps through the base model."})
     learning_rate: float = field(default=8e-3, metadata={"help": "Of behavioural training."})
 
 
