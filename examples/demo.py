@@ -124,7 +124,7 @@ def main() -> None:
     LoraGeneratorTrainer(
         generator,
         LoraGeneratorTrainingArguments(
-            max_steps=options.functional_steps, per_device_train_batch_size=16, learning_rate=3e-3,
+            max_steps=options.functional_steps, per_device_train_batch_size=16, learning_rate=6e-3,
             logging_steps=20, **common,
         ),
         base_model=base,

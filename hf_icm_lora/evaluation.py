@@ -219,7 +219,9 @@ def evaluate_generator(
                         with frozen_base(model) as bare:
                             rows[split][row][task.name] = _score(bare, collate, task, batch_size)
                     progress.update()
-                rows[split]["generated"][task.name] |= _weight_errors(generated, weights["task_lora"])
+                rows[split]["generated"][task.name] |= _weight_errors(generated, weights["task_lora"]) | {
+                    "gain_on_examples": generator.gain_on_examples(examples, generated, model, processing_class)
+                }
                 if generator.task_map is not None:
                     rows[split]["generated"][task.name]["novelty"] = generator.novelty(own)[0]
                 for row, own_weights in weights.items():
@@ -393,10 +395,11 @@ def _summarize(tables: Mapping[str, Mapping[str, dict]]) -> dict[str, dict]:
         distances = [score["nearest_seen_distance"] for score in scores.values() if "nearest_seen_distance" in score]
         if distances:
             summary[row]["nearest_seen_distance"] = statistics.mean(distances)
-        judged = [s for s in scores.values() if "novelty" in s and s["recovered_gain"] is not None]
-        if judged:
-            pairs = [(score["novelty"], score["recovered_gain"]) for score in judged]
-            summary[row]["novelty_correlation"] = rank_correlation(*zip(*pairs, strict=True))
+        for sign in ("novelty", "gain_on_examples"):  # do they tell G?
+            judged = [s for s in scores.values() if sign in s and s["recovered_gain"] is not None]
+            if judged:
+                pairs = [(score[sign], score["recovered_gain"]) for score in judged]
+                summary[row][f"{sign}_correlation"] = rank_correlation(*zip(*pairs, strict=True))
     return summary
 
 
@@ -465,8 +468,11 @@ def format_report(report: Mapping[str, Any]) -> str:
         if None not in near.values():
             told = ", ".join(f"{row} {distance:.2f}" for row, distance in near.items())
             lines.append(f"\nDistance to the nearest other seen adapter, in the seen ones' deviation: {told}.")
-        if (correlation := rows["generated"].get("novelty_correlation")) is not None:
-            lines.append(f"\nRank correlation of novelty and G of the generated adapters: {correlation:.2f}.")
+        signs = {"the gain on the examples": "gain_on_examples", "novelty": "novelty"}
+        told = {what: rows["generated"].get(f"{sign}_correlation") for what, sign in signs.items()}
+        told = ", ".join(f"{what} {value:.2f}" for what, value in told.items() if value is not None)
+        if told:
+            lines.append(f"\nRank correlation with G of the generated adapters: {told}.")
         if excluded:
             lines.append(f"\nWithout G, since fine-tuning gained nothing: {', '.join(excluded)}.")
         parts.append("\n".join(lines))

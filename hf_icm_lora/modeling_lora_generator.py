@@ -656,8 +656,9 @@ class LoraGeneratorModel(PreTrainedModel):
                 A base in 4 or 8 bits has no comparable one.
 
         Returns:
-            `PeftModel`: in eval mode, the adapter frozen. Of a generator with a map of its training tasks,
-            `model.lora_generation[adapter_name]` holds the task's `novelty` and its `nearest_task`.
+            `PeftModel`: in eval mode, the adapter frozen. `model.lora_generation[adapter_name]` holds what is known
+            about it: of a generator with a map of its training tasks the task's `novelty` and its `nearest_task`, and
+            with examples the `gain_on_examples`; see the method of that name.
 
         Raises:
             TaskError: if there is neither a task vector, nor examples, nor a description; or no `processing_class`; or
@@ -696,6 +697,8 @@ class LoraGeneratorModel(PreTrainedModel):
         lora_weights = candidates[0]
         if len(candidates) > 1 or refine_steps:
             lora_weights = self.fit_to_examples(examples, candidates, base_model, processing_class, refine_steps)
+        if examples:
+            about["gain_on_examples"] = self.gain_on_examples(examples, lora_weights, base_model, processing_class)
         state_dict = self.layout.unpack(lora_weights, self.zoo_normalizer.shared_weights)
         model = attach_adapter(base_model, self.adapter_config(), state_dict, adapter_name)
         if about:
@@ -797,23 +800,53 @@ class LoraGeneratorModel(PreTrainedModel):
         Returns:
             `torch.Tensor` of shape `(num_weights,)`.
         """
-        samples = [to_sample(raw, f"examples[{index}]") for index, raw in enumerate(examples)]
         with frozen_base(base_model) as base:
             base.requires_grad_(False)
-            device, is_encoder_decoder = next(base.parameters()).device, base.config.is_encoder_decoder
-            batch = CompletionCollator(processing_class, is_encoder_decoder, self.config.template, row_length=64)(
-                samples
-            )
-            shared_weights = self.zoo_normalizer.shared_weights.to(device)
+            batch, shared_weights = self._examples_batch(examples, base, processing_class)
 
             def loss(lora_weights: torch.Tensor) -> float:
                 return functional_loss(base, self.layout, lora_weights[None], shared_weights, batch).item()
 
-            candidates = [lora_weights.to(device) for lora_weights in candidates]
+            candidates = [lora_weights.to(shared_weights.device) for lora_weights in candidates]
             best = min(candidates, key=loss) if len(candidates) > 1 else candidates[0]
             return (
                 refine_lora_weights(base, self.layout, best, shared_weights, batch, num_steps) if num_steps else best
             )
+
+    @torch.no_grad()
+    def gain_on_examples(
+        self, examples: Sequence, lora_weights: torch.Tensor, base_model: nn.Module, processing_class
+    ) -> float:
+        """Return which part of the base model's loss on examples an adapter takes away.
+
+        A generated adapter was not fitted to the examples that its task vector came from, so this tells how much it
+        is worth on others. Of a refined one it says little.
+
+        Args:
+            examples (`Sequence`): Samples of the task.
+            lora_weights (`torch.Tensor` of shape `(num_weights,)`): As from `decode_task_vector`.
+            base_model, processing_class: As in `fit_to_examples`.
+
+        Returns:
+            `float`: 1 if nothing is left of the loss, 0 if the adapter changes nothing, below if it does harm.
+        """
+        with frozen_base(base_model) as base:
+            batch, shared_weights = self._examples_batch(examples, base, processing_class)
+            own = lora_weights.to(shared_weights.device)
+            before, after = (
+                functional_loss(base, self.layout, weights[None], shared_weights, batch).item()
+                for weights in (torch.zeros_like(own), own)
+            )
+        return (before - after) / before
+
+    def _examples_batch(
+        self, examples: Sequence, base: nn.Module, processing_class
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Return a batch of examples, and the shared weights where the base model is."""
+        samples = [to_sample(raw, f"examples[{index}]") for index, raw in enumerate(examples)]
+        is_encoder_decoder = base.config.is_encoder_decoder
+        collate = CompletionCollator(processing_class, is_encoder_decoder, self.config.template, row_length=64)
+        return collate(samples), self.zoo_normalizer.shared_weights.to(next(base.parameters()).device)
 
     def adapter_config(self) -> dict:
         """Return the `LoraConfig` fields of generated adapters: one rank, `lora_alpha == r`, nothing else needed."""

@@ -1,6 +1,7 @@
 """evaluate_generator: every figure means what its name says, and nothing is touched."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -120,7 +121,8 @@ def test_report_has_the_documented_shape(report):
         for name, row in report["splits"][split].items():
             common = {"mean_recovered_gain", "median_recovered_gain", "min_recovered_gain", "mean_loss", "exact_match"}
             weights = set() if name in ("base", "few_shot_prompt") else {"nearest_seen_distance"}
-            assert set(row) == common | weights | {"tasks"}
+            told = {"gain_on_examples_correlation"} if name == "generated" else set()
+            assert set(row) == common | weights | told | {"tasks"}
             assert list(row["tasks"]) == names
             assert all({"loss", "exact_match", "recovered_gain"} <= set(score) for score in row["tasks"].values())
     assert all({"relative_error", "cosine"} <= set(s) for s in report["splits"]["seen"]["generated"]["tasks"].values())
@@ -281,7 +283,11 @@ def test_fallback_is_the_mean_where_the_task_is_unfamiliar(zoo, tokenizer, monke
     assert [seen["generated"]["tasks"][name]["novelty"] for name in SEEN] == [1.0, 0.5, 0.7]
     gains = [seen["generated"]["tasks"][name]["recovered_gain"] for name in SEEN]
     assert seen["generated"]["novelty_correlation"] == evaluation.rank_correlation([1.0, 0.5, 0.7], gains)
-    assert "Rank correlation of novelty and G" in format_report(report)
+    gain = seen["generated"]["tasks"][SEEN[0]]["gain_on_examples"]
+    model = generator.generate_adapter(make_llama(), processing_class=tokenizer, examples=tasks[0].demo[:12])
+    assert model.lora_generation["default"]["gain_on_examples"] == pytest.approx(gain, rel=1e-3, abs=1e-5)
+    told = format_report(report)
+    assert re.search(r"Rank correlation with G .*: the gain on the examples -?[01].\d\d, novelty -?[01].\d\d\.", told)
 
 
 def test_other_generators_are_rows(zoo, generator, tokenizer):

@@ -468,6 +468,17 @@ def test_what_cannot_be_refined_is_said(generator, base, tokenizer, arguments, m
     assert not hasattr(base, "peft_config")
 
 
+def test_gain_on_examples_is_the_part_of_the_loss_that_is_gone(generator, base, tokenizer):
+    batch = CompletionCollator(tokenizer)([Sample(*example) for example in EXAMPLES])
+    losses = [score_completions(base, batch).loss.sum().item()]
+    model = generator.generate_adapter(base, processing_class=tokenizer, examples=EXAMPLES)
+    losses.append(score_completions(model, batch).loss.sum().item())
+    gain = model.lora_generation["default"]["gain_on_examples"]
+    assert gain == pytest.approx((losses[0] - losses[1]) / losses[0], rel=1e-3, abs=1e-5)
+    zero = torch.zeros(generator.layout.num_weights)
+    assert generator.gain_on_examples(EXAMPLES, zero, model, tokenizer) == 0.0
+
+
 # Unfamiliar tasks
 
 

@@ -196,7 +196,7 @@ class Bench:
             collate = CompletionCollator(self.tokenizer, template=self.zoo.template, row_length=48)
             LoraGeneratorTrainer(
                 generator,
-                LoraGeneratorTrainingArguments(max_steps=options.functional_steps, learning_rate=3e-3, **common),
+                LoraGeneratorTrainingArguments(max_steps=options.functional_steps, learning_rate=6e-3, **common),
                 base_model=self.base,
                 train_dataset=behaviour,
                 data_collator=FunctionalCollator(collate),

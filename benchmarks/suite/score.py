@@ -1,10 +1,13 @@
 """Score a generator on the suite: `python benchmarks/suite/score.py`, after `collect.py` and `train.py`.
 
-Every split of `splits.json` is a split of the report, with those of its tasks whose LoRA is in the zoo. While settings
-are still being chosen, score `--splits validation validation_family` only.
+Every split of `splits.json` is a split of the report, with those of its tasks whose LoRA is in the zoo. What the
+output has of the same generator is kept, so that an interrupted call goes on. While settings are still being chosen,
+score `--splits validation validation_family` only, into another file.
 """
 
+import json
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 
 from collect import with_lora
@@ -40,19 +43,26 @@ def main() -> None:
     base = AutoModelForCausalLM.from_pretrained(smollm2_path(), dtype=fast_dtype())
     tokenizer = AutoTokenizer.from_pretrained(smollm2_path())
     suite = {task.name: task for task in built_in_tasks()}
-    generator = LoraGeneratorModel.from_pretrained(options.generator or smollm2_generator_path())
+    path = Path(options.generator or smollm2_generator_path())
+    generator = LoraGeneratorModel.from_pretrained(path)
     others = {"paper_cvae": LoraGeneratorModel.from_pretrained(options.paper)} if options.paper else {}
-    zoo, report = LoraZoo(options.zoo), None
+    zoo, output = LoraZoo(options.zoo), Path(options.output)
+    report = {"generator": sha256(path.joinpath("model.safetensors").read_bytes()).hexdigest()}
+    before = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
+    report = before if before.get("generator") == report["generator"] else report
     for split in options.splits:
+        if split in report.get("splits", {}):
+            continue
+        # Nobody refines an adapter, or chooses among several, for a task that has a LoRA.
+        more_rows = [row for row in options.more_rows if split != "seen" or row == "description"]
         tasks = [suite[name] for name in with_lora(split) if name in zoo]
         scored = evaluate_generator(
-            generator, base, tokenizer, zoo, tasks, more_rows=options.more_rows, refine_steps=options.refine_steps,
+            generator, base, tokenizer, zoo, tasks, more_rows=more_rows, refine_steps=options.refine_steps,
             other_generators=others,
         )  # fmt: skip
         (rows,) = scored["splits"].values()
-        report = scored | {"splits": {}} if report is None else report
-        report["splits"][split] = rows
-        write_json(Path(options.output), report)
+        report = scored | report | {"splits": {**report.get("splits", {}), split: rows}}
+        write_json(output, report)
     print(format_report(report))
 
 
