@@ -58,6 +58,7 @@ from .zoo import LoraZoo
 
 ROWS = ("base", "task_lora", "generated", "wrong_condition", "mean_lora", "nearest_lora", "top_k_merge", "ridge",
         "few_shot_prompt")  # fmt: skip
+REFINE_RATE, FINE_TUNE_RATE = 3e-3, 1e-2  # learning rates: a start from nothing has farther to go
 MORE_ROWS = ("description", "best_of_n", "refined", "fine_tuned", "fallback", "noisy_nearest")
 
 
@@ -199,11 +200,14 @@ def evaluate_generator(
                     weights["fallback"] = rivals.mean if unfamiliar else generated
                 if "noisy_nearest" in more_rows:
                     weights["noisy_nearest"] = rivals.noisy_nearest(generated, task.name)
-                for row, start in (("refined", generated), ("fine_tuned", torch.zeros_like(generated))):
+                for row, start, rate in (
+                    ("refined", generated, REFINE_RATE),
+                    ("fine_tuned", torch.zeros_like(generated), FINE_TUNE_RATE),
+                ):
                     if row in more_rows:
                         with _timed(seconds.setdefault(row, [])):
                             fitted = generator.fit_to_examples(
-                                examples, [start], model, processing_class, refine_steps
+                                examples, [start], model, processing_class, refine_steps, rate
                             )
                         weights[row] = fitted.cpu()
                 shown = "".join("".join(fill_template(sample, zoo.template)) for sample in examples)

@@ -787,6 +787,7 @@ class LoraGeneratorModel(PreTrainedModel):
         base_model: nn.Module,
         processing_class,
         num_steps: int = 0,
+        learning_rate: float = 3e-3,
     ) -> torch.Tensor:
         """Choose among packed adapters by their loss on examples, and refine the best by gradient steps on them.
 
@@ -796,6 +797,7 @@ class LoraGeneratorModel(PreTrainedModel):
             base_model (`PreTrainedModel` or `PeftModel`): The base. Its adapters, if any, are off meanwhile.
             processing_class: Its tokenizer.
             num_steps (`int`, *optional*, defaults to 0): Steps, each on all examples.
+            learning_rate (`float`, *optional*, defaults to 3e-3): At the first step; it falls to zero.
 
         Returns:
             `torch.Tensor` of shape `(num_weights,)`.
@@ -809,9 +811,9 @@ class LoraGeneratorModel(PreTrainedModel):
 
             candidates = [lora_weights.to(shared_weights.device) for lora_weights in candidates]
             best = min(candidates, key=loss) if len(candidates) > 1 else candidates[0]
-            return (
-                refine_lora_weights(base, self.layout, best, shared_weights, batch, num_steps) if num_steps else best
-            )
+            if not num_steps:
+                return best
+            return refine_lora_weights(base, self.layout, best, shared_weights, batch, num_steps, learning_rate)
 
     @torch.no_grad()
     def gain_on_examples(

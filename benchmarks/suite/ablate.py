@@ -1,8 +1,11 @@
 """One change at a time, three seeds: `python benchmarks/suite/ablate.py`, after `collect.py` and `train.py`.
 
-Every arm gets the same budget: steps on the zoo's LoRAs of seen tasks, then steps through the base model. It is scored
-on the validation tasks of `splits.json`, by mean recovered gain, and its seconds are kept. Finished runs are kept in
-the output and not repeated, so an interrupted call goes on and `--arms` adds to it.
+Every arm gets the same budget: steps on the LoRAs of 48 seen tasks, then steps through the base model. It is scored on
+the validation tasks of `splits.json`, by mean recovered gain, and its seconds are kept. Finished runs are kept in the
+output and not repeated, so an interrupted call goes on and `--arms` adds to it.
+
+The arms with 24 LoRAs compare A shared with A trained; the second needs a zoo of its own:
+`python benchmarks/suite/collect.py --train_a --zoo build/suite/zoo-train-a --splits seen --per_split 24`.
 """
 
 import json
@@ -14,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from collect import SPLITS
+from collect import SPLITS, with_lora
 from train import SIZES
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
 
@@ -53,7 +56,8 @@ class Arm:
     draws: tuple[int | None, int | None] = (None, None)  # from, to; the first has most demonstrations, the last fewest
     num_tasks: int | None = None  # in behavioural training
     num_snapshots: int = 1
-    num_loras: int | None = None
+    num_loras: int = 48
+    zoo: str = "zoo"  # beside the zoo of the other arms: LoRAs of the same tasks, made in another way
     functional: bool = True
     with_lora: bool = False  # behavioural training on the tasks alone that have a LoRA
     distilled: bool = False  # from their LoRAs, instead of from labels
@@ -89,6 +93,8 @@ ARMS = {
     "512 tasks": Arm(num_tasks=512),
     "2 snapshots": Arm(num_snapshots=2),
     "2 LoRAs": Arm(num_loras=2),
+    "24 LoRAs": Arm(num_loras=24),
+    "24 LoRAs, A trained": Arm(num_loras=24, zoo="zoo-train-a"),
     "tasks with a LoRA, labels": Arm(with_lora=True),
     "tasks with a LoRA, distilled": Arm(with_lora=True, distilled=True),
     "LoRAs alone": Arm(functional=False),
@@ -137,10 +143,7 @@ class Bench:
         self.tokenizer = AutoTokenizer.from_pretrained(smollm2_path())
         self.suite = {task.name: task for task in built_in_tasks()}
         self.vectors = TaskVectors.load(options.vectors)
-        # Arms store their vectors in the zoo, so they get one of their own; files there are replaced, never changed.
-        shutil.rmtree(WORK, ignore_errors=True)
-        shutil.copytree(options.zoo, WORK / "zoo", copy_function=os.link)
-        self.zoo = LoraZoo(WORK / "zoo")
+        self.zoo = LoraZoo(options.zoo)
         self.scored = [name for name in SPLITS["validation"] if name in self.zoo]
         extractor = TaskVectorExtractor(self.vectors.spec)
         read = {}
@@ -154,16 +157,22 @@ class Bench:
         collate = CompletionCollator(self.tokenizer, template=self.zoo.template, row_length=64)
         self.batches = {name: collate(self.suite[name].test) for name in self.scored}
         zero = torch.zeros(self.zoo.layout.num_weights)
-        self.bounds = {name: (self.loss(zero, name), self.loss(self.zoo.lora_weights(name), name)) for name in read}
+        self.bounds = {
+            name: tuple(self.loss(self.zoo, weights, name) for weights in (zero, self.zoo.lora_weights(name)))
+            for name in read
+        }
 
     @torch.no_grad()
-    def loss(self, lora_weights: torch.Tensor, name: str) -> float:
-        shared = self.zoo.shared_weights
-        return functional_loss(self.base, self.zoo.layout, lora_weights[None], shared, self.batches[name]).item()
+    def loss(self, zoo: LoraZoo, lora_weights: torch.Tensor, name: str) -> float:
+        batch = self.batches[name]
+        return functional_loss(self.base, zoo.layout, lora_weights[None], zoo.shared_weights, batch).item()
 
     def run(self, arm: Arm, seed: int) -> dict:
         options, vectors = self.options, narrowed(self.vectors, arm)
-        seen = self.zoo.subset([name for name in SPLITS["seen"] if name in self.zoo][: arm.num_loras])
+        # Arms store their vectors in the zoo, so they get one of their own; files there are replaced, never changed.
+        shutil.rmtree(WORK, ignore_errors=True)
+        shutil.copytree(Path(options.zoo).parent / arm.zoo, WORK / "zoo", copy_function=os.link)
+        seen = LoraZoo(WORK / "zoo").subset(with_lora("seen")[: arm.num_loras])
         seen.add_task_vectors(vectors)
         set_seed(seed)
         sizes = SIZES[arm.config.get("architecture", "transformer")] | arm.config
@@ -205,7 +214,8 @@ class Bench:
         mode = "description" if arm.modes == ("description",) else "demonstrations"
         rows, _ = rows_of(self.vectors.spec, arm)
         losses = {
-            name: self.loss(generator.decode_task_vector(self.read[name][mode][:, rows]), name) for name in self.scored
+            name: self.loss(seen, generator.decode_task_vector(self.read[name][mode][:, rows]), name)
+            for name in self.scored
         }
         gains = {
             name: recovered_gain(self.bounds[name][0], loss, self.bounds[name][1]) for name, loss in losses.items()

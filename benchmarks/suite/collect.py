@@ -1,7 +1,8 @@
 """The suite's zoo on SmolLM2-135M: `python benchmarks/suite/collect.py`, resumable, for all experiments to read.
 
 Fine-tunes a LoRA for each task of `splits.json` that is scored or seen, 12 tasks of each whole family.
-`--splits unseen seen --per_split 20` starts with some of them.
+`--splits unseen seen --per_split 20` starts with some of them. `--every 3 --seed 1 --zoo build/suite/zoo-seed-1` makes
+another zoo, of a third of them, from another seed; `--train_a` trains A, too, for the ablation.
 """
 
 import json
@@ -36,6 +37,9 @@ class CollectOptions:
         metadata={"help": "Of splits.json, in this order."},
     )
     per_split: int | None = field(default=None, metadata={"help": "Tasks of each split, by default all."})
+    every: int = field(default=1, metadata={"help": "Take every n-th task of each split."})
+    seed: int = field(default=42, metadata={"help": "Of A and of the order of samples."})
+    train_a: bool = field(default=False, metadata={"help": "Whether A is trained instead of shared."})
 
 
 def main() -> None:
@@ -43,7 +47,9 @@ def main() -> None:
     base = AutoModelForCausalLM.from_pretrained(smollm2_path(), dtype=fast_dtype())
     tokenizer = AutoTokenizer.from_pretrained(smollm2_path())
     suite = {task.name: task for task in built_in_tasks()}
-    tasks = [suite[name] for split in options.splits for name in with_lora(split)[: options.per_split]]
+    tasks = [
+        suite[name] for split in options.splits for name in with_lora(split)[:: options.every][: options.per_split]
+    ]
     lora_config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     arguments = CollectionArguments(
         output_dir="build/suite/collection",
@@ -51,6 +57,8 @@ def main() -> None:
         eval_steps=12,
         per_device_train_batch_size=8,
         num_snapshots=2,
+        seed=options.seed,
+        freeze_a=not options.train_a,
     )
     collect_zoo(options.zoo, base, tokenizer, tasks, lora_config, arguments)
 
