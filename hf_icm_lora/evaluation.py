@@ -29,6 +29,7 @@ chosen by leaving one seen task out, in weight space, so no rival sees a test sa
 """
 
 import json
+import math
 import platform
 import statistics
 import sys
@@ -65,12 +66,16 @@ MORE_ROWS = ("description", "best_of_n", "refined", "fine_tuned", "fallback", "n
 def recovered_gain(base_loss: float, loss: float, task_lora_loss: float) -> float | None:
     """Return G clipped to [-1, 1], or `None` where fine-tuning itself gained nothing, so that G means nothing.
 
+    A loss that is not finite is the worst there is: -1.
+
     Example:
         >>> recovered_gain(base_loss=3.0, loss=1.5, task_lora_loss=1.0)
         0.75
     """
     gain = base_loss - task_lora_loss
-    return max(-1.0, min(1.0, (base_loss - loss) / gain)) if gain > 0 else None
+    if not gain > 0:
+        return None
+    return max(-1.0, min(1.0, (base_loss - loss) / gain)) if math.isfinite(loss) else -1.0
 
 
 def evaluate_generator(

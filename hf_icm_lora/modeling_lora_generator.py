@@ -477,7 +477,8 @@ class LoraGeneratorModel(PreTrainedModel):
     ) -> LoraGeneratorOutput | tuple:
         """Reconstruct adapters, or generate them if only task vectors are given.
 
-        In training mode z is drawn from the posterior, in eval mode it is the posterior's mean.
+        In training mode z is drawn from the posterior, in eval mode it is the posterior's mean. In training mode, too,
+        the condition gets the configuration's noise.
 
         Args:
             lora_weights (`torch.Tensor` of shape `(batch, num_weights)`, *optional*): Packed adapters.
@@ -490,6 +491,8 @@ class LoraGeneratorModel(PreTrainedModel):
             TaskVectorError, IncompatibleAdapterError: if a shape is not the generator's.
         """
         condition = self._condition(task_vector)
+        if self.training and self.config.condition_noise:
+            condition = condition + self.config.condition_noise * torch.randn_like(condition)
         prior_mean, prior_logvar = self._prior(condition)
         if lora_weights is None:
             generated = self.zoo_normalizer.denormalize(self.network.decode(prior_mean, condition))

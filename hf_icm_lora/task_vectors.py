@@ -25,7 +25,7 @@ from .errors import TaskError, TaskVectorError
 from .files import sha256_of
 from .tasks import Sample, Task, check_unique_names, to_sample
 
-POOLINGS = ("last", "prompts", "completions", "mean")
+POOLINGS = ("last", "prompts", "completions", "starts", "ends", "mean")
 MODES = ("demonstrations", "both", "description")
 
 
@@ -48,6 +48,8 @@ class TaskVectorSpec:
                 "prompts"      the last tokens of the final prompt and of all demonstrations' prompts that follow
                                `min_demonstrations` others: as many answers about to be given, from one pass
                 "completions"  the demonstrations' completions; of a description alone, its own tokens
+                "starts"       the first token of each of them
+                "ends"         the last token of each of them
                 "mean"         all tokens
         max_length (`int`, *optional*, defaults to 512): Longest prompt in tokens; a longer one loses its beginning.
         seed (`int`, *optional*, defaults to 0): Seed of the draws.
@@ -252,14 +254,15 @@ class TaskVectorExtractor:
         encoding = processing_class(prompt.text, return_offsets_mapping=True)
         ids, last = encoding["input_ids"], len(encoding["input_ids"]) - 1
         spans = [(token, begin, end) for token, (begin, end) in enumerate(encoding["offset_mapping"]) if begin < end]
+        answers = [
+            [token for token, begin, end in spans if end > start and begin < stop] for start, stop in prompt.answers
+        ]
         positions = {
             "last": [last],
             "prompts": [max(token for token, begin, _ in spans if begin < end) for end in prompt.ends[:-1]] + [last],
-            "completions": [
-                token
-                for token, begin, end in spans
-                if any(end > start and begin < stop for start, stop in prompt.answers)
-            ],
+            "completions": [token for answer in answers for token in answer],
+            "starts": [answer[0] for answer in answers if answer],
+            "ends": [answer[-1] for answer in answers if answer],
             "mean": range(len(ids)),
         }
         cut = max(0, len(ids) - self.spec.max_length)

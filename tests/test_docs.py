@@ -5,7 +5,21 @@ from pathlib import Path
 
 import pytest
 
-QUICKSTART = Path(__file__).parent.parent / "docs" / "quickstart.md"
+ROOT = Path(__file__).parent.parent
+QUICKSTART = ROOT / "docs" / "quickstart.md"
+
+
+def test_tables_of_the_pages_are_those_of_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks" / "suite")
+    import page
+
+    tables = 0
+    for name in page.PAGES:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert page.filled(text) == text, f"{name}: run python benchmarks/suite/page.py"
+        tables += text.count("<!-- end -->")
+    assert tables >= 4
+    assert page.filled(text.replace("| 0.", "| 9.")) == text
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """evaluate_generator: every figure means what its name says, and nothing is touched."""
 
 import json
+import math
 import re
 
 import pytest
@@ -103,7 +104,7 @@ def assert_unchanged(model, before):
 @pytest.mark.parametrize(
     ("base", "loss", "oracle", "gain"),
     [(3, 3, 1, 0), (3, 1, 1, 1), (3, 2, 1, 0.5), (3, 0, 1, 1), (3, 9, 1, -1), (3, 4, 1, -0.5), (1, 0, 1, None),
-     (1, 1, 2, None), (1, 0.5, 1.5, None), (2, 5, 1, -1)],
+     (1, 1, 2, None), (1, 0.5, 1.5, None), (2, 5, 1, -1), (3, math.nan, 1, -1), (3, math.inf, 1, -1)],
 )  # fmt: skip
 def test_recovered_gain(base, loss, oracle, gain):
     assert recovered_gain(base, loss, oracle) == gain

@@ -158,6 +158,18 @@ def test_completions_pooling_averages_the_answers_that_are_shown(any_model, toke
         torch.testing.assert_close(vector, torch.stack(expected), atol=1e-4, rtol=1e-4)
 
 
+def test_starts_and_ends_pooling_take_one_token_of_each_answer(llama, tokenizer):
+    spec = TaskVectorSpec(num_draws=1, min_demonstrations=2, pooling=("starts", "ends"))
+    extractor = TaskVectorExtractor(spec)
+    ((text, _, answers),) = extractor.prompts([Sample(*e) for e in EXAMPLES], None, "demonstrations")
+    states = hidden_states(llama, tokenizer, text)[-1]  # one token per character
+    starts, ends = ([answer[0] for answer in answers], [answer[1] - 1 for answer in answers])
+    assert starts != ends
+    expected = torch.stack([states[starts].mean(0), states[ends].mean(0)])
+    vector = extractor.vector(llama, tokenizer, EXAMPLES)[0]
+    torch.testing.assert_close(vector, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_completions_of_a_description_are_its_own_tokens(llama, tokenizer):
     spec = TaskVectorSpec(pooling="completions")
     vector = TaskVectorExtractor(spec).vector(llama, tokenizer, description="Do it.")
