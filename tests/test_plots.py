@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import make_llama, make_tasks
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from hf_icm_lora import (
     LoraGeneratorConfig,
@@ -30,6 +31,7 @@ from hf_icm_lora.layout import PREFIX, LoraModule
 from hf_icm_lora.plots import (
     _effect_gram,
     _module_errors,
+    _name_some,
     _near_their_family,
     _principal_places,
     _short_names,
@@ -189,7 +191,9 @@ def test_names_are_readable_however_many(counts):
     gains = {f"s{i}": {row: [0.5] * n for row in GAINS["seen"]} for i, n in enumerate(counts)}
     figure = plot_recovered_gain(make_report(gains))
     pixels(figure)
-    assert figure.get_size_inches()[0] * figure.dpi == 1200
+    width, height = figure.get_size_inches() * figure.dpi
+    assert width == 1200
+    assert height < 300 + (30 if sum(counts) < 60 else 18) * (sum(counts) + 10)  # a hundred tasks are no scroll
     for ax, n in zip(figure.axes, counts, strict=True):
         labels = ax.get_yticklabels()
         assert len(labels) == n + 1
@@ -217,6 +221,13 @@ def test_names_that_are_long_or_hold_dollars():
 
 def assert_same_points(found, expected):
     torch.testing.assert_close(torch.tensor(sorted(found)), torch.tensor(sorted(expected)), atol=1e-3, rtol=1e-3)
+
+
+def assert_room_for_names(ax):
+    points = ax.transData.transform([point for line in ax.lines for point in line.get_xydata().tolist()])
+    boxes = [text.get_window_extent() for text in ax.texts]
+    assert not any(box.count_contains(points) for box in boxes)
+    assert not any(box.count_overlaps(boxes) > 1 for box in boxes)
 
 
 @pytest.mark.parametrize("gauge", ["frozen_a", "shared_init"])
@@ -275,10 +286,17 @@ def test_a_few_tasks_are_named_beside_their_points_and_in_the_picture(zoo, gener
         assert 1 <= len(names) <= 2
         assert set(names) <= set(zoo)
         assert len({name.split("/")[0] for name in names}) == len(names)  # one of a family
-        points = ax.transData.transform([point for line in ax.lines for point in line.get_xydata().tolist()])
-        boxes = [text.get_window_extent() for text in ax.texts]
-        assert not any(box.count_contains(points) for box in boxes)
-        assert not any(box.count_overlaps(boxes) > 1 for box in boxes)
+        assert_room_for_names(ax)
+
+
+def test_names_of_close_points_go_to_other_sides():
+    ax = Figure((4, 4)).subplots()
+    ax.set(xlim=(0, 1), ylim=(0, 1))
+    places = torch.tensor([[0.5, 0.5], [0.5, 0.51], [0.5, 0.52]])
+    ax.plot(*places.T, "o")
+    _name_some(ax, places, ["one", "two", "three"], ["a", "b", "c"])
+    assert {text.get_text() for text in ax.texts} == {"one", "three"}  # to the right and the left of all
+    assert_room_for_names(ax)
 
 
 def test_more_families_than_looks_share_the_last(tmp_path):
@@ -288,6 +306,10 @@ def test_more_families_than_looks_share_the_last(tmp_path):
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert len(legend) == 28 + 3
     assert legend[27:] == ["many", "other families", "seen", "unseen"]
+    pixels(figure)
+    for ax in figure.axes:
+        assert 4 <= len(ax.texts) <= 8
+        assert_room_for_names(ax)
     looks = {(line.get_color(), line.get_marker()) for line in figure.axes[0].lines[: 2 * 28]}
     assert len(looks) == 28
     assert sum(len(line.get_xdata()) for line in figure.axes[0].lines) == 32
