@@ -530,7 +530,6 @@ class LoraGeneratorModel(PreTrainedModel):
         use_dict = self.config.return_dict if return_dict is None else return_dict
         return output if use_dict else output.to_tuple()
 
-    @torch.no_grad()
     def decode_task_vector(self, task_vector: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """Generate packed weights for one task.
 
@@ -549,6 +548,7 @@ class LoraGeneratorModel(PreTrainedModel):
         draws = task_vector.reshape((1,) * (3 - task_vector.ndim) + tuple(task_vector.shape))
         return self._decode(self._condition(draws), generator)
 
+    @torch.no_grad()
     def _decode(self, condition: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         training = self.training
         self.eval()

@@ -529,6 +529,7 @@ def test_unfamiliar_tasks_are_treated_as_asked(mapped, load_base):
     known = mapped.task_vectors.banks["shift/2"]["demonstrations"]
     far = known + 1000
     _, nearest = mapped.novelty(far)
+    assert not mapped._judge(far, "nearest")[1].requires_grad
     for choice in ("generate", "nearest", "mean", "raise"):  # a familiar task is generated
         model = mapped.generate_adapter(load_base(), task_vector=known, on_unfamiliar=choice)
         expected = mapped.generate_adapter(load_base(), task_vector=known)
