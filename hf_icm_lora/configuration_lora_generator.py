@@ -8,7 +8,7 @@ from .errors import IncompatibleAdapterError, TaskVectorError
 from .layout import LoraLayout
 from .task_vectors import TaskVectorSpec
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had rows of task vectors instead of conditions
 
 
 @strict
@@ -94,6 +94,11 @@ class LoraGeneratorConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         # Not in a validator, whose errors @strict wraps in one of its own: these are ours to catch.
         super().__post_init__(**kwargs)
+        if self.format_version < FORMAT_VERSION:
+            raise IncompatibleAdapterError(
+                f"This generator has format version {self.format_version}, of before the first release; this package "
+                f"reads {FORMAT_VERSION}: train the generator again."
+            )
         if self.format_version > FORMAT_VERSION:
             raise IncompatibleAdapterError(
                 f"This generator has format version {self.format_version}, this package reads up to {FORMAT_VERSION}: "
