@@ -57,8 +57,8 @@ from .task_vectors import TaskVectorExtractor, TaskVectorSpec
 from .tasks import Task, check_unique_names
 from .zoo import LoraZoo
 
-ROWS = ("base", "task_lora", "generated", "wrong_condition", "mean_lora", "nearest_lora", "top_k_merge", "ridge",
-        "few_shot_prompt")  # fmt: skip
+PLAIN_RIVALS = ("mean_lora", "nearest_lora", "top_k_merge", "ridge")  # made of the seen tasks' LoRAs alone
+ROWS = ("base", "task_lora", "generated", "wrong_condition", *PLAIN_RIVALS, "few_shot_prompt")
 REFINE_RATE, FINE_TUNE_RATE = 3e-3, 1e-2  # learning rates: a start from nothing has farther to go
 MORE_ROWS = ("description", "best_of_n", "refined", "fine_tuned", "fallback", "noisy_nearest")
 

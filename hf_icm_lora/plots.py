@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from .errors import TaskVectorError
+from .evaluation import PLAIN_RIVALS
 from .files import commit_file
 from .layout import PREFIX, LoraLayout, split
 from .modeling_lora_generator import LoraGeneratorModel
@@ -31,7 +32,6 @@ INK, GREY, PALE = "#222222", "#6b6b6b", "#e4e4e4"
 BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#cc79a7"  # Okabe and Ito: for any eye
 FAMILY_COLORS = ("#332288", "#44aad4", "#117733", "#ddaa33", "#cc6677", "#44aa99", "#882255")  # after Tol's muted
 FAMILY_MARKERS = "osD^"
-PLAIN_RIVALS = ("mean_lora", "nearest_lora", "top_k_merge", "ridge")
 MARKS: dict[str, tuple[str, dict]] = {  # row of the report -> its name in the legend, and how it is drawn
     "few_shot_prompt": ("examples in the prompt", {"marker": "|", "s": 80, "color": INK, "lw": 1.4}),
     "rival": ("best plain rival", {"marker": "o", "s": 24, "facecolor": "white", "edgecolor": ORANGE}),
