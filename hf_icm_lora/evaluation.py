@@ -59,7 +59,7 @@ from .zoo import LoraZoo
 
 PLAIN_RIVALS = ("mean_lora", "nearest_lora", "top_k_merge", "ridge")  # made of the seen tasks' LoRAs alone
 ROWS = ("base", "task_lora", "generated", "wrong_condition", *PLAIN_RIVALS, "few_shot_prompt")
-REFINE_RATE, FINE_TUNE_RATE = 3e-3, 1e-2  # learning rates: a start from nothing has farther to go
+FINE_TUNE_RATE = 1e-2  # of the row fine_tuned: from B = 0 it has farther to go than from a generated adapter
 MORE_ROWS = ("description", "best_of_n", "refined", "fine_tuned", "fallback", "noisy_nearest")
 
 
@@ -206,13 +206,13 @@ def evaluate_generator(
                 if "noisy_nearest" in more_rows:
                     weights["noisy_nearest"] = rivals.noisy_nearest(generated, task.name)
                 for row, start, rate in (
-                    ("refined", generated, REFINE_RATE),
-                    ("fine_tuned", torch.zeros_like(generated), FINE_TUNE_RATE),
+                    ("refined", generated, {}),
+                    ("fine_tuned", torch.zeros_like(generated), {"learning_rate": FINE_TUNE_RATE}),
                 ):
                     if row in more_rows:
                         with _timed(seconds.setdefault(row, [])):
                             fitted = generator.fit_to_examples(
-                                examples, [start], model, processing_class, refine_steps, rate
+                                examples, [start], model, processing_class, refine_steps, **rate
                             )
                         weights[row] = fitted.cpu()
                 shown = "".join("".join(fill_template(sample, zoo.template)) for sample in examples)

@@ -206,7 +206,7 @@ def refine_lora_weights(
     shared_weights: torch.Tensor,
     batch: dict[str, torch.Tensor],
     num_steps: int,
-    learning_rate: float = 3e-3,
+    learning_rate: float,
 ) -> torch.Tensor:
     """Go on from an adapter with ordinary gradient steps (Adam, linear decay) on all samples of a batch.
 
@@ -217,7 +217,7 @@ def refine_lora_weights(
         shared_weights (`torch.Tensor` of shape `(num_shared_weights,)`): They stay as they are.
         batch (`dict[str, torch.Tensor]`): As from [`CompletionCollator`].
         num_steps (`int`): Steps, each on the whole batch.
-        learning_rate (`float`, *optional*, defaults to 3e-3): At the first step.
+        learning_rate (`float`): At the first step.
 
     Returns:
         `torch.Tensor` of shape `(num_weights,)`, fp32.

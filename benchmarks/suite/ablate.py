@@ -57,7 +57,7 @@ class Arm:
     num_tasks: int | None = None  # in behavioural training
     num_snapshots: int = 1
     num_loras: int = 48
-    zoo: str = "zoo"  # beside the zoo of the other arms: LoRAs of the same tasks, made in another way
+    zoo: str | None = None  # beside the other arms' zoo: LoRAs of the same tasks, made in another way
     functional: bool = True
     with_lora: bool = False  # behavioural training on the tasks alone that have a LoRA
     distilled: bool = False  # from their LoRAs, instead of from labels
@@ -171,7 +171,8 @@ class Bench:
         options, vectors = self.options, narrowed(self.vectors, arm)
         # Arms store their vectors in the zoo, so they get one of their own; files there are replaced, never changed.
         shutil.rmtree(WORK, ignore_errors=True)
-        shutil.copytree(Path(options.zoo).parent / arm.zoo, WORK / "zoo", copy_function=os.link)
+        path = Path(options.zoo).with_name(arm.zoo) if arm.zoo else options.zoo
+        shutil.copytree(path, WORK / "zoo", copy_function=os.link)
         seen = LoraZoo(WORK / "zoo").subset(with_lora("seen")[: arm.num_loras])
         seen.add_task_vectors(vectors)
         set_seed(seed)

@@ -27,7 +27,7 @@ from hf_icm_lora import (
     smollm2_generator_path,
     smollm2_path,
 )
-from hf_icm_lora.evaluation import FINE_TUNE_RATE, REFINE_RATE, run_metadata
+from hf_icm_lora.evaluation import FINE_TUNE_RATE, run_metadata
 from hf_icm_lora.files import write_json
 from hf_icm_lora.functional import functional_loss
 
@@ -39,8 +39,6 @@ class RefineOptions:
     split: str = field(default="validation", metadata={"help": "Of splits.json."})
     num_examples: int = field(default=16, metadata={"help": "Examples per task."})
     steps: list[int] = field(default_factory=lambda: [0, 5, 10, 20, 40])
-    refine_rate: float = field(default=REFINE_RATE, metadata={"help": "Learning rate from the generated adapter."})
-    fine_tune_rate: float = field(default=FINE_TUNE_RATE, metadata={"help": "Learning rate from B = 0."})
     num_tasks: int | None = field(default=None, metadata={"help": "Of the split, by default all."})
     output: str = field(default="benchmarks/results/refine.json", metadata={"help": "Where the figures go."})
 
@@ -70,13 +68,13 @@ def main() -> None:
         zero = torch.zeros_like(generated)
         bounds = loss(zero), loss(zoo.lora_weights(name))
         for row, beginning, before, rate in (
-            ("refined", generated, generation, options.refine_rate),
-            ("fine_tuned", zero, 0.0, options.fine_tune_rate),
+            ("refined", generated, generation, {}),
+            ("fine_tuned", zero, 0.0, {"learning_rate": FINE_TUNE_RATE}),
         ):
             table[row][name] = {}
             for steps in options.steps:
                 start = time.perf_counter()
-                weights = generator.fit_to_examples(examples, [beginning], base, tokenizer, steps, rate)
+                weights = generator.fit_to_examples(examples, [beginning], base, tokenizer, steps, **rate)
                 seconds = before + time.perf_counter() - start
                 gain = recovered_gain(bounds[0], loss(weights), bounds[1])
                 table[row][name][steps] = {"recovered_gain": gain, "seconds": seconds}
