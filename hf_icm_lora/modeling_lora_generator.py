@@ -144,8 +144,8 @@ class ZooNormalizer(nn.Module):
 class TaskMap(nn.Module):
     """Where the training tasks lie among conditions, in fp32: what says how unfamiliar a new task is.
 
-    Distances count the first `map_size` entries of a condition. In later ones two draws of demonstrations of one task
-    differ as much as two tasks do.
+    Distances count the first `map_size` entries of a condition. The later ones hold more of what differs between two
+    draws of demonstrations of one task, and less of what differs between tasks.
     """
 
     def __init__(self, config: LoraGeneratorConfig):
