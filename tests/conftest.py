@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from hf_icm_lora import Task
+from hf_icm_lora import Task, save_tasks
 
 logging.disable_progress_bar()
 
@@ -55,6 +55,15 @@ def make_llama(seed: int = 0, dtype: torch.dtype = torch.float32) -> LlamaForCau
         num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.2,
     )  # fmt: skip
     return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def save_base_and_tasks(folder, tokenizer) -> tuple[str, str]:
+    """Write what the command line starts from: a base model with its tokenizer, and four tasks."""
+    base, tasks = str(folder / "base"), str(folder / "tasks.jsonl")
+    make_llama().save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    save_tasks(make_tasks(4), tasks)
+    return base, tasks
 
 
 def make_gpt2() -> GPT2LMHeadModel:

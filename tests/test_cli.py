@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import make_llama, make_tasks
+from conftest import make_tasks, save_base_and_tasks
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -27,10 +27,8 @@ def train(folder, output_dir, *more):
 def folder(tmp_path_factory, tokenizer):
     """A folder with a base model, tasks, and all that the commands make of them."""
     folder = tmp_path_factory.mktemp("cli")
-    base, tasks, zoo, generator = (str(folder / name) for name in ("base", "tasks.jsonl", "zoo", "generator"))
-    make_llama().save_pretrained(base)
-    tokenizer.save_pretrained(base)
-    save_tasks(make_tasks(4), tasks)
+    base, tasks = save_base_and_tasks(folder, tokenizer)
+    zoo, generator = str(folder / "zoo"), str(folder / "generator")
     (folder / "examples.jsonl").write_text('{"prompt": "ab", "completion": "bc"}\n\n["xy", "yz"]\n')
     collect = [
         "collect",

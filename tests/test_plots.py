@@ -11,7 +11,7 @@ import matplotlib.style
 import numpy
 import pytest
 import torch
-from conftest import make_llama, make_tasks
+from conftest import save_base_and_tasks
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -23,7 +23,6 @@ from hf_icm_lora import (
     TaskVectorError,
     TaskVectors,
     TaskVectorSpec,
-    save_tasks,
 )
 from hf_icm_lora.cli import main
 from hf_icm_lora.completion import DEFAULT_TEMPLATE
@@ -506,10 +505,8 @@ def test_missing_matplotlib_is_said_before_the_work(monkeypatch, capsys, tmp_pat
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("plots")
-    base, tasks, zoo, generator = (str(folder / name) for name in ("base", "tasks.jsonl", "zoo", "generator"))
-    make_llama().save_pretrained(base)
-    tokenizer.save_pretrained(base)
-    save_tasks(make_tasks(4), tasks)
+    base, tasks = save_base_and_tasks(folder, tokenizer)
+    zoo, generator = str(folder / "zoo"), str(folder / "generator")
     args = ["--base_model", base, "--tasks", tasks, "--dtype", "float32"]
     collect = ["collect", "--output_dir", zoo, *args, "--r", "4", "--use_cpu", "True"]
     assert main([*collect, "--max_steps", "8", "--eval_steps", "4"]) == 0

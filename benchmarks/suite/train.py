@@ -70,8 +70,10 @@ def main() -> None:
     functional_dataset = FunctionalDataset(tasks, vectors, num_samples=8)
     common = {"seed": options.seed, "report_to": "none", "save_only_model": False}
     set_seed(options.seed)
-    if options.generator:
-        generator = LoraGeneratorModel.from_pretrained(options.generator).to_float()
+    checkpoints = output_dir / "checkpoints"
+    last = get_last_checkpoint(checkpoints) if checkpoints.exists() else None
+    if start := last or options.generator:
+        generator = LoraGeneratorModel.from_pretrained(start).to_float()
     else:
         zoo = LoraZoo(options.zoo).subset(with_lora("seen")[: options.num_loras])
         zoo.add_task_vectors(vectors)
@@ -89,7 +91,6 @@ def main() -> None:
         ).train()  # fmt: skip
         generator = generator.without_encoder()  # reconstruction is over, and the encoder is half the size
 
-    checkpoints = output_dir / "checkpoints"
     trainer = LoraGeneratorTrainer(
         generator,
         LoraGeneratorTrainingArguments(
@@ -103,7 +104,7 @@ def main() -> None:
         train_dataset=functional_dataset,
         data_collator=FunctionalCollator(CompletionCollator(tokenizer, template=SPEC.template, row_length=48)),
     )  # fmt: skip
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(checkpoints) if checkpoints.exists() else None)
+    trainer.train(resume_from_checkpoint=last)
     generator.map_tasks(vectors)
     generator.config.base_model_name_or_path = BASE_MODEL
     generator.save_pretrained(output_dir)
