@@ -134,7 +134,7 @@ class ZooNormalizer(nn.Module):
 
     def condition(self, task_vector: torch.Tensor) -> torch.Tensor:
         normalized = (task_vector.float() - self.vector_mean) / self.vector_scale
-        return normalized.flatten(1) @ self.vector_directions.T
+        return normalized.flatten(1) @ self.vector_directions.float().T  # also where all of the model was cast
 
     def _scale_of_each_weight(self) -> torch.Tensor:
         sizes = torch.tensor(self.sizes, device=self.weight_scale.device)

@@ -321,6 +321,14 @@ def test_loading_in_bfloat16_keeps_the_normalizer_in_fp32(tmp_path, architecture
     output.loss.backward()
 
 
+def test_casting_all_of_a_generator_leaves_it_usable():
+    model, dataset = make_model()
+    expected = model.decode_task_vector(dataset.task_vectors[0])
+    generated = model.to(torch.bfloat16).decode_task_vector(dataset.task_vectors[0])
+    assert generated.dtype == torch.float32
+    torch.testing.assert_close(generated, expected, rtol=0, atol=2e-2)
+
+
 def test_missing_keys_are_reported_and_never_garbage(tmp_path, variant):
     model, dataset = make_model(**variant)
     model.save_pretrained(tmp_path)
