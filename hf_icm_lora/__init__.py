@@ -1,6 +1,6 @@
 """LoRA adapters written by a conditional VAE from in-context task vectors (arXiv 2501.17635)."""
 
-from .adapter import attach_adapter, fast_dtype, load_adapter, save_adapter
+from .adapter import attach_adapter, base_model_fingerprint, fast_dtype, load_adapter, save_adapter
 from .collection import CollectionArguments, collect_zoo
 from .completion import CompletionCollator
 from .configuration_lora_generator import LoraGeneratorConfig
@@ -14,9 +14,10 @@ from .errors import (
     UnfamiliarTaskError,
     ZooError,
 )
-from .evaluation import evaluate_generator, format_report, recovered_gain
+from .evaluation import evaluate_generator, read_report, recovered_gain
 from .functional import FunctionalCollator, FunctionalDataset
 from .layout import LoraLayout
+from .model_card import add_evaluation, format_report, generator_card
 from .modeling_lora_generator import LoraGeneratorModel, LoraGeneratorOutput
 from .smollm2 import smollm2_generator_path, smollm2_path
 from .suite import built_in_tasks
@@ -52,14 +53,18 @@ __all__ = [
     "TaskVectors",
     "UnfamiliarTaskError",
     "ZooError",
+    "add_evaluation",
     "attach_adapter",
+    "base_model_fingerprint",
     "built_in_tasks",
     "collect_zoo",
     "evaluate_generator",
     "fast_dtype",
     "format_report",
+    "generator_card",
     "load_adapter",
     "load_tasks",
+    "read_report",
     "recovered_gain",
     "save_adapter",
     "save_tasks",

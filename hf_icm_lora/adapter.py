@@ -291,7 +291,8 @@ def _check_fit(model: nn.Module, lora_config: Mapping, state_dict: Mapping[str, 
 def _add(
     model: nn.Module, lora_config: Mapping, state_dict: Mapping[str, torch.Tensor], adapter_name: str
 ) -> PeftModel:
-    config = _new_config(lora_config)
+    config, base_name = _new_config(lora_config), lora_config.get("base_model_name_or_path")
+    config.base_model_name_or_path = None  # or PEFT warns that it writes down where this copy of it lies
     dtype, device = _dtype_and_device(model)
     requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
     options = {"low_cpu_mem_usage": True, "autocast_adapter_dtype": False}
@@ -303,6 +304,8 @@ def _add(
             peft_model = get_peft_model(model, config, adapter_name=adapter_name, **options)
         tensors = {key: tensor.detach().to(device, dtype, copy=True) for key, tensor in state_dict.items()}
         result = set_peft_model_state_dict(peft_model, tensors, adapter_name=adapter_name, low_cpu_mem_usage=True)
+        if base_name:
+            config.base_model_name_or_path = base_name
         missing = [key for key in result.missing_keys if f".{adapter_name}." in key and ".lora_" in key]
         if missing or result.unexpected_keys:
             raise IncompatibleAdapterError(

@@ -1,6 +1,10 @@
-"""The command line: `hf-icm-lora collect | vectors | train | generate | evaluate | env`, each one call of the API."""
+"""The command line: `hf-icm-lora collect | vectors | train | generate | evaluate | push | env | completion`.
+
+Each command is one call of the API. With `--json` it prints its result as one JSON object, and nothing else to stdout.
+"""
 
 import argparse
+import contextlib
 import copy
 import json
 import platform
@@ -12,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from huggingface_hub import ModelCard
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import SafetensorError
@@ -29,8 +34,11 @@ from .collection import CollectionArguments, collect_zoo
 from .completion import CompletionCollator
 from .configuration_lora_generator import LoraGeneratorConfig
 from .errors import IcmLoraError, TaskError
-from .evaluation import MORE_ROWS, evaluate_generator, format_report
+from .evaluation import MORE_ROWS, evaluate_generator, read_report
+from .files import as_plain
 from .functional import FunctionalCollator, FunctionalDataset
+from .hub import CARD_FILE, push_files, require_hub_id, save_adapter_card
+from .model_card import add_evaluation, format_report, generator_card, is_local
 from .modeling_lora_generator import LoraGeneratorModel
 from .plots import require_matplotlib, write_plots
 from .smollm2 import smollm2_generator_path, smollm2_path
@@ -38,7 +46,9 @@ from .suite import built_in_tasks
 from .task_vectors import TaskVectorExtractor, TaskVectorSpec
 from .tasks import Task, load_tasks
 from .trainer import LoraGeneratorTrainer, LoraGeneratorTrainingArguments
-from .zoo import LoraZoo
+from .zoo import ZOO_FILE, LoraZoo
+
+Result = tuple[str, dict]  # what is printed for people, and for programs
 
 
 def _base_model(default: str | None, more: str = ""):
@@ -71,7 +81,7 @@ class CollectOptions(BaseOptions, TaskOptions):
 
 @dataclass
 class ZooOption:
-    zoo: str = field(default="zoo", metadata={"help": "Directory of the zoo."})
+    zoo: str = field(default="zoo", metadata={"help": "Directory of the zoo, or its Hub id where it is only read."})
 
 
 @dataclass
@@ -127,17 +137,38 @@ class EvaluateOptions(BaseOptions, TaskOptions, ZooOption):
     plots: bool = field(default=False, metadata={"help": "Draw pictures (PNG) into output_dir; needs matplotlib."})
 
 
-def collect(options: CollectOptions, args: CollectionArguments) -> None:
+@dataclass
+class PushOptions:
+    path: str = field(metadata={"help": "Folder of a generator, an adapter or a zoo."})
+    repo_id: str = field(metadata={"help": "Where it goes: user/name."})
+    private: bool | None = field(default=None, metadata={"help": "Make the repository private, if it is new."})
+    revision: str | None = field(default=None, metadata={"help": "Branch; it is made if there is none."})
+    create_pr: bool = field(default=False, metadata={"help": "Open a pull request instead."})
+    commit_message: str | None = field(default=None)
+    base_model: str | None = field(default=None, metadata={"help": "Hub id of the base model, if it was a local one."})
+    license: str | None = field(default=None, metadata={"help": "For the card, such as apache-2.0."})
+    evaluation: str | None = field(
+        default=None, metadata={"help": "Directory that evaluate wrote: its table and pictures go into the card."}
+    )
+
+
+@dataclass
+class CompletionOptions:
+    shell: Literal["bash", "zsh"] = field(metadata={"help": "The shell to complete in."})
+
+
+def collect(options: CollectOptions, args: CollectionArguments) -> Result:
     """Fine-tune one LoRA per task into a zoo."""
     base, tokenizer = load_base_model(options.base_model, options.dtype)
     task_type = "SEQ_2_SEQ_LM" if base.config.is_encoder_decoder else "CAUSAL_LM"
     lora_config = LoraConfig(
         r=options.r, lora_alpha=options.lora_alpha, target_modules=options.target_modules, task_type=task_type
     )
-    print(collect_zoo(args.output_dir, base, tokenizer, select_tasks(options), lora_config, args))
+    zoo = collect_zoo(args.output_dir, base, tokenizer, select_tasks(options), lora_config, args)
+    return str(zoo), {"zoo": str(zoo.path), "tasks": list(zoo), "num_weights": zoo.layout.num_weights}
 
 
-def vectors(options: VectorsOptions) -> None:
+def vectors(options: VectorsOptions) -> Result:
     """Extract the task vectors of all tasks of a zoo."""
     zoo = LoraZoo(options.zoo)
     tasks = [task for task in select_tasks(options) if task.name in zoo]
@@ -156,12 +187,13 @@ def vectors(options: VectorsOptions) -> None:
         pooling=tuple(options.pooling),
     )
     zoo.add_task_vectors(TaskVectorExtractor(spec).extract(base, tokenizer, tasks))
-    print(f"{zoo}: task vectors of {len(tasks)} tasks")
+    told = {"zoo": str(zoo.path), "tasks": [task.name for task in tasks], "spec": spec.to_dict()}
+    return f"{zoo}: task vectors of {len(tasks)} tasks", told
 
 
-def train(options: TrainOptions, args: LoraGeneratorTrainingArguments) -> None:
+def train(options: TrainOptions, args: LoraGeneratorTrainingArguments) -> Result:
     """Train a generator on a zoo, and then through the base model on tasks that need no LoRA."""
-    zoo = LoraZoo(options.zoo)
+    zoo = open_zoo(options.zoo)
     unseen = options.unseen or []
     seen = zoo.subset([name for name in zoo if name not in unseen])
     config = LoraGeneratorConfig.from_zoo(
@@ -187,8 +219,7 @@ def train(options: TrainOptions, args: LoraGeneratorTrainingArguments) -> None:
         eval_dataset=zoo.subset(unseen).as_dataset() if unseen else None,
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    if unseen:
-        print(json.dumps(trainer.evaluate()))
+    metrics = trainer.evaluate() if unseen else {}
     if behaviour is not None:
         functional = copy.copy(args)
         functional.output_dir = str(Path(args.output_dir) / "functional")
@@ -203,10 +234,15 @@ def train(options: TrainOptions, args: LoraGeneratorTrainingArguments) -> None:
         ).train()
     if len(generator.config.training_tasks) > 1:
         generator.map_tasks(vectors)
-    generator.save_pretrained(args.output_dir)  # save_model() would put a pickle beside it
+    generator.save_pretrained(args.output_dir)
+    trainer.create_model_card()
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    told = {"generator": args.output_dir, "training_runs": generator.config.training_runs, "metrics": metrics}
+    return "\n".join([args.output_dir, *([json.dumps(metrics)] if metrics else [])]), told
 
 
-def generate(options: GenerateOptions) -> None:
+def generate(options: GenerateOptions) -> Result:
     """Write the adapter of a task as a PEFT folder."""
     if Path(options.output_dir).exists():  # before the work, not after it
         raise FileExistsError(f"{options.output_dir} exists already: choose another --output_dir.")
@@ -228,14 +264,15 @@ def generate(options: GenerateOptions) -> None:
     )
     state_dict = get_peft_model_state_dict(model, save_embedding_layers=False)
     save_adapter(options.output_dir, generator.adapter_config(), state_dict)
-    print(options.output_dir)
+    save_adapter_card(model, options.output_dir)
+    return options.output_dir, {"adapter": options.output_dir, **model.lora_generation["default"]}
 
 
-def evaluate(options: EvaluateOptions) -> None:
+def evaluate(options: EvaluateOptions) -> Result:
     """Score a generator and all plain rivals."""
     if options.plots:
         require_matplotlib()  # before the work, not after it
-    zoo, generator = LoraZoo(options.zoo), load_generator(options.generator)
+    zoo, generator = open_zoo(options.zoo), load_generator(options.generator)
     base, tokenizer = load_base_model(options.base_model or zoo.base_model_name_or_path, options.dtype)
     tasks = [task for task in select_tasks(options) if task.name in zoo]
     report = evaluate_generator(
@@ -249,12 +286,84 @@ def evaluate(options: EvaluateOptions) -> None:
         refine_steps=options.refine_steps,
         output_dir=options.output_dir,
     )
-    print(format_report(report))
-    if options.plots:
-        print(*write_plots(options.output_dir, generator, zoo, report, options.generator), sep="\n")
+    pictures = write_plots(options.output_dir, generator, zoo, report, options.generator) if options.plots else []
+    told = report | {"pictures": [str(picture) for picture in pictures]}
+    return "\n".join([format_report(report), *map(str, pictures)]), told
 
 
-def env() -> None:
+def push(options: PushOptions) -> Result:
+    """Upload the folder of a generator, an adapter or a zoo to the Hub, in one commit."""
+    path = Path(options.path)
+    target = {"private": options.private, "revision": options.revision, "create_pr": options.create_pr}
+    target["commit_message"] = options.commit_message
+    if options.evaluation and not (path / "config.json").exists():
+        raise IcmLoraError(f"--evaluation goes with a generator; {path} holds none.")
+    if (path / ZOO_FILE).exists():
+        rename = {"base_model_name_or_path": options.base_model, "license": options.license}
+        url = LoraZoo(path).push_to_hub(options.repo_id, **rename, **target)
+    elif (path / "adapter_config.json").exists():
+        url = push_folder(path, "adapter_config.json", options, target)
+    elif (path / "config.json").exists():
+        LoraGeneratorConfig.from_pretrained(path)  # or IncompatibleAdapterError
+        url = push_folder(path, "config.json", options, target)
+    else:
+        raise FileNotFoundError(f"{path} is no folder of a generator, an adapter or a zoo.")
+    return url, {"url": url, "repo_id": options.repo_id}
+
+
+def push_folder(path: Path, config_file: str, options: PushOptions, target: dict) -> str:
+    """Upload a generator or an adapter as it lies there: its configuration, its weights and its card."""
+    config = json.loads((path / config_file).read_text(encoding="utf-8"))
+    base = options.base_model or config.get("base_model_name_or_path")
+    require_hub_id(base, "pass --base_model")
+    config["base_model_name_or_path"] = base
+    files: dict[str, Path | bytes] = {file.name: file for file in path.glob("*.safetensors*")}
+    files[config_file] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    card_file = path / CARD_FILE
+    if config_file == "config.json" and not card_file.exists():
+        card = generator_card(LoraGeneratorModel.from_pretrained(path), repo_id=options.repo_id)
+    else:
+        card = ModelCard.load(card_file) if card_file.exists() else None
+    if options.evaluation:
+        report = read_report(Path(options.evaluation) / "evaluation.json")
+        pictures = sorted(Path(options.evaluation).glob("*.png"))
+        card = add_evaluation(card, report, [f"evaluation/{picture.name}" for picture in pictures])
+        files |= {f"evaluation/{picture.name}": picture for picture in pictures}
+        files["evaluation/evaluation.json"] = Path(options.evaluation) / "evaluation.json"
+    if card is not None:
+        card.data.base_model = base
+        if options.license:
+            card.data.license = options.license
+        files[CARD_FILE] = card.content.encode()
+    return push_files(files, options.repo_id, keep_card=card is None or not options.evaluation, **target)
+
+
+def completion(options: CompletionOptions) -> Result:
+    """Print a script that completes commands and options: `source <(hf-icm-lora completion bash)`."""
+    script = completion_script(options.shell)
+    return script, {"script": script}
+
+
+def completion_script(shell: str) -> str:
+    """Return a completion script for bash or zsh, which reads bash's."""
+    words = {}
+    for name, (_, options) in COMMANDS.items():
+        actions = HfArgumentParser(options)._actions
+        words[name] = " ".join(sorted({option for action in actions for option in action.option_strings}))
+    cases = "\n".join(f"        {name}) words='{options}' ;;" for name, options in words.items())
+    return f"""{"autoload -U +X bashcompinit && bashcompinit" if shell == "zsh" else ""}
+_hf_icm_lora() {{
+    local words
+    case "${{COMP_WORDS[1]}}" in
+{cases}
+        *) words='{" ".join(words)}' ;;
+    esac
+    COMPREPLY=($(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}"))
+}}
+complete -o default -F _hf_icm_lora hf-icm-lora""".lstrip()
+
+
+def env() -> Result:
     """Print what a bug report needs."""
     packages = [
         "hf_icm_lora",
@@ -266,14 +375,21 @@ def env() -> None:
         "datasets",
         "accelerate",
     ]
-    print(f"- Platform: {platform.platform()}\n- Python: {platform.python_version()}")
+    found = {"platform": platform.platform(), "python": platform.python_version()}
     for name in packages:
         try:
-            print(f"- {name}: {version(name)}")
+            found[name] = version(name)
         except PackageNotFoundError:
-            print(f"- {name}: not installed")
+            found[name] = "not installed"
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    print(f"- Device: {device}, {torch.get_num_threads()} threads")
+    found |= {"device": str(device), "threads": torch.get_num_threads()}
+    return "\n".join(f"- {name}: {value}" for name, value in found.items()), found
+
+
+def open_zoo(name: str) -> LoraZoo:
+    """Open a zoo in a folder or, if there is none, from the Hub."""
+    looks_like_id = not is_local(name) and "/" in name
+    return LoraZoo.from_hub(name) if looks_like_id else LoraZoo(name)
 
 
 def load_generator(name: str) -> LoraGeneratorModel:
@@ -310,27 +426,33 @@ COMMANDS = {
     "train": (train, (TrainOptions, LoraGeneratorTrainingArguments)),
     "generate": (generate, (GenerateOptions,)),
     "evaluate": (evaluate, (EvaluateOptions,)),
+    "push": (push, (PushOptions,)),
     "env": (env, ()),
+    "completion": (completion, (CompletionOptions,)),
 }
+POSITIONAL = {"push": ("path", "repo_id"), "completion": ("shell",)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; exit code 1 for an error in what it was given, 2 for a wrong command line."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    show_traceback = "--traceback" in argv
-    argv = [argument for argument in argv if argument != "--traceback"]
+    show_traceback, as_json = "--traceback" in argv, "--json" in argv
+    argv = [argument for argument in argv if argument not in ("--traceback", "--json")]
     if not argv or argv[0] not in COMMANDS:
         parser = argparse.ArgumentParser("hf-icm-lora", description=__doc__)
         parser.add_argument("command", choices=COMMANDS, help="one of them; `hf-icm-lora COMMAND --help` says more")
         parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
+        parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
         parser.parse_args(argv[:1])  # exits
     function, dataclasses = COMMANDS[argv[0]]
     parser = HfArgumentParser(dataclasses, prog=f"hf-icm-lora {argv[0]}", description=function.__doc__)
     try:
-        *options, unknown = parser.parse_args_into_dataclasses(argv[1:], True, look_for_args_file=False)
+        *options, unknown = parser.parse_args_into_dataclasses(named_arguments(argv), True, look_for_args_file=False)
         if unknown:
             parser.error(f"unknown arguments: {' '.join(unknown)}")  # exits
-        function(*options)
+        with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):  # the Trainer prints its logs
+            text, result = function(*options)
+        print(json.dumps(as_plain(result), ensure_ascii=False, allow_nan=False) if as_json else text)
     except (IcmLoraError, OSError, ImportError, ValueError, StrictDataclassError, SafetensorError) as error:
         if show_traceback:
             raise
@@ -339,3 +461,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def named_arguments(argv: Sequence[str]) -> list[str]:
+    """Return a command's arguments; the first ones of some may stand without their names: `push PATH REPO_ID`."""
+    names, rest = POSITIONAL.get(argv[0], ()), list(argv[1:])
+    named = []
+    for name in names:
+        if not rest or rest[0].startswith("-"):
+            break
+        named += [f"--{name}", rest.pop(0)]
+    return named + rest

@@ -22,6 +22,8 @@ class LoraGeneratorConfig(PreTrainedConfig):
         base_model_fingerprint (`str`, *optional*): Hash of its weights, checked before an adapter is attached.
         task_vector_spec (`dict`, *optional*): The [`TaskVectorSpec`], as a dictionary.
         training_tasks (`list[str]`, *optional*): Names of the tasks of the training zoo: the seen tasks.
+        training_runs (`list[dict]`, *optional*): What [`LoraGeneratorTrainer`] did, run by run: command, settings,
+            versions, machine, seconds and last losses.
         template (`str`, *optional*): Text with `{prompt}` and `{completion}` that the adapters were trained on.
         mapped_tasks (`list[str]`, *optional*): Names of the tasks in the map of training tasks; see
             [`~LoraGeneratorModel.map_tasks`].
@@ -69,6 +71,7 @@ class LoraGeneratorConfig(PreTrainedConfig):
     base_model_fingerprint: str | None = None
     task_vector_spec: dict | None = None
     training_tasks: list[str] | None = None
+    training_runs: list[dict] | None = None
     mapped_tasks: list[str] | None = None
     map_size: int = 64
     template: str = DEFAULT_TEMPLATE
@@ -111,6 +114,21 @@ class LoraGeneratorConfig(PreTrainedConfig):
                 TaskVectorSpec(**self.task_vector_spec)
             except TypeError as error:
                 raise TaskVectorError(f"task_vector_spec: not a TaskVectorSpec: {error}") from error
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
+        """Read a configuration as `PreTrainedConfig` does, but only that of a generator.
+
+        Raises:
+            IncompatibleAdapterError: if it belongs to another kind of model.
+        """
+        config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if config and config.get("model_type") != cls.model_type:
+            raise IncompatibleAdapterError(
+                f"{pretrained_model_name_or_path} is no generator of adapters: expected model_type {cls.model_type!r} "
+                f"in its config.json, found {config.get('model_type')!r}."
+            )
+        return config, kwargs
 
     def validate_architecture(self):
         """Check what no single field can: called at construction and before saving."""

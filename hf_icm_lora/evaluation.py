@@ -30,15 +30,11 @@ chosen by leaving one seen task out, in weight space, so no rival sees a test sa
 
 import json
 import math
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +48,7 @@ from .adapter import attach_adapter, canonical_lora_config, frozen_base, require
 from .completion import CompletionCollator, fill_template, score_completions
 from .errors import IncompatibleAdapterError, NotFittedError, TaskError, ZooError
 from .files import commit_file, write_json
+from .model_card import format_report, run_metadata
 from .modeling_lora_generator import UNFAMILIAR, LoraGeneratorModel
 from .task_vectors import TaskVectorExtractor, TaskVectorSpec
 from .tasks import Task, check_unique_names
@@ -444,55 +441,6 @@ def storage(generator: LoraGeneratorModel, zoo: LoraZoo) -> dict[str, Any]:
         "ratio": round(generator_bytes / (adapter_bytes * num_seen + shared_bytes), 3) if num_seen else None,
         "break_even_tasks": max(0, -(-(generator_bytes - shared_bytes) // adapter_bytes)),
     }
-
-
-def run_metadata(seed: int) -> dict[str, Any]:
-    """Return what a figure needs beside it to be reproduced: command, date, versions, machine, seed."""
-    packages = ("hf_icm_lora", "transformers", "peft", "torch", "safetensors", "datasets", "accelerate")
-    return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
-        "machine": {"processor": platform.machine(), "system": platform.system(), "threads": torch.get_num_threads()},
-        "seed": seed,
-    }
-
-
-def format_report(report: Mapping[str, Any]) -> str:
-    """Return the report as Markdown: a table per split, then storage and times."""
-    parts = []
-    for split, rows in report["splits"].items():
-        excluded = [n for n, s in rows["generated"]["tasks"].items() if s["recovered_gain"] is None]
-        lines = [
-            f"### {split.capitalize()} tasks ({len(rows['base']['tasks'])})\n",
-            "| row | mean G | median G | min G | loss | exact match |",
-            "|---|---|---|---|---|---|",
-        ]
-        for row, summary in rows.items():
-            gains = [summary[f"{kind}_recovered_gain"] for kind in ("mean", "median", "min")]
-            cells = ["-" if gain is None else f"{gain:.2f}" for gain in gains]
-            cells += [f"{summary['mean_loss']:.3f}", f"{100 * summary['exact_match']:.0f} %"]
-            lines.append(f"| {row} | " + " | ".join(cells) + " |")
-        near = {row: rows[row].get("nearest_seen_distance") for row in ("generated", "task_lora", "mean_lora")}
-        if None not in near.values():
-            told = ", ".join(f"{row} {distance:.2f}" for row, distance in near.items())
-            lines.append(f"\nDistance to the nearest other seen adapter, in the seen ones' deviation: {told}.")
-        signs = {"the gain on the examples": "gain_on_examples", "novelty": "novelty"}
-        told = {what: rows["generated"].get(f"{sign}_correlation") for what, sign in signs.items()}
-        told = ", ".join(f"{what} {value:.2f}" for what, value in told.items() if value is not None)
-        if told:
-            lines.append(f"\nRank correlation with G of the generated adapters: {told}.")
-        if excluded:
-            lines.append(f"\nWithout G, since fine-tuning gained nothing: {', '.join(excluded)}.")
-        parts.append("\n".join(lines))
-    store, seconds = report["storage"], report["seconds"]
-    parts.append(
-        f"Generator {store['generator_bytes'] / 1e6:.1f} MB, one fp16 adapter {store['adapter_bytes'] / 1e6:.2f} MB: "
-        f"smaller than {store['break_even_tasks']} adapters or more ({store['num_seen_tasks']} seen tasks).\n"
-        f"Seconds: task vector {seconds['task_vector']:.2f}, generation {seconds['generation']:.3f}, attachment "
-        f"{seconds['attachment']:.3f}; fine-tuning one LoRA {seconds['fine_tuning']:.1f}."
-    )
-    return "\n\n".join(parts) + "\n"
 
 
 def write_report(report: Mapping[str, Any], output_dir: str | Path) -> None:

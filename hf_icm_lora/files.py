@@ -67,7 +67,7 @@ def commit_file(path: str | Path) -> Iterator[Path]:
 
 def write_json(path: str | Path, content: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never a part; numbers not finite become null."""
-    text = json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(as_plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with commit_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -105,12 +105,13 @@ def sha256_of(*parts: bytes | str) -> str:
     return digest.hexdigest()
 
 
-def _finite(content: Any) -> Any:
+def as_plain(content: Any) -> Any:
+    """Return the same content with null in place of numbers that are not finite, which JSON does not know."""
     # Python would write NaN and Infinity, which are not JSON.
     if isinstance(content, dict):
-        return {key: _finite(value) for key, value in content.items()}
+        return {key: as_plain(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
-        return [_finite(value) for value in content]
+        return [as_plain(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 

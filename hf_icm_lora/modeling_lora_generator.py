@@ -13,11 +13,14 @@ networks see as `condition (batch, condition_size)`, `z (batch, latent_size)`, a
 """
 
 import copy
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import CommitInfo, ModelCard, try_to_load_from_cache
 from peft import PeftModel
 from torch import nn
 from torch.nn.utils import parametrize
@@ -25,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput, logging
+from transformers.utils import CONFIG_NAME, ModelOutput, logging
 
 from .adapter import attach_adapter, base_model_fingerprint, canonical_lora_config, frozen_base
 from .completion import CompletionCollator
@@ -38,7 +41,9 @@ from .errors import (
     UnfamiliarTaskError,
 )
 from .functional import FunctionalDataset, functional_loss, refine_lora_weights
+from .hub import CARD_FILE, carry_card, files_below, push_files, require_hub_id
 from .layout import LoraLayout, MatrixBlock, split
+from .model_card import generator_card
 from .task_vectors import TaskVectorExtractor, TaskVectors, TaskVectorSpec
 from .tasks import to_sample
 
@@ -636,6 +641,7 @@ class LoraGeneratorModel(PreTrainedModel):
         refine_steps: int = 0,
         on_unfamiliar: str = "generate",
         check_base_model: bool = True,
+        describe_task: bool = True,
     ) -> PeftModel:
         """Generate an adapter for a task and attach it to its base model. No gradient step is taken unless asked for.
 
@@ -654,14 +660,17 @@ class LoraGeneratorModel(PreTrainedModel):
                 generated adapter: fine-tuning with a head start.
             on_unfamiliar (`str`, *optional*, defaults to `"generate"`): What to do for a task that is less familiar
                 than 99 of 100 training tasks are to each other: `"generate"` all the same, take the vector of the
-                `"nearest"` training task, take the `"mean"` adapter of the zoo, or `"raise"`. It needs `map_tasks`.
+                `"nearest"` training task, take the `"mean"` adapter of the zoo, or `"raise"`. It needs `map_tasks`,
+                and examples: a description alone does not tell.
             check_base_model (`bool`, *optional*, defaults to `True`): Whether to compare the base model's fingerprint.
                 A base in 4 or 8 bits has no comparable one.
+            describe_task (`bool`, *optional*, defaults to `True`): Whether description and examples are kept beside
+                the adapter, and so come into the card that `save_pretrained` and `push_to_hub` of the result write.
 
         Returns:
             `PeftModel`: in eval mode, the adapter frozen. `model.lora_generation[adapter_name]` holds what is known
-            about it: of a generator with a map of its training tasks the task's `novelty` and its `nearest_task`, and
-            with examples the `gain_on_examples`; see the method of that name.
+            about it: generator and settings; of a generator with a map of its training tasks the task's `novelty` and
+            its `nearest_task`; with examples the `gain_on_examples`, see the method of that name.
 
         Raises:
             TaskError: if there is neither a task vector, nor examples, nor a description; or no `processing_class`; or
@@ -690,7 +699,12 @@ class LoraGeneratorModel(PreTrainedModel):
             raise TaskError(f"Expected num_samples >= 1 and refine_steps >= 0, found {num_samples}, {refine_steps}.")
         if (num_samples > 1 or refine_steps) and not examples:
             raise TaskError("Adapters are chosen and refined by examples of the task: pass examples too.")
-        about, fallback = self._judge(task_vector, on_unfamiliar)
+        about, fallback = self._origin(generator, num_samples, refine_steps), None
+        if examples or not description:  # the map is of demonstrations, from which descriptions lie far away
+            judged, fallback = self._judge(task_vector, on_unfamiliar)
+            about |= judged
+        elif on_unfamiliar != "generate":
+            raise TaskError("A description alone does not tell how familiar a task is: pass examples too.")
         if fallback is not None:
             candidates = [fallback]
         elif num_samples == 1:
@@ -703,9 +717,14 @@ class LoraGeneratorModel(PreTrainedModel):
         if examples:
             about["gain_on_examples"] = self.gain_on_examples(examples, lora_weights, base_model, processing_class)
         state_dict = self.layout.unpack(lora_weights, self.zoo_normalizer.shared_weights)
+        if describe_task and description:
+            about["description"] = description
+        if describe_task and examples:
+            samples = [to_sample(raw, f"examples[{index}]") for index, raw in enumerate(examples)]
+            about["examples"] = [{"prompt": sample.prompt, "completion": sample.completion} for sample in samples]
         model = attach_adapter(base_model, self.adapter_config(), state_dict, adapter_name)
-        if about:
-            model.lora_generation = {**getattr(model, "lora_generation", {}), adapter_name: about}
+        model.lora_generation = {**getattr(model, "lora_generation", {}), adapter_name: about}
+        carry_card(model)
         return model
 
     def map_tasks(self, task_vectors: TaskVectors) -> None:
@@ -744,6 +763,14 @@ class LoraGeneratorModel(PreTrainedModel):
         draws = task_vector.reshape((1,) * (3 - task_vector.ndim) + tuple(task_vector.shape))
         score, nearest = self.task_map.locate(self._condition(draws).float().mean(0))
         return score, self.config.mapped_tasks[nearest]
+
+    def _origin(self, generator: torch.Generator | None, num_samples: int, refine_steps: int) -> dict:
+        """Return by what and how an adapter is made, for its card."""
+        name, revision = self.config._name_or_path, getattr(self.config, "_commit_hash", None)
+        source = {"id": name, "revision": revision} if revision else {"folder": Path(name).name}
+        about = {"generator": source, "template": self.config.template}
+        about["seed"] = None if generator is None else generator.initial_seed()
+        return about | {"num_samples": num_samples, "refine_steps": refine_steps}
 
     def _judge(self, task_vector: torch.Tensor, on_unfamiliar: str) -> tuple[dict, torch.Tensor | None]:
         """Return what is known about a task, and the weights `(num_weights,)` to use instead of generated ones."""
@@ -857,6 +884,84 @@ class LoraGeneratorModel(PreTrainedModel):
         """Return the `LoraConfig` fields of generated adapters: one rank, `lora_alpha == r`, nothing else needed."""
         extra = {"base_model_name_or_path": self.config.base_model_name_or_path or None}  # None if made in memory
         return canonical_lora_config(self.config.lora_config, self.layout.max_rank) | extra
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """Load a generator as `PreTrainedModel.from_pretrained` does, and remember the commit that it comes from."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
+        if not Path(pretrained_model_name_or_path).exists():
+            options = {"cache_dir": kwargs.get("cache_dir"), "revision": kwargs.get("revision")}
+            cached = try_to_load_from_cache(pretrained_model_name_or_path, CONFIG_NAME, **options)
+            model.config._commit_hash = Path(cached).parent.name  # a folder of the Hub's cache is named by its commit
+        return loaded
+
+    def save_pretrained(
+        self, save_directory: str | Path, *, push_to_hub: bool = False, is_main_process: bool = True, **kwargs
+    ) -> None:
+        """Write `config.json`, `model.safetensors` and, unless there is a `README.md`, a card.
+
+        Args:
+            save_directory (`str` or `Path`): Where; made if there is none.
+            push_to_hub (`bool`, *optional*, defaults to `False`): Whether to push it as well, with the arguments of
+                `push_to_hub` among `kwargs`.
+            kwargs: All else that `PreTrainedModel.save_pretrained` takes.
+        """
+        pushed = {"private", "commit_message", "commit_description", "revision", "create_pr", "tags", "card"}
+        options = {name: kwargs.pop(name) for name in pushed & kwargs.keys()} if push_to_hub else {}
+        repo_id = kwargs.pop("repo_id", Path(save_directory).name)
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process and not Path(save_directory, CARD_FILE).exists():
+            generator_card(self).save(Path(save_directory) / CARD_FILE)
+        if push_to_hub and is_main_process:
+            self.push_to_hub(repo_id, token=kwargs.get("token"), **options)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str | None = "50GB",
+        tags: Sequence[str] | None = None,
+        card: ModelCard | None = None,
+    ) -> CommitInfo:
+        """Upload the generator with its card, in one commit. A card that is in the repository already is kept.
+
+        Args:
+            repo_id (`str`): The repository; it is made if there is none.
+            commit_message, commit_description, private, token, revision, create_pr, max_shard_size, tags: As in
+                `PreTrainedModel.push_to_hub`.
+            card (`ModelCard`, *optional*): By default [`generator_card`] makes one.
+
+        Returns:
+            `CommitInfo`: a string, too: the commit's URL.
+
+        Raises:
+            IcmLoraError: if `config.base_model_name_or_path` is a local folder, which nobody else can load.
+
+        Example:
+            >>> generator.push_to_hub("user/my-generator", private=True)  # doctest: +SKIP
+        """
+        require_hub_id(self.config.base_model_name_or_path, "set generator.config.base_model_name_or_path to one")
+        with tempfile.TemporaryDirectory() as folder:
+            card = card or generator_card(self, repo_id=repo_id, tags=tags or ())
+            card.save(Path(folder) / CARD_FILE)
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            return push_files(
+                files_below(folder),
+                repo_id,
+                commit_message=commit_message or "Upload generator",
+                commit_description=commit_description,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+            )
 
     def check_base_model(self, base_model: nn.Module) -> None:
         """Compare a base model's fingerprint with that of the one the generator was made for.

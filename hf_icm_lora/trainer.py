@@ -1,17 +1,24 @@
 """Training a generator: `transformers.Trainer` with a conditional VAE's loss, or with the base model's behaviour."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+from huggingface_hub import CommitInfo, HfApi
 from torch import nn
 from transformers import Trainer, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import PushInProgress
 
 from .adapter import require_bare, restored
 from .errors import IcmLoraError
 from .functional import FunctionalDataset, distillation_loss, functional_loss
+from .hub import CARD_FILE, push_files, require_hub_id
+from .model_card import generator_card, run_metadata
 from .modeling_lora_generator import LoraGeneratorModel, LoraGeneratorOutput, kl_per_unit
 
 ACTIVE_UNIT_NATS = 0.01  # a latent unit is active if it carries more than this on average
@@ -84,6 +91,13 @@ class LoraGeneratorTrainer(Trainer):
         **kwargs,
     ):
         args = args or LoraGeneratorTrainingArguments(output_dir="trainer_output")
+        if args.push_to_hub:  # now, and not after hours
+            require_hub_id(model.config.base_model_name_or_path, "set model.config.base_model_name_or_path to one")
+            if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+                raise IcmLoraError(
+                    f"hub_strategy {args.hub_strategy.value!r} would publish the optimizer's state as pickles, which "
+                    "others should not open: choose 'every_save' or 'end'."
+                )
         train_dataset = kwargs.get("train_dataset")
         if base_model is not None:
             require_bare(base_model)
@@ -101,9 +115,108 @@ class LoraGeneratorTrainer(Trainer):
         self._terms: dict[str, list[dict[str, torch.Tensor]]] = {"train": [], "eval": []}
 
     def train(self, *args, **kwargs):
-        """Train as `Trainer` does, with the base model frozen meanwhile."""
+        """Train as `Trainer` does, with the base model frozen meanwhile; the configuration keeps a record of it."""
         with self._base_at_rest():
-            return super().train(*args, **kwargs)
+            output = super().train(*args, **kwargs)
+        config = self.accelerator.unwrap_model(self.model).config
+        config.training_runs = [*(config.training_runs or []), self._record(output.metrics["train_runtime"])]
+        return output
+
+    def _record(self, seconds: float) -> dict:
+        args, functional = self.args, isinstance(self.train_dataset, FunctionalDataset)
+        terms = {name: value for logs in self.state.log_history for name, value in logs.items() if "loss" in name}
+        return {
+            "trained_on": "samples, through the base model" if functional else "adapters",
+            "items": len(self.train_dataset),
+            "steps": self.state.global_step,
+            "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "learning_rate": args.learning_rate,
+            "lr_scheduler_type": str(args.lr_scheduler_type.value),
+            "seconds": round(seconds, 1),
+            **{f"last_{name}": value for name, value in terms.items() if name != "train_loss"},
+            **run_metadata(args.seed),
+        }
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:  # a pickle, which nothing reads
+            Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def create_model_card(
+        self,
+        language: str | Sequence[str] | None = None,
+        license: str | None = None,
+        tags: str | Sequence[str] | None = None,
+        model_name: str | None = None,
+        dataset: str | Sequence[str] | None = None,
+    ) -> None:
+        """Write the generator's card into `output_dir`, with all that its configuration knows of its training.
+
+        Args:
+            language, license, tags, dataset (*optional*): For the card's metadata.
+            model_name (`str`, *optional*): Its title; by default the repository's name.
+        """
+        if not self.is_world_process_zero():
+            return
+        tags = [tags] if isinstance(tags, str) else tags or ()
+        model = self.accelerator.unwrap_model(self.model)
+        repo_id = self.hub_model_id or model_name or Path(self.args.output_dir).absolute().name
+        card = generator_card(model, repo_id=repo_id, license=license, tags=tags)
+        card.data.language, card.data.datasets = language, dataset
+        card.save(Path(self.args.output_dir) / CARD_FILE)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ) -> CommitInfo | None:
+        """Upload generator and card in one commit: no checkpoints, logs or pickles, which may lie beside them.
+
+        Args:
+            commit_message, token, revision, private: As in `Trainer.push_to_hub`.
+            blocking (`bool`, *optional*, defaults to `True`): Whether to wait for it, instead of returning a `Future`.
+            kwargs: For `create_model_card`.
+
+        Raises:
+            IcmLoraError: if `config.base_model_name_or_path` is a local folder, which nobody else can load.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        require_hub_id(model.config.base_model_name_or_path, "set model.config.base_model_name_or_path to one")
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**kwargs)
+        self._finish_current_push()
+        job = self._push(Path(self.args.output_dir), commit_message, token, revision)
+        return job.result() if blocking else job
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if busy and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        job = self._push(Path(checkpoint_folder), f"Training in progress, step {self.state.global_step}")
+        jobs = [job, *(self.push_in_progress.jobs if busy else [])]
+        self.push_in_progress = PushInProgress(jobs)
+
+    def _push(self, folder: Path, commit_message: str | None, token: str | None = None, revision: str | None = None):
+        # Read now: a checkpoint may be gone before it is uploaded.
+        wanted = ("config.json", CARD_FILE, *(path.name for path in folder.glob("*.safetensors*")))
+        files = {name: (folder / name).read_bytes() for name in wanted}
+        options = {"token": token or self.args.hub_token, "revision": revision or self.args.hub_revision}
+        api, keep = HfApi(), {"keep_card": False}
+        return api.run_as_future(
+            push_files, files, self.hub_model_id, commit_message=commit_message, **options, **keep
+        )
 
     @contextmanager
     def _base_at_rest(self) -> Iterator[None]:
@@ -119,12 +232,14 @@ class LoraGeneratorTrainer(Trainer):
         inputs = dict(inputs)
         if "labels" in inputs:
             beside = inputs.pop("beside", None)
-            loss, terms, output = self._functional_loss(model, inputs)
+            losses, terms, output = self._functional_loss(model, inputs)
+            loss = losses.mean()
             if beside is not None:
-                reconstruction, more, output = self._reconstruction_loss(model, beside)
-                loss, terms = loss + reconstruction, terms | more
+                losses, more, output = self._reconstruction_loss(model, beside)
+                loss, terms = loss + losses.mean(), terms | more
         else:
-            loss, terms, output = self._reconstruction_loss(model, inputs)
+            losses, terms, output = self._reconstruction_loss(model, inputs)
+            loss = losses.mean()
         if model.training:
             self._terms["train"].append({name: values.detach() for name, values in terms.items()})
         return (loss, output) if return_outputs else loss
@@ -133,8 +248,8 @@ class LoraGeneratorTrainer(Trainer):
         output = model(**inputs, return_loss=False, return_dict=True)
         units = _kl_per_unit(output)
         penalty = units.clamp(min=self.args.free_bits).mean(1)  # (batch,)
-        loss = (output.reconstruction_loss + self._kl_weight(model.training) * penalty).mean()
-        return loss, {"reconstruction_loss": output.reconstruction_loss, "kl_per_unit": units}, output
+        losses = output.reconstruction_loss + self._kl_weight(model.training) * penalty  # (batch,)
+        return losses, {"reconstruction_loss": output.reconstruction_loss, "kl_per_unit": units}, output
 
     def _functional_loss(self, model, inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor], LoraGeneratorOutput]:
         batch = dict(inputs)
@@ -146,7 +261,7 @@ class LoraGeneratorTrainer(Trainer):
             name, losses = "functional_loss", functional_loss(self.frozen_base, *adapters, batch)
         else:
             name, losses = "distillation_loss", distillation_loss(self.frozen_base, *adapters, batch, teachers)
-        return self.args.functional_weight * losses.mean(), {name: losses}, output
+        return self.args.functional_weight * losses, {name: losses}, output
 
     def _kl_weight(self, training: bool) -> float:
         # A pure function of the step: a resumed run follows the same curve, and evaluations compare.
@@ -160,16 +275,16 @@ class LoraGeneratorTrainer(Trainer):
         with torch.no_grad():
             if "labels" in inputs:
                 inputs.pop("beside", None)
-                loss, terms, _ = self._functional_loss(model, inputs)
+                losses, terms, _ = self._functional_loss(model, inputs)
             else:
-                loss, terms, output = self._reconstruction_loss(model, inputs)
+                losses, terms, _ = self._reconstruction_loss(model, inputs)
                 normalizer = self.accelerator.unwrap_model(model).zoo_normalizer
                 generated = model(task_vector=inputs["task_vector"], return_loss=False, return_dict=True).lora_weights
                 error = normalizer.normalize(generated) - normalizer.normalize(inputs["lora_weights"])
                 terms["generation_loss"] = (error**2).mean(1)
-        # Per batch, since it drops the samples that padded the last one.
-        self._terms["eval"].append(self.accelerator.gather_for_metrics(terms))
-        return loss, None, None
+        # Per batch, since it drops the samples that padded the last one; Trainer's own mean of losses counts them.
+        self._terms["eval"].append(self.accelerator.gather_for_metrics(terms | {"loss": losses}))
+        return losses.mean(), None, None
 
     def evaluation_loop(self, *args, **kwargs):
         """Run the loop of `Trainer` and add the terms of the loss to what it returns."""

@@ -17,12 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo, snapshot_download
 from torch.utils.data import Dataset
 
-from .adapter import load_adapter, lora_config_to_dict, save_adapter
+from .adapter import CONFIG_FILE, load_adapter, lora_config_to_dict, save_adapter
 from .errors import CorruptAdapterError, IncompatibleAdapterError, TaskError, TaskVectorError, ZooError
 from .files import commit_file, safe_dirname, write_json
+from .hub import push_files, require_hub_id
 from .layout import LoraLayout
+from .model_card import zoo_card
 from .task_vectors import MODES, TaskVectors
 
 FORMAT_VERSION = 1
@@ -110,6 +113,123 @@ class LoraZoo:
         path.mkdir(parents=True, exist_ok=True)
         write_json(path / ZOO_FILE, about)
         return cls(path)
+
+    @classmethod
+    def from_hub(
+        cls,
+        repo_id: str,
+        tasks: Iterable[str] | None = None,
+        *,
+        revision: str | None = None,
+        token: bool | str | None = None,
+        local_dir: str | Path | None = None,
+    ) -> "LoraZoo":
+        """Download a zoo that [`~LoraZoo.push_to_hub`] uploaded.
+
+        Args:
+            repo_id (`str`): A dataset repository on the Hub.
+            tasks (`Iterable[str]`, *optional*): As in `LoraZoo`.
+            revision (`str`, *optional*): Branch, tag or commit.
+            token (`bool` or `str`, *optional*): As in `huggingface_hub`.
+            local_dir (`str` or `Path`, *optional*): Where to put it, for a zoo that is to be changed; by default into
+                the Hub's cache.
+
+        Raises:
+            ZooError: if the repository is no zoo.
+            RepositoryNotFoundError, GatedRepoError, LocalEntryNotFoundError and others: from `huggingface_hub`.
+
+        Example:
+            >>> zoo = LoraZoo.from_hub("user/my-zoo")  # doctest: +SKIP
+        """
+        files = [ZOO_FILE, VECTORS_FILE, f"adapters/*/{TASK_FILE}", "adapters/*/step-*/adapter_*"]
+        path = snapshot_download(
+            repo_id, repo_type="dataset", revision=revision, token=token, local_dir=local_dir, allow_patterns=files
+        )
+        if not Path(path, ZOO_FILE).exists():
+            raise ZooError(f"The dataset repository {repo_id!r} is no zoo: expected {ZOO_FILE} in it.")
+        return cls(path, tasks)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        base_model_name_or_path: str | None = None,
+        license: str | None = None,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> CommitInfo:
+        """Upload the complete tasks, their vectors, a table of them and a card to a dataset repository, in one commit.
+
+        Args:
+            repo_id (`str`): The repository.
+            base_model_name_or_path (`str`, *optional*): The base model's id on the Hub, for a zoo that was made from a
+                local copy of it.
+            license (`str`, *optional*): For the card, as the Hub names it.
+            commit_message, commit_description, private, token, revision, create_pr: As in `push_to_hub` of models.
+
+        Returns:
+            `CommitInfo`: a string, too: the commit's URL.
+
+        Raises:
+            ZooError: if there is no task to upload.
+            IcmLoraError: if the base model is a local folder.
+        """
+        if not self.records:
+            raise ZooError(f"{self.path}: no complete task to upload.")
+        base = base_model_name_or_path or self.base_model_name_or_path
+        require_hub_id(base, "pass its id as base_model_name_or_path")
+        rename = {"base_model_name_or_path": base}
+        table = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.task_table())
+        card = zoo_card(self, repo_id=repo_id, base_model_name_or_path=base, license=license)
+        files: dict[str, Path | bytes] = {
+            "README.md": card.content.encode(),
+            "tasks.jsonl": table.encode(),
+            ZOO_FILE: _as_json(self.about | rename),
+        }
+        if self.has_task_vectors:
+            files[VECTORS_FILE] = self.path / VECTORS_FILE
+        for record in self.records.values():
+            folder = record["folder"]
+            names = [
+                f"step-{step}/{file.name}"
+                for step in record["snapshots"]
+                for file in (folder / f"step-{step}").iterdir()
+            ]
+            files |= {f"adapters/{folder.name}/{name}": folder / name for name in [TASK_FILE, *names]}
+        for name, file in files.items():
+            if name.endswith(f"/{CONFIG_FILE}"):
+                files[name] = _as_json(_read_json(file, "an adapter") | rename)
+        return push_files(
+            files,
+            repo_id,
+            repo_type="dataset",
+            commit_message=commit_message or f"Upload a zoo of {len(self)} adapters",
+            commit_description=commit_description,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+    def task_table(self) -> list[dict[str, Any]]:
+        """Return one row per task: its name, family and description, and how its LoRA was fine-tuned."""
+        return [
+            {
+                "name": name,
+                "family": record.get("family"),
+                "description": record.get("description"),
+                "best_step": record["best_step"],
+                "snapshots": record["snapshots"],
+                "validation_loss": record.get("validation_losses", {}).get(str(record["best_step"])),
+                "seconds": record.get("seconds"),
+                "folder": f"adapters/{record['folder'].name}",
+            }
+            for name, record in self.records.items()
+        ]
 
     def __len__(self) -> int:
         return len(self.records)
@@ -217,7 +337,7 @@ class LoraZoo:
             )
         if missing := [name for name in self.records if name not in vectors.banks]:
             raise TaskVectorError(f"There are no task vectors for {missing[:3]}.")
-        if (self.path / VECTORS_FILE).exists():
+        if self.has_task_vectors:
             stored = self.task_vectors
             others = {name: bank for name, bank in stored.banks.items() if name not in vectors.banks}
             if stored.spec == vectors.spec:
@@ -231,13 +351,18 @@ class LoraZoo:
             vectors.save(temporary)
 
     @property
+    def has_task_vectors(self) -> bool:
+        """Whether vectors were added."""
+        return (self.path / VECTORS_FILE).exists()
+
+    @property
     def task_vectors(self) -> TaskVectors:
         """The zoo's task vectors.
 
         Raises:
             ZooError: if none were added yet.
         """
-        if not (self.path / VECTORS_FILE).exists():
+        if not self.has_task_vectors:
             raise ZooError(f"{self.path} has no task vectors yet: call add_task_vectors(extractor.extract(...)).")
         return TaskVectors.load(self.path / VECTORS_FILE)
 
@@ -294,6 +419,10 @@ class LoraZooDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         snapshot, draw = self.pairs[index]
         return {"lora_weights": self.lora_weights[snapshot], "task_vector": self.task_vectors[draw]}
+
+
+def _as_json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _read_json(path: Path, what: str) -> dict[str, Any]:

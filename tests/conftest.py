@@ -2,13 +2,13 @@
 
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when a Hugging Face library is first imported
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when a Hugging Face library is first imported
 
 import socket
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -23,6 +23,7 @@ from transformers.utils import logging
 from hf_icm_lora import Task, save_tasks
 
 logging.disable_progress_bar()
+torch.set_num_threads(1)  # on models this small a second thread only waits, and for long if the machine is busy
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +46,7 @@ def tokenizer():
     vocabulary = {character: index for index, character in enumerate(["<unk>", "</s>", *characters])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.decoder = decoders.Fuse()  # or text would come back with a space after each character
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
 
 

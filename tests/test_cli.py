@@ -84,7 +84,11 @@ def test_vectors_of_all_tasks(folder):
 
 
 def test_trained_generator_is_json_and_safetensors(folder):
-    assert {path.name for path in (folder / "generator").iterdir()} == {"config.json", "model.safetensors"}
+    assert {path.name for path in (folder / "generator").iterdir()} == {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    }
     generator = LoraGeneratorModel.from_pretrained(folder / "generator")
     assert generator.config.training_tasks == SEEN
     assert generator.config.hidden_size == 32
@@ -176,7 +180,7 @@ def test_evaluation_report(folder):
 def test_env_names_versions(capsys):
     assert main(["env"]) == 0
     out = capsys.readouterr().out
-    assert all(f"- {name}: " in out for name in ("Platform", "Python", "hf_icm_lora", "torch", "peft", "Device"))
+    assert all(f"- {name}: " in out for name in ("platform", "python", "hf_icm_lora", "torch", "peft", "device"))
 
 
 # Wrong command lines

@@ -521,8 +521,30 @@ def test_novelty_is_reported_for_each_adapter(mapped, base, task_vector):
     known = mapped.task_vectors.banks["shift/2"]["demonstrations"]
     model = mapped.generate_adapter(base, task_vector=known)
     model = mapped.generate_adapter(model, task_vector=known + 1000, adapter_name="far")
-    assert model.lora_generation["default"] == {"novelty": 0.0, "nearest_task": "shift/2"}
+    told = model.lora_generation["default"]
+    assert (told["novelty"], told["nearest_task"], told["seed"]) == (0.0, "shift/2", None)
     assert model.lora_generation["far"]["novelty"] == 1.0
+
+
+def test_a_description_alone_does_not_tell_how_familiar_a_task_is(mapped, load_base, tokenizer):
+    task = {"processing_class": tokenizer, "description": DESCRIPTION}
+    assert "novelty" not in mapped.generate_adapter(load_base(), **task).lora_generation["default"]
+    with pytest.raises(TaskError, match="A description alone does not tell"):
+        mapped.generate_adapter(load_base(), **task, on_unfamiliar="raise")
+    model = mapped.generate_adapter(load_base(), **task, examples=EXAMPLES)
+    assert 0 <= model.lora_generation["default"]["novelty"] <= 1
+
+
+def test_the_card_forgets_deleted_adapters(generator, load_base, tokenizer, tmp_path):
+    task = {"processing_class": tokenizer, "examples": EXAMPLES}
+    model = generator.generate_adapter(load_base(), **task, description="The first task.")
+    model = generator.generate_adapter(model, **task, description="The second task.", adapter_name="second")
+    model.delete_adapter("default")
+    model.set_adapter("second")
+    model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "The second task." in card
+    assert "The first task." not in card
 
 
 def test_unfamiliar_tasks_are_treated_as_asked(mapped, load_base):

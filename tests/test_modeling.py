@@ -204,7 +204,7 @@ def test_auto_classes_load_it(tmp_path):
 def test_save_pretrained_writes_safetensors_only(tmp_path):
     model, _ = make_model()
     model.save_pretrained(tmp_path)
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["README.md", "config.json", "model.safetensors"]
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["LoraGeneratorModel"]
 
 

@@ -278,14 +278,13 @@ def test_checkpoints_hold_no_pickled_datasets(make_trainer, tmp_path):
     trainer.save_model()
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert {path.name for path in files} == {
-        "config.json", "model.safetensors", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth",
+        "README.md", "config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth",
         "trainer_state.json",
     }  # fmt: skip
     for path in files:
         content = path.read_bytes()
         assert b"Dataset" not in content
-        assert path.suffix == ".json" or b"task_vectors" not in content
-        assert path.name != "training_args.bin" or len(content) < 20_000
+        assert path.suffix in (".json", ".md") or b"task_vectors" not in content
 
 
 def test_saved_model_generates_as_the_trained_one(make_trainer, tmp_path, datasets):

@@ -37,9 +37,9 @@ from hf_icm_lora import (
     recovered_gain,
     smollm2_path,
 )
-from hf_icm_lora.evaluation import run_metadata
 from hf_icm_lora.files import write_json
 from hf_icm_lora.functional import functional_loss
+from hf_icm_lora.model_card import run_metadata
 from hf_icm_lora.task_vectors import MODES
 
 WORK = Path("build/suite/ablate")

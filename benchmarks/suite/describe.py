@@ -26,9 +26,9 @@ from hf_icm_lora import (
     smollm2_generator_path,
     smollm2_path,
 )
-from hf_icm_lora.evaluation import run_metadata
 from hf_icm_lora.files import write_json
 from hf_icm_lora.functional import functional_loss
+from hf_icm_lora.model_card import run_metadata
 
 # The first rule that matches is used once.
 RULES = (

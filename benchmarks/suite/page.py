@@ -9,7 +9,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/benchmark.md", "docs/evaluation.md", "hf_icm_lora/smollm2_generator/README.md")
+PAGES = (
+    "README.md",
+    "docs/source/benchmark.md",
+    "docs/source/evaluation.md",
+    "hf_icm_lora/smollm2_generator/README.md",
+)
 TITLES = {
     "seen": "seen tasks",
     "unseen": "unseen tasks of known families",

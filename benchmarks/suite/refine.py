@@ -27,9 +27,10 @@ from hf_icm_lora import (
     smollm2_generator_path,
     smollm2_path,
 )
-from hf_icm_lora.evaluation import FINE_TUNE_RATE, run_metadata
+from hf_icm_lora.evaluation import FINE_TUNE_RATE
 from hf_icm_lora.files import write_json
 from hf_icm_lora.functional import functional_loss
+from hf_icm_lora.model_card import run_metadata
 
 
 @dataclass

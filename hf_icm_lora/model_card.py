@@ -1,0 +1,336 @@
+"""Cards: what the reader of a repository with a generator, an adapter or a zoo is told, and what is told of a run.
+
+The texts are the Jinja templates in `templates/`; a card is a `huggingface_hub.ModelCard`, with metadata that the Hub
+understands.
+"""
+
+import json
+import platform
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+import torch
+from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
+
+TEMPLATES = Path(__file__).parent / "templates"
+LIBRARY = "hf_icm_lora"
+AUTO_CLASSES = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM"}
+MOST_TASKS, MOST_EXAMPLES = 200, 32  # in a card
+NOT_EVALUATED = (
+    "Not evaluated yet: `evaluate_generator` makes the table, `hf-icm-lora push --evaluation` puts it here."
+)
+
+
+def run_metadata(seed: int) -> dict[str, Any]:
+    """Return what a figure needs beside it to be reproduced: command, date, versions, machine, seed."""
+    packages = (LIBRARY, "transformers", "peft", "torch", "safetensors", "datasets", "accelerate")
+    return {
+        "command": " ".join(public_arguments(sys.argv)),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "machine": {"processor": platform.machine(), "system": platform.system(), "threads": torch.get_num_threads()},
+        "seed": seed,
+    }
+
+
+def public_arguments(arguments: Sequence[str]) -> list[str]:
+    """Return a command line as others may see it: without secrets, absolute paths by their last part alone.
+
+    Example:
+        >>> public_arguments(["/home/me/train.py", "--zoo=/data/zoo", "--hub_token", "hf_abc"])
+        ['train.py', '--zoo=zoo', '--hub_token', '***']
+    """
+    told, secret = [], False
+    for argument in arguments:
+        option, equals, value = argument.rpartition("=")
+        named = re.search("token|key|secret|password", option, re.IGNORECASE)
+        if secret or named or re.match("hf_[A-Za-z0-9]{8,}", value):
+            value = "***"
+        elif Path(value).is_absolute() or PureWindowsPath(value).is_absolute() or value.startswith("~"):
+            value = re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+        told.append(option + equals + value)
+        secret = not equals and bool(re.match("--?.*(token|key|secret|password)", argument, re.IGNORECASE))
+    return told
+
+
+def is_local(name_or_path: str) -> bool:
+    """Return whether a name of a model means a folder of this machine, and no repository on the Hub."""
+    return not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name_or_path) or Path(name_or_path).exists()
+
+
+def generator_card(
+    generator,
+    *,
+    repo_id: str | None = None,
+    report: Mapping[str, Any] | None = None,
+    pictures: Sequence[str] = (),
+    license: str | None = None,
+    tags: Sequence[str] = (),
+) -> ModelCard:
+    """Write a generator's card from its configuration and, if there is one, its evaluation.
+
+    Args:
+        generator (`LoraGeneratorModel`): Its configuration says how it was trained.
+        repo_id (`str`, *optional*): Where it will be.
+        report (`Mapping`, *optional*): From [`evaluate_generator`].
+        pictures (`Sequence[str]`, *optional*): Names of image files beside the card, shown under the table.
+        license (`str`, *optional*): As the Hub names it, such as `"apache-2.0"`.
+        tags (`Sequence[str]`, *optional*): More tags.
+
+    Example:
+        >>> generator_card(generator, report=report).save("generator/README.md")  # doctest: +SKIP
+    """
+    config, layout = generator.config, generator.layout
+    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in generator.state_dict().values())
+    adapter_bytes, shared_bytes = 2 * layout.num_weights, 2 * layout.num_shared_weights
+    spec, names = config.task_vector_spec or {}, config.training_tasks or []
+    base = config.base_model_name_or_path or ""
+    pooled = ", ".join(spec.get("pooling", ()))
+    read = f"hidden states of layers {', '.join(map(str, spec.get('layers', ())))}, averaged over {pooled}"
+    size = f"{config.num_task_vectors} rows of {config.task_vector_size}, {config.condition_size} directions of them"
+    card = ModelCard.from_template(
+        _card_data(ModelCardData, base, license, ["lora", "peft", "text-generation", *tags]),
+        str(TEMPLATES / "generator.md"),
+        title=_title(repo_id, f"Generator of LoRA adapters for {_name_of(base)}"),
+        repo_id=repo_id or "path/to/this/folder",
+        base_link=_link(base),
+        base_model=_name_of(base),
+        auto_class=_auto_class(config.lora_config),
+        rank=layout.max_rank,
+        target_modules=_target_modules(config.lora_config),
+        template=_visible(config.template),
+        fingerprint=(config.base_model_fingerprint or "")[:12],
+        num_weights=f"{layout.num_weights:,}",
+        architecture="the paper's convolutions" if config.architecture == "conv1d" else "a transformer over matrices",
+        num_parameters=f"{sum(p.numel() for p in generator.parameters()) / 1e6:.1f} million",
+        megabytes=f"{num_bytes / 1e6:.1f}",
+        stored=(", matrices in 8 bits" if config.weight_format == "int8" else "")
+        + ("" if config.has_encoder else ", without its encoder"),
+        break_even=max(0, -(-(num_bytes - shared_bytes) // adapter_bytes)),
+        condition=f"{read}, of the frozen base model: {size}",
+        num_tasks=len(names),
+        tasks=_listed(names),
+        training="\n\n".join(map(_told_run, config.training_runs or [])) or "There is no record of it.",
+        evaluation=NOT_EVALUATED,
+    )
+    return add_evaluation(card, report, pictures) if report else card
+
+
+def add_evaluation(card: ModelCard, report: Mapping[str, Any], pictures: Sequence[str] = ()) -> ModelCard:
+    """Put an evaluation into a generator's card, as a table and as metadata, in place of an older one.
+
+    Args:
+        card (`ModelCard`): With the marks `<!-- evaluation -->` and `<!-- end evaluation -->`.
+        report (`Mapping`): From [`evaluate_generator`].
+        pictures (`Sequence[str]`, *optional*): Names of image files beside the card.
+
+    Raises:
+        ValueError: if the card has no place for it.
+    """
+    before, start, rest = card.content.partition("<!-- evaluation -->")
+    _, end, after = rest.partition("<!-- end evaluation -->")
+    if not end:
+        raise ValueError("The card has no place for an evaluation: expected <!-- evaluation --> ... in it.")
+    shown = [format_report(report), *(f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in pictures)]
+    made = f"Made by `{report['command']}` on {report['date'][:10]}, seed {report['seed']}."
+    renewed = ModelCard(before + start + "\n\n" + "\n\n".join([*shown, made]) + "\n\n" + end + after)
+    renewed.data.model_name = renewed.data.get("model_name") or re.search("^# (.+)$", renewed.text, re.MULTILINE)[1]
+    renewed.data.eval_results = [
+        EvalResult(
+            task_type="text-generation",
+            task_name="LoRA generation",
+            dataset_type="tasks",
+            dataset_name=f"{split} tasks ({len(rows['base']['tasks'])})",
+            dataset_split=split,
+            metric_type="recovered_gain",
+            metric_name=f"{kind} recovered gain, {row}",
+            metric_value=round(summary[f"{kind}_recovered_gain"], 4),
+        )
+        for split, rows in report["splits"].items()
+        for row, summary in rows.items()
+        for kind in ("mean", "median", "min")
+        if summary[f"{kind}_recovered_gain"] is not None and row not in ("base", "task_lora")  # 0 and 1
+    ]
+    return renewed
+
+
+def adapter_card(
+    lora_config: Mapping[str, Any], generated: Mapping[str, Mapping[str, Any]], repo_id=None
+) -> ModelCard:
+    """Write the card of generated adapters.
+
+    Args:
+        lora_config (`Mapping`): Fields of `LoraConfig`.
+        generated (`Mapping[str, Mapping]`): Adapter name -> what `model.lora_generation` says about it.
+        repo_id (`str`, *optional*): Where it will be.
+    """
+    base, about = lora_config.get("base_model_name_or_path") or "", next(iter(generated.values()))
+    source = about["generator"]
+    if "id" in source:
+        generator = f"[{source['id']}](https://huggingface.co/{source['id']}) (revision `{source['revision'][:12]}`)"
+    else:
+        generator = f"a generator of LoRAs (`{source['folder']}`)" if source["folder"] else "a generator of LoRAs"
+    kept_apart = ("generator", "template", "description", "examples")
+    rows = [
+        (name, [(key.replace("_", " "), _told(value)) for key, value in facts.items() if key not in kept_apart])
+        for name, facts in generated.items()
+    ]
+    data = _card_data(ModelCardData, base, None, ["lora", "generated"])
+    data.library_name = "peft"  # who loads it; the tag says who made it
+    if lora_config.get("task_type") == "CAUSAL_LM":
+        data.pipeline_tag = "text-generation"
+    return ModelCard.from_template(
+        data,
+        str(TEMPLATES / "adapter.md"),
+        title=_title(repo_id, f"A generated LoRA adapter for {_name_of(base)}"),
+        repo_id=repo_id or "path/to/this/folder",
+        base_link=_link(base),
+        auto_class=_auto_class(lora_config).replace("AutoModel", "AutoPeftModel"),
+        generator=generator,
+        after=", then refined by gradient steps on the examples" if about.get("refine_steps") else "",
+        template=_visible(about["template"]),
+        adapters=[
+            (
+                f"Adapter `{name}`",
+                table,
+                generated[name].get("description"),
+                "\n".join(
+                    json.dumps(e, ensure_ascii=False) for e in generated[name].get("examples", [])[:MOST_EXAMPLES]
+                ),
+            )
+            for name, table in rows
+        ],
+    )
+
+
+def zoo_card(zoo, *, repo_id: str, base_model_name_or_path: str, license: str | None = None) -> DatasetCard:
+    """Write the card of a zoo, whose table of tasks `datasets.load_dataset` reads.
+
+    Args:
+        zoo (`LoraZoo`): The zoo.
+        repo_id (`str`): Where it will be.
+        base_model_name_or_path (`str`): The base model's name there.
+        license (`str`, *optional*): As the Hub names it.
+    """
+    base, lora_config = base_model_name_or_path, zoo.lora_config
+    data = _card_data(DatasetCardData, base, license, ["lora", "peft"])
+    data.configs = [{"config_name": "default", "data_files": "tasks.jsonl"}]
+    return DatasetCard.from_template(
+        data,
+        str(TEMPLATES / "zoo.md"),
+        title=_title(repo_id, f"Zoo of LoRA adapters for {_name_of(base)}"),
+        repo_id=repo_id,
+        base_link=_link(base),
+        rank=zoo.layout.max_rank,
+        target_modules=_target_modules(lora_config),
+        template=_visible(zoo.template),
+        fingerprint=zoo.base_model_fingerprint[:12],
+        layout=zoo.layout.fingerprint[:12],
+        num_weights=f"{zoo.layout.num_weights:,}",
+        gauge="and one A that all of them share" if zoo.layout.gauge == "frozen_a" else f"gauge `{zoo.layout.gauge}`",
+        num_tasks=len(zoo),
+        vectors=" and the vectors of their tasks" if zoo.has_task_vectors else "",
+        rows=zoo.task_table(),
+    )
+
+
+def format_report(report: Mapping[str, Any]) -> str:
+    """Return the report as Markdown: a table per split, then storage and times."""
+    parts = []
+    for split, rows in report["splits"].items():
+        excluded = [n for n, s in rows["generated"]["tasks"].items() if s["recovered_gain"] is None]
+        lines = [
+            f"### {split.capitalize()} tasks ({len(rows['base']['tasks'])})\n",
+            "| row | mean G | median G | min G | loss | exact match |",
+            "|---|---|---|---|---|---|",
+        ]
+        for row, summary in rows.items():
+            gains = [summary[f"{kind}_recovered_gain"] for kind in ("mean", "median", "min")]
+            cells = ["-" if gain is None else f"{gain:.2f}" for gain in gains]
+            cells += [f"{summary['mean_loss']:.3f}", f"{100 * summary['exact_match']:.0f} %"]
+            lines.append(f"| {row} | " + " | ".join(cells) + " |")
+        near = {row: rows[row].get("nearest_seen_distance") for row in ("generated", "task_lora", "mean_lora")}
+        if None not in near.values():
+            told = ", ".join(f"{row} {distance:.2f}" for row, distance in near.items())
+            lines.append(f"\nDistance to the nearest other seen adapter, in the seen ones' deviation: {told}.")
+        signs = {"the gain on the examples": "gain_on_examples", "novelty": "novelty"}
+        told = {what: rows["generated"].get(f"{sign}_correlation") for what, sign in signs.items()}
+        told = ", ".join(f"{what} {value:.2f}" for what, value in told.items() if value is not None)
+        if told:
+            lines.append(f"\nRank correlation with G of the generated adapters: {told}.")
+        if excluded:
+            lines.append(f"\nWithout G, since fine-tuning gained nothing: {', '.join(excluded)}.")
+        parts.append("\n".join(lines))
+    store, seconds = report["storage"], report["seconds"]
+    parts.append(
+        f"Generator {store['generator_bytes'] / 1e6:.1f} MB, one fp16 adapter {store['adapter_bytes'] / 1e6:.2f} MB: "
+        f"smaller than {store['break_even_tasks']} adapters or more ({store['num_seen_tasks']} seen tasks).\n"
+        f"Seconds: task vector {seconds['task_vector']:.2f}, generation {seconds['generation']:.3f}, attachment "
+        f"{seconds['attachment']:.3f}; fine-tuning one LoRA {seconds['fine_tuning']:.1f}."
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def _card_data(kind: type, base: str, license: str | None, tags: Sequence[str]):
+    data = kind(license=license, tags=[LIBRARY, *dict.fromkeys(tags)])
+    data.library_name = LIBRARY
+    if base and not is_local(base):
+        data.base_model = base
+        data.base_model_relation = "adapter"
+    return data
+
+
+def _title(repo_id: str | None, otherwise: str) -> str:
+    return repo_id.split("/")[-1] if repo_id else otherwise
+
+
+def _name_of(base: str) -> str:
+    return (Path(base).name if is_local(base) else base) or "a base model"
+
+
+def _link(base: str) -> str:
+    return f"`{_name_of(base)}`" if not base or is_local(base) else f"[{base}](https://huggingface.co/{base})"
+
+
+def _auto_class(lora_config: Mapping[str, Any] | None) -> str:
+    return AUTO_CLASSES.get((lora_config or {}).get("task_type"), "AutoModel")
+
+
+def _target_modules(lora_config: Mapping[str, Any]) -> str:
+    modules = lora_config.get("target_modules") or []
+    return f"`{modules}`" if isinstance(modules, str) else ", ".join(f"`{name}`" for name in modules)
+
+
+def _visible(template: str) -> str:
+    return template.replace("\n", "\\n")
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Tasks are named `family/task`: a card groups them, and stays readable with a thousand."""
+    families: dict[str, list[str]] = {}
+    for name in names:
+        family, _, rest = name.rpartition("/")
+        families.setdefault(family, []).append(rest)
+    if len(names) > MOST_TASKS:
+        told = ", ".join(f"{family or 'others'} ({len(members)})" for family, members in families.items())
+        return f"By family: {told}. `config.json` names all of them."
+    return "\n".join(f"- {f'{family}: ' if family else ''}{', '.join(m)}" for family, m in families.items()) or "None."
+
+
+def _told_run(run: Mapping[str, Any]) -> str:
+    kept_apart = ("command", "versions", "machine")
+    rows = [f"| {key.replace('_', ' ')} | {_told(value)} |" for key, value in run.items() if key not in kept_apart]
+    versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items())
+    machine = ", ".join(f"{key} {value}" for key, value in run["machine"].items())
+    return "\n".join([f"`{run['command']}`\n", "| | |", "| --- | --- |", *rows, f"| machine | {machine} |"]) + (
+        f"\n| versions | {versions} |"
+    )
+
+
+def _told(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)

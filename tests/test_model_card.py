@@ -1,0 +1,203 @@
+"""Cards: each says what a reader must know, in metadata that the Hub reads, and nothing that is nobody's business."""
+
+import re
+
+import pytest
+import yaml
+from conftest import make_llama, make_tasks
+from huggingface_hub import ModelCard
+from peft import LoraConfig
+
+from hf_icm_lora import (
+    CollectionArguments,
+    LoraGeneratorConfig,
+    LoraGeneratorModel,
+    LoraGeneratorTrainer,
+    LoraGeneratorTrainingArguments,
+    TaskVectorExtractor,
+    TaskVectorSpec,
+    add_evaluation,
+    collect_zoo,
+    evaluate_generator,
+    generator_card,
+)
+from hf_icm_lora.model_card import NOT_EVALUATED, adapter_card, is_local, public_arguments, zoo_card
+
+GENERATOR_PATTERN = r"""---
+base_model: user/base
+.*library_name: hf_icm_lora
+.*---
+
+# (?P<title>.+)
+
+Writes a LoRA adapter \(rank 4, `q_proj`, `v_proj`\) for \[user/base\]\(https://huggingface.co/user/base\) from .+
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+.+
+```
+
+The adapters expect prompts of the form `- \{prompt\}: \{completion\}\\n`.
+
+## What it is
+
+\| \| \|
+\| --- \| --- \|
+\| base model \| .+, fingerprint `[0-9a-f]{12}` \|
+\| adapters \| [\d,]+ generated numbers each, as plain LoRA of rank 4 \|
+\| generator \| .+ parameters, [\d.]+ MB.* \|
+\| storage \| smaller than \d+ fp16 adapters or more \|
+\| condition \| hidden states of layers -1, averaged over prompts, completions, of the frozen base model: .+ \|
+
+## Tasks seen in training \(2\)
+
+- shift: 1, 2
+
+## Evaluation
+.+
+## Limits
+.+
+## Training
+
+`.+`
+
+\| \| \|
+\| --- \| --- \|
+\| trained on \| adapters \|
+\| items \| \d+ \|
+\| steps \| 2 \|
+\| batch size \| 8 \|
+.+\| seed \| 42 \|
+\| machine \| .+threads \d+ \|
+\| versions \| python .+ \|
+
+## Citation
+
+```bibtex
+.+
+```"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, tokenizer):
+    """A zoo, a trained generator and its evaluation."""
+    folder, base, tasks = tmp_path_factory.mktemp("cards"), make_llama(), make_tasks(3)
+    lora_config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    args = CollectionArguments(output_dir=folder / "out", max_steps=8, eval_steps=4, use_cpu=True)
+    zoo = collect_zoo(folder / "zoo", base, tokenizer, tasks, lora_config, args)
+    zoo.add_task_vectors(TaskVectorExtractor(TaskVectorSpec(num_draws=4)).extract(base, tokenizer, tasks))
+    seen = zoo.subset(["shift/1", "shift/2"])
+    sizes = dict(hidden_size=32, intermediate_size=64, num_encoder_layers=1, num_decoder_layers=1, latent_size=4)
+    generator = LoraGeneratorModel(LoraGeneratorConfig.from_zoo(seen, **sizes))
+    generator.config.base_model_name_or_path = "user/base"
+    args = LoraGeneratorTrainingArguments(
+        output_dir=folder / "trainer", max_steps=2, per_device_train_batch_size=8, report_to=[], disable_tqdm=True,
+        logging_steps=1, save_strategy="no", use_cpu=True,
+    )  # fmt: skip
+    LoraGeneratorTrainer(generator, args, train_dataset=seen.as_dataset()).train()
+    return zoo, generator, evaluate_generator(generator, base, tokenizer, zoo, tasks, num_examples=4)
+
+
+def test_generator_card_follows_its_pattern(world):
+    _, generator, report = world
+    for card in (generator_card(generator), generator_card(generator, report=report)):
+        assert re.fullmatch(GENERATOR_PATTERN, card.content, re.DOTALL), card.content
+    assert "{{" not in card.content
+    assert "None" not in card.content
+    card = generator_card(generator, repo_id="me/mine", license="mit", tags=["more"])
+    assert re.search("^# mine$", card.text, re.MULTILINE)
+    assert 'LoraGeneratorModel.from_pretrained("me/mine")' in card.text
+    data = yaml.safe_load(card.content.split("---")[1])
+    assert data == {
+        "base_model": "user/base",
+        "base_model_relation": "adapter",
+        "library_name": "hf_icm_lora",
+        "license": "mit",
+        "tags": ["hf_icm_lora", "lora", "peft", "text-generation", "more"],
+    }
+
+
+def test_evaluation_in_text_and_metadata_and_in_place_of_an_older_one(world):
+    _, generator, report = world
+    plain = generator_card(generator)
+    assert NOT_EVALUATED in plain.text
+    card = add_evaluation(plain, report, ["evaluation/gain_per_task.png"])
+    assert NOT_EVALUATED not in card.text
+    assert "![gain per task](evaluation/gain_per_task.png)" in card.text
+    rows = {row for split in report["splits"].values() for row in split}
+    for row in rows:
+        assert f"| {row} |" in card.text
+    again = ModelCard(card.content)  # as it comes back from a file
+    told = {(r.dataset_split, r.metric_name): r.metric_value for r in again.data.eval_results}
+    assert set(told) == {
+        (split, f"{kind} recovered gain, {row}")
+        for split in ("seen", "unseen") for row in rows - {"base", "task_lora"} for kind in ("mean", "median", "min")
+        if report["splits"][split][row]["mean_recovered_gain"] is not None
+    }  # fmt: skip
+    for (split, name), value in told.items():
+        kind, row = name.split()[0], name.rpartition(" ")[2]
+        assert value == pytest.approx(report["splits"][split][row][f"{kind}_recovered_gain"], abs=1e-4)
+    twice = add_evaluation(card, report)
+    assert twice.text.count("| wrong_condition |") == card.text.count("| wrong_condition |")
+    assert ".png" not in twice.text
+    with pytest.raises(ValueError, match="no place for an evaluation"):
+        add_evaluation(ModelCard("# Another card"), report)
+
+
+def test_a_thousand_tasks_are_told_by_family(world):
+    _, generator, _ = world
+    names = generator.config.training_tasks
+    try:
+        generator.config.training_tasks = [f"numbers/{n}" for n in range(300)] + ["alone"]
+        text = generator_card(generator).text
+    finally:
+        generator.config.training_tasks = names
+    assert "By family: numbers (300), others (1)." in text
+    assert "numbers/17" not in text
+
+
+def test_adapter_card(world):
+    _, generator, _ = world
+    about = {"generator": {"folder": "mine"}, "template": generator.config.template, "seed": None, "refine_steps": 3}
+    about |= {"novelty": 0.123456, "description": "Shift.", "examples": [{"prompt": "a|b", "completion": "ü"}] * 40}
+    card = adapter_card(generator.adapter_config(), {"default": about})
+    assert (card.data.library_name, card.data.pipeline_tag) == ("peft", "text-generation")
+    assert "a generator of LoRAs (`mine`) wrote it" in card.text
+    assert "then refined by gradient steps" in card.text
+    assert "| novelty | 0.1235 |" in card.text
+    assert "| seed | - |" in card.text
+    assert card.text.count('{"prompt": "a|b", "completion": "ü"}') == 32
+    assert "AutoPeftModelForCausalLM" in card.text
+
+
+def test_zoo_card(world):
+    zoo, _, _ = world
+    card = zoo_card(zoo, repo_id="me/zoo", base_model_name_or_path="user/base")
+    assert card.data.configs == [{"config_name": "default", "data_files": "tasks.jsonl"}]
+    assert "A zoo of 3 LoRA adapters of [user/base]" in card.text
+    assert 'LoraZoo.from_hub("me/zoo")' in card.text
+    for row in zoo.task_table():
+        assert f"| {row['name']} | {row['best_step']} | {row['validation_loss']} |" in card.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["/home/me/train.py", "--zoo", "/data/my/zoo/"], ["train.py", "--zoo", "zoo"]),
+        (["x", "--zoo=/data/zoo", "--out=~/out"], ["x", "--zoo=zoo", "--out=out"]),
+        (["x", "--hub_token", "abc", "--seed", "1"], ["x", "--hub_token", "***", "--seed", "1"]),
+        (["x", "--api_key=abc"], ["x", "--api_key=***"]),
+        (["x", "--anything", "hf_abcdefghij"], ["x", "--anything", "***"]),
+        (["x", "C:\\Users\\me\\zoo"], ["x", "zoo"]),
+        (["x", "zoo/one", "user/name", "--lr", "1e-3"], ["x", "zoo/one", "user/name", "--lr", "1e-3"]),
+    ],
+)
+def test_command_lines_are_told_without_paths_and_secrets(arguments, told):
+    assert public_arguments(arguments) == told
+
+
+def test_what_is_a_folder_and_what_an_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    assert all(map(is_local, ["base", "./x", "/x/y", str(tmp_path), "a/b/c"]))
+    assert not any(map(is_local, ["gpt2", "user/name", "HuggingFaceTB/SmolLM2-135M-Instruct"]))
