@@ -890,10 +890,13 @@ class LoraGeneratorModel(PreTrainedModel):
         """Load a generator as `PreTrainedModel.from_pretrained` does, and remember the commit that it comes from."""
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
-        if not Path(pretrained_model_name_or_path).exists():
+        name = pretrained_model_name_or_path
+        if name is not None and not Path(name).exists():
             options = {"cache_dir": kwargs.get("cache_dir"), "revision": kwargs.get("revision")}
-            cached = try_to_load_from_cache(pretrained_model_name_or_path, CONFIG_NAME, **options)
-            model.config._commit_hash = Path(cached).parent.name  # a folder of the Hub's cache is named by its commit
+            subfolder = Path(kwargs.get("subfolder") or "")
+            cached = Path(try_to_load_from_cache(name, (subfolder / CONFIG_NAME).as_posix(), **options))
+            # In the Hub's cache a folder that is named by its commit holds the repository's files.
+            model.config._commit_hash = cached.parents[len(subfolder.parts)].name
         return loaded
 
     def save_pretrained(

@@ -130,6 +130,16 @@ def check_revisions_and_pull_requests(hub, world):
         assert same_weights(LoraGeneratorModel.from_pretrained("user/revisions", revision=revision), world.generator)
     with pytest.raises(OSError, match="none is not a valid git identifier"):
         LoraGeneratorModel.from_pretrained("user/revisions", revision="none")
+    folder = world.folder / "below"
+    world.generator.save_pretrained(folder / "a" / "b")
+    HfApi().create_repo("below")
+    HfApi().upload_folder(repo_id="user/below", folder_path=folder)
+    below = LoraGeneratorModel.from_pretrained("user/below", subfolder="a/b")
+    assert same_weights(below, world.generator)
+    assert below.config._commit_hash == HfApi().model_info("user/below").sha
+    state_dict = world.generator.state_dict()
+    alone = LoraGeneratorModel.from_pretrained(None, config=world.generator.config, state_dict=state_dict)
+    assert same_weights(alone, world.generator)
     world.generator.push_to_hub("user/revisions", token="hf_other", create_pr=True)  # as someone else
     assert "refs/pr/2" in hub.repos["model", "user/revisions"].branches
 
