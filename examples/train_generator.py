@@ -117,9 +117,11 @@ def main() -> None:
     else:
         set_seed(training_args.seed)
         config = LoraGeneratorConfig.from_zoo(
-            seen, hidden_size=script_args.hidden_size, latent_size=script_args.latent_size
+            seen,
+            hidden_size=script_args.hidden_size,
+            latent_size=script_args.latent_size,
+            base_model_name_or_path=script_args.hub_base_model or zoo.base_model_name_or_path,
         )
-        config.base_model_name_or_path = script_args.hub_base_model or config.base_model_name_or_path
         generator = LoraGeneratorModel(config)
         generator.fit_normalizer(seen.as_dataset(), behaviour)
         trainer = LoraGeneratorTrainer(

@@ -161,22 +161,23 @@ class LoraGeneratorConfig(PreTrainedConfig):
 
         Args:
             zoo (`LoraZoo`): The training split of a zoo with task vectors; its tasks are the seen ones.
-            kwargs: Further fields of the configuration.
+            kwargs: Further fields of the configuration, or other values of these, such as the base model's id on the
+                Hub as `base_model_name_or_path`, if the zoo was made from a local copy.
 
         Raises:
             ZooError: if the zoo has no task vectors yet.
         """
         vectors = zoo.task_vectors
         num_task_vectors, task_vector_size = next(iter(next(iter(vectors.banks.values())).values())).shape[1:]
-        return cls(
-            layout=zoo.layout.to_dict(),
-            lora_config=zoo.lora_config,
-            base_model_name_or_path=zoo.base_model_name_or_path,
-            base_model_fingerprint=zoo.base_model_fingerprint,
-            task_vector_spec=vectors.spec.to_dict(),
-            training_tasks=list(zoo),
-            template=zoo.template,
-            num_task_vectors=num_task_vectors,
-            task_vector_size=task_vector_size,
-            **kwargs,
-        )
+        of_zoo = {
+            "layout": zoo.layout.to_dict(),
+            "lora_config": zoo.lora_config,
+            "base_model_name_or_path": zoo.base_model_name_or_path,
+            "base_model_fingerprint": zoo.base_model_fingerprint,
+            "task_vector_spec": vectors.spec.to_dict(),
+            "training_tasks": list(zoo),
+            "template": zoo.template,
+            "num_task_vectors": num_task_vectors,
+            "task_vector_size": task_vector_size,
+        }
+        return cls(**of_zoo | kwargs)

@@ -55,9 +55,8 @@ class World:
         from hf_icm_lora import LoraGeneratorConfig, LoraGeneratorModel
 
         sizes = dict(hidden_size=32, intermediate_size=64, num_encoder_layers=1, num_decoder_layers=1, latent_size=4)
-        generator = LoraGeneratorModel(LoraGeneratorConfig.from_zoo(self.seen, **sizes))
-        generator.config.base_model_name_or_path = "user/base"
-        return generator
+        config = LoraGeneratorConfig.from_zoo(self.seen, base_model_name_or_path="user/base", **sizes)
+        return LoraGeneratorModel(config)
 
 
 def files(hub, repo_id, revision="main", kind="model"):
