@@ -224,6 +224,7 @@ def train(options: TrainOptions, args: LoraGeneratorTrainingArguments) -> Result
         functional = copy.copy(args)
         functional.output_dir = str(Path(args.output_dir) / "functional")
         functional.max_steps = options.functional_steps
+        functional.push_to_hub = False  # the result is pushed, below
         collate = CompletionCollator(tokenizer, base.config.is_encoder_decoder, zoo.template, row_length=64)
         LoraGeneratorTrainer(
             generator,
