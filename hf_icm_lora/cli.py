@@ -38,7 +38,7 @@ from .evaluation import MORE_ROWS, evaluate_generator, read_report
 from .files import as_plain
 from .functional import FunctionalCollator, FunctionalDataset
 from .hub import CARD_FILE, push_files, require_hub_id, save_adapter_card
-from .model_card import add_evaluation, format_report, generator_card, is_local
+from .model_card import add_evaluation, addressed, format_report, is_local
 from .modeling_lora_generator import LoraGeneratorModel
 from .plots import require_matplotlib, write_plots
 from .smollm2 import smollm2_generator_path, smollm2_path
@@ -315,28 +315,26 @@ def push(options: PushOptions) -> Result:
 def push_folder(path: Path, config_file: str, options: PushOptions, target: dict) -> str:
     """Upload a generator or an adapter as it lies there: its configuration, its weights and its card."""
     config = json.loads((path / config_file).read_text(encoding="utf-8"))
-    base = options.base_model or config.get("base_model_name_or_path")
+    local_base = config.get("base_model_name_or_path") or ""
+    base = options.base_model or local_base
     require_hub_id(base, "pass --base_model")
     config["base_model_name_or_path"] = base
     files: dict[str, Path | bytes] = {file.name: file for file in path.glob("*.safetensors*")}
     files[config_file] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
-    card_file = path / CARD_FILE
-    if config_file == "config.json" and not card_file.exists():
-        card = generator_card(LoraGeneratorModel.from_pretrained(path), repo_id=options.repo_id)
-    else:
-        card = ModelCard.load(card_file) if card_file.exists() else None
-    if options.evaluation:
-        report = read_report(Path(options.evaluation) / "evaluation.json")
-        pictures = sorted(Path(options.evaluation).glob("*.png"))
-        card = add_evaluation(card, report, [f"evaluation/{picture.name}" for picture in pictures])
-        files |= {f"evaluation/{picture.name}": picture for picture in pictures}
-        files["evaluation/evaluation.json"] = Path(options.evaluation) / "evaluation.json"
-    if card is not None:
-        card.data.base_model = base
+    if (path / CARD_FILE).exists():
+        card = addressed(ModelCard.load(path / CARD_FILE), options.repo_id, local_base, base)
+        if options.evaluation:
+            report = read_report(Path(options.evaluation) / "evaluation.json")
+            pictures = sorted(Path(options.evaluation).glob("*.png"))
+            card = add_evaluation(card, report, [f"evaluation/{picture.name}" for picture in pictures])
+            files |= {f"evaluation/{picture.name}": picture for picture in pictures}
+            files["evaluation/evaluation.json"] = Path(options.evaluation) / "evaluation.json"
         if options.license:
             card.data.license = options.license
         files[CARD_FILE] = card.content.encode()
-    return push_files(files, options.repo_id, keep_card=card is None or not options.evaluation, **target)
+    elif options.evaluation:
+        raise FileNotFoundError(f"{path} has no {CARD_FILE} to put the evaluation into: save the generator again.")
+    return push_files(files, options.repo_id, keep_card=not options.evaluation, **target)
 
 
 def completion(options: CompletionOptions) -> Result:

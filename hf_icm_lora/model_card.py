@@ -20,6 +20,7 @@ from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard,
 TEMPLATES = Path(__file__).parent / "templates"
 LIBRARY = "hf_icm_lora"
 AUTO_CLASSES = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM"}
+FOLDER = "path/to/this/folder"  # stands in a card for the repository, while it is not in one
 MOST_TASKS, MOST_EXAMPLES = 200, 32  # in a card
 NOT_EVALUATED = (
     "Not evaluated yet: `evaluate_generator` makes the table, `hf-icm-lora push --evaluation` puts it here."
@@ -97,7 +98,7 @@ def generator_card(
         _card_data(ModelCardData, base, license, ["lora", "peft", "text-generation", *tags]),
         str(TEMPLATES / "generator.md"),
         title=_title(repo_id, f"Generator of LoRA adapters for {_name_of(base)}"),
-        repo_id=repo_id or "path/to/this/folder",
+        repo_id=repo_id or FOLDER,
         base_link=_link(base),
         base_model=_name_of(base),
         auto_class=_auto_class(config.lora_config),
@@ -159,6 +160,25 @@ def add_evaluation(card: ModelCard, report: Mapping[str, Any], pictures: Sequenc
     return renewed
 
 
+def addressed(card: ModelCard, repo_id: str, local_base: str, base: str) -> ModelCard:
+    """Return the card of a local folder as that of a repository, so that its snippet runs for others.
+
+    Args:
+        card (`ModelCard`): Of a generator or an adapter.
+        repo_id (`str`): Where it will be.
+        local_base (`str`): The base model as the folder names it.
+        base (`str`): The base model's id on the Hub.
+    """
+    content = card.content.replace(FOLDER, repo_id)
+    if local_base != base:
+        name = _name_of(local_base)
+        content = content.replace(f'from_pretrained("{name}")', f'from_pretrained("{base}")')
+        content = content.replace(f"`{name}`", _link(base))
+    moved = ModelCard(content)
+    moved.data.base_model, moved.data.base_model_relation = base, "adapter"
+    return moved
+
+
 def adapter_card(
     lora_config: Mapping[str, Any], generated: Mapping[str, Mapping[str, Any]], repo_id=None
 ) -> ModelCard:
@@ -188,7 +208,7 @@ def adapter_card(
         data,
         str(TEMPLATES / "adapter.md"),
         title=_title(repo_id, f"A generated LoRA adapter for {_name_of(base)}"),
-        repo_id=repo_id or "path/to/this/folder",
+        repo_id=repo_id or FOLDER,
         base_link=_link(base),
         auto_class=_auto_class(lora_config).replace("AutoModel", "AutoPeftModel"),
         generator=generator,

@@ -147,21 +147,18 @@ class LoraGeneratorTrainer(Trainer):
         language: str | Sequence[str] | None = None,
         license: str | None = None,
         tags: str | Sequence[str] | None = None,
-        model_name: str | None = None,
         dataset: str | Sequence[str] | None = None,
     ) -> None:
         """Write the generator's card into `output_dir`, with all that its configuration knows of its training.
 
         Args:
             language, license, tags, dataset (*optional*): For the card's metadata.
-            model_name (`str`, *optional*): Its title; by default the repository's name.
         """
         if not self.is_world_process_zero():
             return
         tags = [tags] if isinstance(tags, str) else tags or ()
         model = self.accelerator.unwrap_model(self.model)
-        repo_id = self.hub_model_id or model_name or Path(self.args.output_dir).absolute().name
-        card = generator_card(model, repo_id=repo_id, license=license, tags=tags)
+        card = generator_card(model, repo_id=self.hub_model_id, license=license, tags=tags)
         card.data.language, card.data.datasets = language, dataset
         card.save(Path(self.args.output_dir) / CARD_FILE)
 

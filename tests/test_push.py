@@ -344,13 +344,21 @@ def check_command_line(hub, world):
     world.tokenizer.push_to_hub("user/base")
     folder, tasks = world.folder / "cli", world.folder / "tasks.jsonl"
     save_tasks(world.tasks, tasks)
+    world.generator.config.base_model_name_or_path = str(world.folder / "base")  # as collected from a local folder
     world.generator.save_pretrained(folder / "generator")
+    world.generator.config.base_model_name_or_path = "user/base"
     assert main(["push", str(world.zoo.path), "user/cli-zoo", "--base_model", "user/base"]) == 0
-    assert main(["push", str(folder / "generator"), "user/cli-generator", "--license", "mit"]) == 0
+    push = ["push", str(folder / "generator"), "user/cli-generator", "--base_model", "user/base", "--license", "mit"]
+    assert main(push) == 0
+    card = ModelCard.load("user/cli-generator")
+    assert (card.data.base_model, card.data.license) == ("user/base", "mit")
+    assert card.text.count('from_pretrained("user/base")') == 2
+    assert 'LoraGeneratorModel.from_pretrained("user/cli-generator")' in card.text
+    assert "`base`" not in card.text
     evaluate = ["evaluate", "--generator", "user/cli-generator", "--zoo", "user/cli-zoo", "--tasks", str(tasks)]
     out = str(folder / "evaluation")
     assert main([*evaluate, "--num_examples", "4", "--dtype", "float32", "--output_dir", out]) == 0
-    assert main(["push", str(folder / "generator"), "user/cli-generator", "--evaluation", out]) == 0
+    assert main([*push, "--evaluation", out]) == 0
     assert set(files(hub, "user/cli-generator")) == OWN_FILES | {"evaluation/evaluation.json"}
     card = ModelCard.load("user/cli-generator")
     assert "| wrong_condition |" in card.text
@@ -375,7 +383,9 @@ def check_command_line(hub, world):
     assert main([*generate, "--dtype", "float32"]) == 0
     assert "user/cli-generator" in (adapter / "README.md").read_text()
     assert main(["push", str(adapter), "user/cli-adapter"]) == 0
-    assert DESCRIPTION.encode() in files(hub, "user/cli-adapter")["README.md"]
+    card = ModelCard.load("user/cli-adapter").text
+    assert DESCRIPTION in card
+    assert 'AutoPeftModelForCausalLM.from_pretrained("user/cli-adapter")' in card
     assert list(LoraZoo.from_hub("user/cli-zoo")) == list(world.zoo)
 
 
