@@ -48,7 +48,7 @@ from .adapter import attach_adapter, canonical_lora_config, frozen_base, require
 from .completion import CompletionCollator, fill_template, score_completions
 from .errors import IncompatibleAdapterError, NotFittedError, TaskError, ZooError
 from .files import commit_file, write_json
-from .model_card import format_report, run_metadata
+from .model_card import format_report, run_metadata, stored_bytes
 from .modeling_lora_generator import UNFAMILIAR, LoraGeneratorModel
 from .task_vectors import TaskVectorExtractor, TaskVectorSpec
 from .tasks import Task, check_unique_names
@@ -430,17 +430,11 @@ def storage(generator: LoraGeneratorModel, zoo: LoraZoo) -> dict[str, Any]:
         in fp16), `num_seen_tasks`, `ratio` of the first to all adapters and what they share, and `break_even_tasks`,
         the number of adapters from which on the generator is smaller.
     """
-    generator_bytes = sum(tensor.numel() * tensor.element_size() for tensor in generator.state_dict().values())
-    adapter_bytes, shared_bytes = 2 * zoo.layout.num_weights, 2 * zoo.layout.num_shared_weights
+    size_of = stored_bytes(generator)
     num_seen = len(set(generator.config.training_tasks or ()).intersection(zoo))
-    return {
-        "generator_bytes": generator_bytes,
-        "adapter_bytes": adapter_bytes,
-        "shared_bytes": shared_bytes,
-        "num_seen_tasks": num_seen,
-        "ratio": round(generator_bytes / (adapter_bytes * num_seen + shared_bytes), 3) if num_seen else None,
-        "break_even_tasks": max(0, -(-(generator_bytes - shared_bytes) // adapter_bytes)),
-    }
+    all_adapters = size_of["adapter_bytes"] * num_seen + size_of["shared_bytes"]
+    ratio = round(size_of["generator_bytes"] / all_adapters, 3) if num_seen else None
+    return size_of | {"num_seen_tasks": num_seen, "ratio": ratio}
 
 
 def write_report(report: Mapping[str, Any], output_dir: str | Path) -> None:

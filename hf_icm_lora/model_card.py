@@ -59,6 +59,18 @@ def public_arguments(arguments: Sequence[str]) -> list[str]:
     return told
 
 
+def stored_bytes(generator) -> dict[str, int]:
+    """Return the bytes of a generator and of fp16 adapters, as in [`storage`], which needs a zoo for the rest."""
+    generator_bytes = sum(tensor.numel() * tensor.element_size() for tensor in generator.state_dict().values())
+    adapter_bytes, shared_bytes = 2 * generator.layout.num_weights, 2 * generator.layout.num_shared_weights
+    return {
+        "generator_bytes": generator_bytes,
+        "adapter_bytes": adapter_bytes,
+        "shared_bytes": shared_bytes,
+        "break_even_tasks": max(0, -(-(generator_bytes - shared_bytes) // adapter_bytes)),
+    }
+
+
 def is_local(name_or_path: str) -> bool:
     """Return whether a name of a model means a folder of this machine, and no repository on the Hub."""
     return not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name_or_path) or Path(name_or_path).exists()
@@ -87,8 +99,7 @@ def generator_card(
         >>> generator_card(generator, report=report).save("generator/README.md")  # doctest: +SKIP
     """
     config, layout = generator.config, generator.layout
-    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in generator.state_dict().values())
-    adapter_bytes, shared_bytes = 2 * layout.num_weights, 2 * layout.num_shared_weights
+    size_of = stored_bytes(generator)
     spec, names = config.task_vector_spec or {}, config.training_tasks or []
     base = config.base_model_name_or_path or ""
     pooled = ", ".join(spec.get("pooling", ()))
@@ -109,10 +120,10 @@ def generator_card(
         num_weights=f"{layout.num_weights:,}",
         architecture="the paper's convolutions" if config.architecture == "conv1d" else "a transformer over matrices",
         num_parameters=f"{sum(p.numel() for p in generator.parameters()) / 1e6:.1f} million",
-        megabytes=f"{num_bytes / 1e6:.1f}",
+        megabytes=f"{size_of['generator_bytes'] / 1e6:.1f}",
         stored=(", matrices in 8 bits" if config.weight_format == "int8" else "")
         + ("" if config.has_encoder else ", without its encoder"),
-        break_even=max(0, -(-(num_bytes - shared_bytes) // adapter_bytes)),
+        break_even=size_of["break_even_tasks"],
         condition=f"{read}, of the frozen base model: {size}",
         num_tasks=len(names),
         tasks=_listed(names),
