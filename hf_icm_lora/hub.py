@@ -1,7 +1,7 @@
 """To the Hub and back: a repository gets all of its files in one commit, or none of them."""
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
@@ -89,33 +89,36 @@ def save_adapters(model: PeftModel, save_directory: str | Path, save_embedding_l
     type(model).save_pretrained(model, save_directory, save_embedding_layers=save_embedding_layers, **kwargs)
 
 
-def save_adapter_card(model: PeftModel, output_dir: str | Path, repo_id: str | None = None) -> None:
+def save_adapter_card(
+    model: PeftModel, output_dir: str | Path, repo_id: str | None = None, tags: Sequence[str] = ()
+) -> None:
     """Write the card of a model's generated adapters into a folder, the active one first."""
     there = {name: about for name, about in model.lora_generation.items() if name in model.peft_config}
     if not there:  # all of them were deleted meanwhile
         return
     first = model.active_adapter if model.active_adapter in there else next(iter(there))
     generated = {first: there[first], **there}
-    adapter_card(model.peft_config[first].to_dict(), generated, repo_id).save(Path(output_dir) / CARD_FILE)
+    card = adapter_card(model.peft_config[first].to_dict(), generated, repo_id, tags)
+    card.save(Path(output_dir) / CARD_FILE)
 
 
 def push_adapter(
     model: PeftModel,
     repo_id: str,
     *,
-    commit_message: str | None = None,
-    commit_description: str | None = None,
-    private: bool | None = None,
-    token: bool | str | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
+    commit_message: str | None = "Upload generated adapter",
+    tags: Sequence[str] | None = None,
+    **options,
 ) -> CommitInfo:
     """Push a model's adapters, as its `save_pretrained` writes them, with a card that says how they were made.
 
-    Args: As in [`push_files`].
+    Args:
+        repo_id, commit_message: As in [`push_files`].
+        tags (`Sequence[str]`, *optional*): More tags, for the card.
+        options: `commit_description`, `private`, `token`, `revision`, `create_pr`, as in [`push_files`].
 
     Raises:
-        IcmLoraError: if the adapter names a local folder as its base model.
+        IcmLoraError: if an adapter names a local folder as its base model.
     """
     for config in model.peft_config.values():
         require_hub_id(
@@ -123,9 +126,5 @@ def push_adapter(
         )
     with tempfile.TemporaryDirectory() as folder:
         save_adapters(model, folder)
-        save_adapter_card(model, folder, repo_id)
-        options = {"private": private, "token": token, "revision": revision, "create_pr": create_pr}
-        message = commit_message or "Upload generated adapter"
-        return push_files(
-            files_below(folder), repo_id, commit_message=message, commit_description=commit_description, **options
-        )
+        save_adapter_card(model, folder, repo_id, tags or ())
+        return push_files(files_below(folder), repo_id, commit_message=commit_message, **options)

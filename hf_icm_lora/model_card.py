@@ -191,7 +191,10 @@ def addressed(card: ModelCard, repo_id: str, local_base: str, base: str) -> Mode
 
 
 def adapter_card(
-    lora_config: Mapping[str, Any], generated: Mapping[str, Mapping[str, Any]], repo_id=None
+    lora_config: Mapping[str, Any],
+    generated: Mapping[str, Mapping[str, Any]],
+    repo_id: str | None = None,
+    tags: Sequence[str] = (),
 ) -> ModelCard:
     """Write the card of generated adapters.
 
@@ -199,6 +202,7 @@ def adapter_card(
         lora_config (`Mapping`): Fields of `LoraConfig`.
         generated (`Mapping[str, Mapping]`): Adapter name -> what `model.lora_generation` says about it.
         repo_id (`str`, *optional*): Where it will be.
+        tags (`Sequence[str]`, *optional*): More tags.
     """
     base, about = lora_config.get("base_model_name_or_path") or "", next(iter(generated.values()))
     source = about["generator"]
@@ -211,7 +215,7 @@ def adapter_card(
         (name, [(key.replace("_", " "), _told(value)) for key, value in facts.items() if key not in kept_apart])
         for name, facts in generated.items()
     ]
-    data = _card_data(ModelCardData, base, None, ["lora", "generated"])
+    data = _card_data(ModelCardData, base, None, ["lora", "generated", *tags])
     data.library_name = "peft"  # who loads it; the tag says who made it
     if lora_config.get("task_type") == "CAUSAL_LM":
         data.pipeline_tag = "text-generation"

@@ -241,7 +241,7 @@ def check_adapter_there_and_back(hub, world):
     base = AutoModelForCausalLM.from_pretrained("user/base")
     task = {"examples": EXAMPLES, "description": DESCRIPTION, "processing_class": world.tokenizer}
     model = generator.generate_adapter(base, **task, generator=torch.Generator().manual_seed(7))
-    model.push_to_hub("user/adapter", private=True)
+    model.push_to_hub("user/adapter", private=True, tags=["shifting"])
     assert set(files(hub, "user/adapter")) == {
         ".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors",
     }  # fmt: skip
@@ -250,7 +250,7 @@ def check_adapter_there_and_back(hub, world):
     assert not torch.equal(loaded(ids).logits, world.base(ids).logits)
     card = ModelCard.load("user/adapter")
     assert (card.data.library_name, card.data.base_model) == ("peft", "user/base")
-    assert "hf_icm_lora" in card.data.tags
+    assert set(card.data.tags) == {"hf_icm_lora", "lora", "generated", "shifting"}
     revision = hub.repos["model", "user/source"].sha("main")[:12]
     about = model.lora_generation["default"]
     for told in (
