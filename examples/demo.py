@@ -169,7 +169,7 @@ def write_adapter(generator, base, tokenizer, task, folder: Path):
     model = generator.generate_adapter(base, processing_class=tokenizer, examples=task.demo[:12])
     seconds = time.perf_counter() - started
     after = answer(model, tokenizer, prompt, generator.config.template)
-    model.save_pretrained(folder, save_embedding_layers=False)
+    model.save_pretrained(folder)
     print(f"   {task.name}, in {seconds:.1f} s: {prompt!r}")
     print(f"      before {before!r}\n      after {after!r}\n      right {right!r}", flush=True)
     return model.unload()

@@ -88,7 +88,7 @@ def main() -> None:
         after = loss(model, collate, held_out)
         print(f"loss per token on {len(held_out)} other examples: {before:.3f} -> {after:.3f}")
 
-    model.save_pretrained(script_args.output_dir, save_embedding_layers=False)
+    model.save_pretrained(script_args.output_dir)
     print(script_args.output_dir)
     if script_args.push_to_hub:
         print(model.push_to_hub(script_args.hub_model_id or Path(script_args.output_dir).name))

@@ -82,7 +82,7 @@ def generate(description: str, examples: str, query: str, folder: str | Path) ->
         )
         try:
             after = answer(model, tokenizer, query, generator.config.template)
-            model.save_pretrained(Path(folder) / "adapter", save_embedding_layers=False)
+            model.save_pretrained(Path(folder) / "adapter")
             about = model.lora_generation["default"]
         finally:
             model.unload()
