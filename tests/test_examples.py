@@ -223,7 +223,6 @@ def test_tensorboard_gets_all_terms(generator):
 
 
 def test_trackio_gets_all_terms(folder, tmp_path):
-    pytest.importorskip("trackio")
     arguments = {
         "zoo": folder / "zoo", "output_dir": tmp_path / "generator", "max_steps": 3, "save_strategy": "no",
         "report_to": "trackio", "project": "tests", "run_name": "tiny", **SMALL,
