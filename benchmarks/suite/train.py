@@ -48,7 +48,7 @@ class TrainOptions:
     seed: int = field(default=0, metadata={"help": "Of initialization and training."})
     num_loras: int = field(default=48, metadata={"help": "LoRAs of seen tasks for reconstruction."})
     reconstruction_steps: int = field(default=300, metadata={"help": "Steps on the zoo's LoRAs."})
-    functional_steps: int = field(default=1600, metadata={"help": "Steps through the base model."})
+    functional_steps: int = field(default=1600, metadata={"help": "Steps through the base model; may be 0."})
     learning_rate: float = field(default=8e-3, metadata={"help": "Of behavioural training."})
 
 
@@ -91,20 +91,21 @@ def main() -> None:
         ).train()  # fmt: skip
         generator = generator.without_encoder()  # reconstruction is over, and the encoder is half the size
 
-    trainer = LoraGeneratorTrainer(
-        generator,
-        LoraGeneratorTrainingArguments(
-            output_dir=str(checkpoints), max_steps=options.functional_steps, per_device_train_batch_size=16,
-            learning_rate=options.learning_rate, logging_steps=25, save_steps=300,
-            # Constant for the first half: a longer run can go on from a checkpoint before its end.
-            lr_scheduler_type="warmup_stable_decay",
-            lr_scheduler_kwargs={"num_decay_steps": options.functional_steps // 2}, **common,
-        ),
-        base_model=base,
-        train_dataset=functional_dataset,
-        data_collator=FunctionalCollator(CompletionCollator(tokenizer, template=SPEC.template, row_length=48)),
-    )  # fmt: skip
-    trainer.train(resume_from_checkpoint=last)
+    if options.functional_steps:
+        trainer = LoraGeneratorTrainer(
+            generator,
+            LoraGeneratorTrainingArguments(
+                output_dir=str(checkpoints), max_steps=options.functional_steps, per_device_train_batch_size=16,
+                learning_rate=options.learning_rate, logging_steps=25, save_steps=300,
+                # Constant for the first half: a longer run can go on from a checkpoint before its end.
+                lr_scheduler_type="warmup_stable_decay",
+                lr_scheduler_kwargs={"num_decay_steps": options.functional_steps // 2}, **common,
+            ),
+            base_model=base,
+            train_dataset=functional_dataset,
+            data_collator=FunctionalCollator(CompletionCollator(tokenizer, template=SPEC.template, row_length=48)),
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=last)
     generator.map_tasks(vectors)
     generator.config.base_model_name_or_path = BASE_MODEL
     generator.save_pretrained(output_dir)
