@@ -19,7 +19,7 @@ from transformers.utils import logging
 from .completion import CompletionCollator, labelled_logits, score_completions
 from .errors import TaskError, TaskVectorError
 from .files import sha256_of
-from .layout import LoraLayout, split
+from .layout import LoraLayout
 from .task_vectors import MODES, TaskVectors
 from .tasks import Sample, Task, check_unique_names
 
@@ -129,12 +129,6 @@ def batched_lora(
         lora_weights (`torch.Tensor` of shape `(num_adapters, num_weights)`): Gradients flow back to it.
         shared_weights (`torch.Tensor` of shape `(num_shared_weights,)`).
     """
-    matrices: dict[str, dict[str, torch.Tensor]] = {}  # module -> lora_A or lora_B -> (num_adapters or 1, rank, width)
-    for vector, blocks in ((lora_weights, layout.blocks), (shared_weights[None], layout.shared_blocks)):
-        for block, values in zip(blocks, split(vector, blocks), strict=True):
-            for module, matrix in zip(block.modules, values.unbind(1), strict=True):
-                matrices.setdefault(module.name, {})[block.factor] = matrix
-
     def hook_for(lora_a: torch.Tensor, lora_b: torch.Tensor):
         def add_lora(_module, inputs, output):
             rows = inputs[0].unflatten(0, (len(lora_b), -1)).flatten(1, -2)  # (num_adapters, rows * length, in)
@@ -144,8 +138,8 @@ def batched_lora(
         return add_lora
 
     with ExitStack() as stack:
-        for name, pair in matrices.items():
-            hook = hook_for(pair["lora_A"], pair["lora_B"])
+        for name, pair in layout.factors(lora_weights, shared_weights).items():
+            hook = hook_for(*pair)
             stack.callback(base_model.get_submodule(name).register_forward_hook(hook).remove)
         yield
 

@@ -11,7 +11,7 @@ freedom was removed:
 
     frozen_a      all adapters share one A that was never trained; only B varies, and B @ A is linear in it
     shared_init   A and B were both trained, from the same start
-    canonical     A and B of any origin, brought into one form by `canonicalize`
+    canonical     A and B of any origin, brought into one form; see gauge.py
 """
 
 import dataclasses
@@ -28,6 +28,7 @@ import torch
 
 from .errors import CorruptAdapterError, IncompatibleAdapterError
 from .files import sha256_of
+from .gauge import align, balance, mean_reference
 
 PREFIX = "base_model.model."  # of every key in a PEFT state dict
 GAUGES = ("frozen_a", "shared_init", "canonical")
@@ -210,12 +211,15 @@ class LoraLayout:
         except (KeyError, TypeError) as error:
             raise IncompatibleAdapterError(f"Not a LoRA layout: {error!r} in {str(values)[:200]}.") from error
 
-    def pack(self, state_dict: Mapping[str, torch.Tensor], lora_config: Mapping) -> tuple[torch.Tensor, torch.Tensor]:
+    def pack(
+        self, state_dict: Mapping[str, torch.Tensor], lora_config: Mapping, reference: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Turn a PEFT state dict into vectors, with the scaling (alpha / r, rsLoRA, patterns) folded into B.
 
         Args:
             state_dict (`Mapping[str, torch.Tensor]`): Keys as PEFT saves them, in any order and dtype.
             lora_config (`Mapping`): The adapter's `LoraConfig` as a dictionary.
+            reference (`torch.Tensor` of shape `(num_weights,)`, *optional*): As in [`LoraLayout.canonical`].
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: `lora_weights` `(num_weights,)` and `shared_weights`
@@ -233,11 +237,81 @@ class LoraLayout:
             if not matrix.isfinite().all():
                 raise CorruptAdapterError(f"{key} holds {(~matrix.isfinite()).sum()} values that are not finite.")
         for module in self.modules:
-            key_a, key_b = (f"{PREFIX}{module.name}.lora_{factor}.weight" for factor in "AB")
-            matrices[key_b] = matrices[key_b] * lora_scaling(lora_config, module.name, module.rank)
-            if self.gauge == "canonical":
-                matrices[key_a], matrices[key_b] = canonicalize(matrices[key_a], matrices[key_b])
-        return _flatten(matrices, self.blocks), _flatten(matrices, self.shared_blocks)
+            key = f"{PREFIX}{module.name}.lora_B.weight"
+            matrices[key] = matrices[key] * lora_scaling(lora_config, module.name, module.rank)
+        lora_weights, shared_weights = (_flatten(matrices, blocks) for blocks in (self.blocks, self.shared_blocks))
+        if self.gauge == "canonical":
+            lora_weights = self.canonical(lora_weights, reference)
+        return lora_weights, shared_weights
+
+    def factors(
+        self, lora_weights: torch.Tensor, shared_weights: torch.Tensor
+    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """View vectors as the two matrices of each module.
+
+        Args:
+            lora_weights (`torch.Tensor` of shape `(..., num_weights)`), shared_weights (`(num_shared_weights,)`).
+
+        Returns:
+            `dict[str, tuple[torch.Tensor, torch.Tensor]]`: module -> A `(..., rank, in_features)` and B transposed,
+            `(..., rank, out_features)`; what all adapters share has no leading dimensions.
+        """
+        matrices: dict[str, dict[str, torch.Tensor]] = {module.name: {} for module in self.modules}
+        for vector, blocks in ((lora_weights, self.blocks), (shared_weights, self.shared_blocks)):
+            for block, values in zip(blocks, split(vector, blocks), strict=True):
+                for module, matrix in zip(block.modules, values.unbind(-3), strict=True):
+                    matrices[module.name][block.factor] = matrix
+        return {name: (pair["lora_A"], pair["lora_B"]) for name, pair in matrices.items()}
+
+    def stacked_factors(
+        self, lora_weights: torch.Tensor, shared_weights: torch.Tensor
+    ) -> dict[tuple[str, ...], tuple[torch.Tensor, torch.Tensor]]:
+        """As `factors`, with the modules of equal sizes stacked: names -> `(..., count, rank, width)` each."""
+        factors, groups = self.factors(lora_weights, shared_weights), {}
+        for module in self.modules:
+            groups.setdefault((module.rank, module.in_features, module.out_features), []).append(module.name)
+        return {
+            tuple(names): tuple(torch.stack([factors[name][side] for name in names], dim=-3) for side in (0, 1))
+            for names in groups.values()
+        }
+
+    def canonical(self, lora_weights: torch.Tensor, reference: torch.Tensor | None = None) -> torch.Tensor:
+        """Bring vectors of the gauge `"canonical"` into the form that depends on each product B @ A alone.
+
+        Args:
+            lora_weights (`torch.Tensor` of shape `(..., num_weights)`).
+            reference (`torch.Tensor` of shape `(num_weights,)`, *optional*): What the balanced factors are rotated
+                towards, as from [`LoraLayout.mean_reference`]. Without it they stay in the form of a singular value
+                decomposition.
+
+        Returns:
+            `torch.Tensor` of the same shape.
+        """
+        nothing = lora_weights.new_zeros(0)
+        towards = {} if reference is None else self.stacked_factors(reference, nothing)
+        factors = {}
+        for names, (a, b) in self.stacked_factors(lora_weights, nothing).items():
+            a, b, _ = balance(a, b)
+            if towards:
+                a, b = align(a, b, *towards[names])
+            factors |= dict(zip(names, zip(a.unbind(-3), b.unbind(-3), strict=True), strict=True))
+        return self._joined(factors)
+
+    def mean_reference(self, lora_weights: torch.Tensor) -> torch.Tensor:
+        """Return the mean of canonical vectors `(num_adapters, num_weights)` after aligning each with it."""
+        factors = {}
+        for names, (a, b) in self.stacked_factors(self.canonical(lora_weights), lora_weights.new_zeros(0)).items():
+            a, b = mean_reference(a, b)
+            factors |= dict(zip(names, zip(a.unbind(-3), b.unbind(-3), strict=True), strict=True))
+        return self._joined(factors)
+
+    def _joined(self, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+        """The way back from `factors`: `(..., num_weights)`."""
+        parts = []
+        for block in self.blocks:
+            side = ("lora_A", "lora_B").index(block.factor)
+            parts.append(torch.stack([factors[module.name][side] for module in block.modules], dim=-3).flatten(-3))
+        return torch.cat(parts, dim=-1)
 
     def unpack(self, lora_weights: torch.Tensor, shared_weights: torch.Tensor) -> dict[str, torch.Tensor]:
         """Turn vectors back into a PEFT state dict whose scaling is 1 (`lora_alpha == r`).
@@ -265,30 +339,6 @@ def split(vector: torch.Tensor, blocks: tuple[MatrixBlock, ...]) -> list[torch.T
     parts = vector.split([block.size for block in blocks], dim=-1)
     return [part.unflatten(-1, (block.count, block.rank, block.width))
             for part, block in zip(parts, blocks, strict=True)]  # fmt: skip
-
-
-def canonicalize(lora_A: torch.Tensor, lora_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: N803
-    """Bring a pair into the one form that depends on B @ A alone.
-
-    B = Q_b R_b and A^T = Q_a R_a (QR), R_b R_a^T = U S V^T (SVD of an r x r core), so B @ A is the SVD
-    (Q_b U) S (Q_a V)^T; sqrt(S) goes to each side. Each component's sign is fixed by making the largest entry of its
-    row of A positive.
-
-    Args:
-        lora_A (`torch.Tensor` of shape `(rank, in_features)`), lora_B (`(out_features, rank)`).
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: A and B of the same shapes and product, rows by falling singular value.
-    """
-    q_b, r_b = torch.linalg.qr(lora_B.double())
-    q_a, r_a = torch.linalg.qr(lora_A.double().T)
-    u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    a, b = s.sqrt()[:, None] * (vh @ q_a.T), (q_b @ u) * s.sqrt()  # k = min(rank, in, out) components
-    signs = a.gather(1, a.abs().argmax(1, keepdim=True)).sign()
-    signs[signs == 0] = 1
-    canonical_a, canonical_b = torch.zeros_like(lora_A), torch.zeros_like(lora_B)
-    canonical_a[: len(s)], canonical_b[:, : len(s)] = signs * a, b * signs.T
-    return canonical_a, canonical_b
 
 
 def lora_rank(lora_config: Mapping, name: str) -> int:
