@@ -24,7 +24,7 @@ from torch import nn
 
 from .errors import CorruptAdapterError, IncompatibleAdapterError
 from .files import commit_directory, sha256_of
-from .layout import PREFIX, check_plain_lora, lora_rank, lora_scaling
+from .layout import PREFIX, LoraLayout, check_plain_lora, lora_rank, lora_scaling
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 
@@ -53,6 +53,14 @@ def canonical_lora_config(lora_config: Mapping[str, Any], rank: int) -> dict[str
     folded = ("rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout", "init_lora_weights", "inference_mode")
     kept = {field: value for field, value in lora_config.items() if field not in folded}
     return kept | {"r": rank, "lora_alpha": rank, "inference_mode": True}
+
+
+def target_modules(layout: LoraLayout, base_model: nn.Module) -> list[str]:
+    """Return the shortest `target_modules` that mean the modules of a layout and no others of the base model."""
+    wanted = {module.name for module in layout.modules}
+    ends = {name.rpartition(".")[2] for name in wanted}
+    matched = {name for name, _ in base_model.named_modules() if name.rpartition(".")[2] in ends}
+    return sorted(ends if matched == wanted else wanted)
 
 
 def load_adapter(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -137,7 +145,7 @@ def attach_adapter(
             `PeftModel`; the base is then as it was.
     """
     check_plain_lora(lora_config)
-    _check_fit(base_model, lora_config, state_dict)
+    check_fit(base_model, lora_config, state_dict)
     if isinstance(base_model, PeftModel) and adapter_name in base_model.peft_config:
         _overwrite(base_model, lora_config, state_dict, adapter_name)
         model = base_model
@@ -258,7 +266,12 @@ def _base(model: nn.Module) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def _check_fit(model: nn.Module, lora_config: Mapping, state_dict: Mapping[str, torch.Tensor]) -> None:
+def check_fit(model: nn.Module, lora_config: Mapping, state_dict: Mapping[str, torch.Tensor]) -> None:
+    """Compare a PEFT state dict with the modules of a base model and with its own configuration.
+
+    Raises:
+        IncompatibleAdapterError: naming the first key that does not fit.
+    """
     parameters = _base_parameters(model)
     shapes = Counter()
     for key, tensor in state_dict.items():

@@ -35,6 +35,8 @@ class LoraGeneratorConfig(PreTrainedConfig):
         condition_noise (`float`, *optional*, defaults to 0.0): Standard deviation of the noise that training adds to a
             condition, whose entries have a mean square of 1: a generator that has few vectors of each task would
             otherwise learn them by heart.
+        reconstruction (`str`, *optional*, defaults to `"weights"`): What training on adapters compares: normalized
+            `"weights"`, or the `"products"` B @ A, which do not depend on the gauge.
         architecture (`str`, *optional*, defaults to `"transformer"`): `"transformer"` (one token per matrix) or
             `"conv1d"` (the paper's convolutions over the flat vector).
         token_granularity (`str`, *optional*, defaults to `"matrix"`): One token per `"matrix"` or per `"rank"`
@@ -79,6 +81,7 @@ class LoraGeneratorConfig(PreTrainedConfig):
     task_vector_size: int = 576
     condition_size: int = 256
     condition_noise: float | int = 0.0
+    reconstruction: str = "weights"
     architecture: str = "transformer"
     token_granularity: str = "matrix"
     hidden_size: int = 256
@@ -134,6 +137,7 @@ class LoraGeneratorConfig(PreTrainedConfig):
         """Check what no single field can: called at construction and before saving."""
         choices = {"architecture": ("transformer", "conv1d"), "token_granularity": ("matrix", "rank")}
         choices |= {"prior": ("learned", "standard", "none"), "weight_format": ("float", "int8")}
+        choices |= {"reconstruction": ("weights", "products")}
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field}: expected one of {allowed}, found {getattr(self, field)!r}.")

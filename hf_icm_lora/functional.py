@@ -129,6 +129,7 @@ def batched_lora(
         lora_weights (`torch.Tensor` of shape `(num_adapters, num_weights)`): Gradients flow back to it.
         shared_weights (`torch.Tensor` of shape `(num_shared_weights,)`).
     """
+
     def hook_for(lora_a: torch.Tensor, lora_b: torch.Tensor):
         def add_lora(_module, inputs, output):
             rows = inputs[0].unflatten(0, (len(lora_b), -1)).flatten(1, -2)  # (num_adapters, rows * length, in)

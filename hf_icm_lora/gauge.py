@@ -6,9 +6,9 @@ have unrelated numbers. Two steps take that freedom away, and nothing else:
     balance   B and A get the same Gram matrix, B^T B = A A^T: what is left of R is a rotation
     align     of all rotations the one that brings them nearest to a reference
 
-The first comes from the singular value decomposition, whose signs are arbitrary, and whose order and directions are, too,
-where singular values are equal. The second depends on neither: the nearest rotation to a reference changes little where
-the adapter does (orthogonal Procrustes problem, Schönemann 1966).
+The first comes from the singular value decomposition. Its signs are arbitrary; where singular values are equal, so are
+its order and directions. The second depends on neither: the nearest rotation to a reference changes little where the
+adapter does (orthogonal Procrustes problem, Schönemann 1966).
 
 B @ A itself, `out_features x in_features`, is never built: QR decompositions reduce everything to `rank x rank`. All
 functions take any number of leading dimensions, B as rows per rank component: A `(..., rank, in_features)`,
@@ -21,8 +21,8 @@ import torch
 def balance(lora_a: torch.Tensor, lora_b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Bring pairs into the form of a singular value decomposition, sqrt(S) on each side.
 
-    B^T = Q_b R_b and A^T = Q_a R_a (QR), R_b R_a^T = U S V^T (an `r x r` core), so B @ A is (Q_b U) S (Q_a V)^T. The sign
-    of each component makes the largest entry of its row of A positive.
+    B^T = Q_b R_b and A^T = Q_a R_a (QR), R_b R_a^T = U S V^T (an `r x r` core), so B @ A is (Q_b U) S (Q_a V)^T. The
+    sign of each component makes the largest entry of its row of A positive.
 
     Args:
         lora_a (`torch.Tensor` of shape `(..., rank, in_features)`), lora_b (`(..., rank, out_features)`).

@@ -41,6 +41,7 @@ from .errors import (
     UnfamiliarTaskError,
 )
 from .functional import FunctionalDataset, functional_loss, refine_lora_weights
+from .gauge import product_error
 from .hub import CARD_FILE, carry_card, files_below, push_files, require_hub_id
 from .layout import LoraLayout, MatrixBlock, split
 from .model_card import generator_card
@@ -58,7 +59,8 @@ class LoraGeneratorOutput(ModelOutput):
         loss (`torch.Tensor` of shape `()`): Negative evidence lower bound per weight: the mean of
             `reconstruction_loss + kl / num_weights`. The trainer weighs the two terms in its own way.
         reconstruction_loss (`torch.Tensor` of shape `(batch,)`): Squared error of the normalized weights, averaged
-            over weights: 1 is the error of the mean adapter over the training tasks.
+            over weights: 1 is the error of the mean adapter over the training tasks. With `config.reconstruction`
+            "products", that of B @ A relative to its usual square, averaged over modules: 1 is the error of B = 0.
         kl (`torch.Tensor` of shape `(batch,)`): KL(q(z | weights, task) || p(z | task)) in nats.
         lora_weights (`torch.Tensor` of shape `(batch, num_weights)`): Reconstructed weights, or generated ones if
             none were given.
@@ -90,11 +92,13 @@ class ZooNormalizer(nn.Module):
     def __init__(self, config: LoraGeneratorConfig):
         super().__init__()
         layout = config.lora_layout
-        self.sizes = [block.rank * block.width for block in layout.blocks for _ in block.modules]
+        self.layout, self.sizes = layout, [b.rank * b.width for b in layout.blocks for _ in b.modules]
         vector = (config.num_task_vectors, config.task_vector_size)
         self.register_buffer("weight_mean", torch.zeros(layout.num_weights))
         self.register_buffer("weight_scale", torch.ones(len(self.sizes)))
         self.register_buffer("shared_weights", torch.zeros(layout.num_shared_weights))
+        if config.reconstruction == "products":
+            self.register_buffer("product_scale", torch.ones(len(layout.modules)))
         self.register_buffer("vector_mean", torch.zeros(vector))
         self.register_buffer("vector_scale", torch.ones(vector))
         self.register_buffer("vector_directions", torch.zeros(config.condition_size, vector[0] * vector[1]))
@@ -102,13 +106,15 @@ class ZooNormalizer(nn.Module):
 
     def fit_weights(self, batches: Iterable[torch.Tensor], shared_weights: torch.Tensor) -> None:
         """Fit to adapters, batches of `(batch, num_weights)`."""
-        count, total, square = 0, 0.0, 0.0
+        count, total, square, products = 0, 0.0, 0.0, 0.0
         for batch in batches:
             count, total, square = (
                 count + len(batch),
                 total + batch.double().sum(0),
                 square + (batch.double() ** 2).sum(0),
             )
+            if hasattr(self, "product_scale"):
+                products = products + self._product_errors(batch, shared_weights).sum(0)
         mean = total / count
         variance = (square / count - mean**2).clamp(min=0)
         scale = torch.stack([v.mean().sqrt() for v in variance.split(self.sizes)])
@@ -116,6 +122,9 @@ class ZooNormalizer(nn.Module):
         # A matrix that never varies has scale 0: the floor makes it come out as its mean, instead of as NaN.
         self.weight_scale.copy_(scale.clamp(min=max(1e-3 * scale.median().item(), 1e-8)))
         self.shared_weights.copy_(shared_weights)
+        if hasattr(self, "product_scale"):
+            scale = products / count
+            self.product_scale.copy_(scale.clamp(min=max(1e-6 * scale.median().item(), 1e-16)))
 
     def fit_vectors(self, vectors: torch.Tensor) -> None:
         """Fit to task vectors, `(num_vectors, num_task_vectors, task_vector_size)`."""
@@ -136,6 +145,23 @@ class ZooNormalizer(nn.Module):
 
     def denormalize(self, normalized: torch.Tensor) -> torch.Tensor:
         return normalized.float() * self._scale_of_each_weight() + self.weight_mean
+
+    def error(self, lora_weights: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Return what reconstruction minimizes, `(batch,)`, of two batches of weights `(batch, num_weights)`."""
+        if hasattr(self, "product_scale"):
+            return (self._product_errors(lora_weights, self.shared_weights, target) / self.product_scale).mean(1)
+        return ((lora_weights.float() - target.float()) / self._scale_of_each_weight()).square().mean(1)
+
+    def _product_errors(
+        self, lora_weights: torch.Tensor, shared_weights: torch.Tensor, target: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return |B @ A - target|^2 of each module, `(batch, num_modules)`; without a target that of 0."""
+        own = self.layout.stacked_factors(lora_weights.float(), shared_weights)
+        target = torch.zeros_like(lora_weights) if target is None else target
+        others = self.layout.stacked_factors(target.float(), shared_weights)
+        # A shared A has no batch dimension.
+        pairs = [[x.expand(len(lora_weights), *x.shape[-3:]) for x in (*own[n], *others[n])] for n in own]
+        return torch.cat([product_error(*pair) for pair in pairs], dim=1)
 
     def condition(self, task_vector: torch.Tensor) -> torch.Tensor:
         normalized = (task_vector.float() - self.vector_mean) / self.vector_scale
@@ -521,10 +547,11 @@ class LoraGeneratorModel(PreTrainedModel):
                 noise = torch.randn_like(posterior_mean) if self.training else 0.0
                 z = posterior_mean + noise * (0.5 * posterior_logvar).exp()
             normalized = self.network.decode(z, condition)
+            reconstructed = self.zoo_normalizer.denormalize(normalized)
             output = LoraGeneratorOutput(
-                reconstruction_loss=F.mse_loss(normalized.float(), target, reduction="none").mean(1),
+                reconstruction_loss=self.zoo_normalizer.error(reconstructed, lora_weights),
                 kl=kl_per_unit(posterior_mean, posterior_logvar, prior_mean, prior_logvar).sum(1),
-                lora_weights=self.zoo_normalizer.denormalize(normalized),
+                lora_weights=reconstructed,
                 posterior_mean=posterior_mean,
                 posterior_logvar=posterior_logvar,
                 prior_mean=prior_mean,

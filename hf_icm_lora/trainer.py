@@ -277,8 +277,7 @@ class LoraGeneratorTrainer(Trainer):
                 losses, terms, _ = self._reconstruction_loss(model, inputs)
                 normalizer = self.accelerator.unwrap_model(model).zoo_normalizer
                 generated = model(task_vector=inputs["task_vector"], return_loss=False, return_dict=True).lora_weights
-                error = normalizer.normalize(generated) - normalizer.normalize(inputs["lora_weights"])
-                terms["generation_loss"] = (error**2).mean(1)
+                terms["generation_loss"] = normalizer.error(generated, inputs["lora_weights"])
         # Per batch, since it drops the samples that padded the last one; Trainer's own mean of losses counts them.
         self._terms["eval"].append(self.accelerator.gather_for_metrics(terms | {"loss": losses}))
         return losses.mean(), None, None

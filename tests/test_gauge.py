@@ -1,4 +1,4 @@
-"""The gauge: two pairs of matrices with one product have one form, and that form changes little where the product does."""
+"""The gauge: pairs of one product have one form, which changes little where the product does."""
 
 import pytest
 import torch
@@ -86,7 +86,7 @@ def test_product_survives_in_single_precision(seed, shape):
 def test_equal_singular_values_do_not_unsettle_the_aligned_form(seed, rank):
     # Orthonormal factors: every singular value is 1, so a decomposition may return any rotation of them.
     a, b = (torch.linalg.qr(drawn(seed + i, 7, rank))[0].mT for i in (0, 1))
-    # The reference overlaps with the pair, as the mean of a zoo does; of nothing in common, no rotation is the nearest.
+    # The reference overlaps with the pair, as the mean of a zoo does: else no rotation is the nearest.
     reference = (a + 0.1 * drawn(seed + 2, rank, 7), b + 0.1 * drawn(seed + 3, rank, 7))
     expected = canonical(a, b, reference)
     nearby = canonical(a + 1e-7 * drawn(seed + 4, rank, 7), b + 1e-7 * drawn(seed + 5, rank, 7), reference)

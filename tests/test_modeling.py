@@ -45,6 +45,8 @@ VARIANTS = {
     "t5-rank": {"base": "t5", "token_granularity": "rank", "prior": "standard"},
     "t5-conv1d": {"base": "t5", "architecture": "conv1d", "prior": "standard"},
     "shared_init": {"gauge": "shared_init"},
+    "products": {"gauge": "shared_init", "reconstruction": "products"},
+    "products-frozen_a": {"reconstruction": "products"},
 }
 _CONFIGS = {}
 
@@ -445,8 +447,11 @@ def test_reconstruction_loss_is_per_sample_and_zero_for_a_perfect_reconstruction
     monkeypatch.setattr(model.network, "decode", lambda z, vector: target + offset)
     output = model(**batch)
     assert output.reconstruction_loss.shape == (3,)
-    assert output.reconstruction_loss[0] == 0
-    torch.testing.assert_close(output.reconstruction_loss, torch.tensor([0.0, 1.0, 4.0]))
+    if variant.get("reconstruction") == "products":
+        torch.testing.assert_close(output.reconstruction_loss[0], torch.tensor(0.0), atol=1e-5, rtol=0)
+        assert 0.01 < output.reconstruction_loss[1] < output.reconstruction_loss[2]
+    else:
+        torch.testing.assert_close(output.reconstruction_loss, torch.tensor([0.0, 1.0, 4.0]))
     torch.testing.assert_close(output.lora_weights[0], batch["lora_weights"][0])
     expected = (output.reconstruction_loss + output.kl / model.layout.num_weights).mean()
     torch.testing.assert_close(output.loss, expected)
@@ -457,6 +462,30 @@ def test_mean_adapter_has_reconstruction_loss_one(monkeypatch):
     monkeypatch.setattr(model.network, "decode", lambda z, vector: z.new_zeros(len(z), model.layout.num_weights))
     output = model(**dataset.batch(len(dataset)))
     torch.testing.assert_close(output.reconstruction_loss.mean(), torch.tensor(1.0), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("gauge", ["frozen_a", "shared_init"])
+def test_products_are_compared_whatever_their_factors(monkeypatch, gauge):
+    model, dataset = make_model(gauge=gauge, reconstruction="products")
+    layout, shared = model.layout, dataset.shared_weights
+
+    def products(lora_weights):
+        factors = layout.factors(lora_weights, shared)
+        return torch.stack([torch.cat([(b.mT @ a).flatten(1) for a, b in (factors[m.name],)]) for m in layout.modules])
+
+    def decode_as(weights):
+        monkeypatch.setattr(model.network, "decode", lambda z, vector: model.zoo_normalizer.normalize(weights))
+        return model(lora_weights=dataset.lora_weights, task_vector=dataset.task_vectors).reconstruction_loss
+
+    usual = products(dataset.lora_weights).square().sum(2).mean(1)  # (num_modules,)
+    other = dataset.lora_weights.flip(0)
+    error = (products(other) - products(dataset.lora_weights)).square().sum(2)  # (num_modules, batch)
+    torch.testing.assert_close(decode_as(other), (error / usual[:, None]).mean(0), rtol=1e-3, atol=1e-4)
+    zero = torch.zeros_like(dataset.lora_weights)
+    torch.testing.assert_close(decode_as(zero).mean(), torch.tensor(1.0), rtol=1e-3, atol=0)
+    if gauge == "shared_init":  # twice A and half of B is the same adapter
+        factor = torch.cat([torch.full((b.size,), 2 if b.factor == "lora_A" else 0.5) for b in layout.blocks])
+        assert decode_as(factor * dataset.lora_weights).abs().max() < 1e-4
 
 
 def test_padding_of_conv1d_never_enters_the_loss():
