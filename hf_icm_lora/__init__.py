@@ -19,6 +19,7 @@ from .functional import FunctionalCollator, FunctionalDataset
 from .layout import LoraLayout
 from .model_card import add_evaluation, format_report, generator_card
 from .modeling_lora_generator import LoraGeneratorModel, LoraGeneratorOutput
+from .serving import check_serving_compatibility, export_gguf, plain_adapter
 from .smollm2 import smollm2_generator_path, smollm2_path
 from .suite import built_in_tasks
 from .task_vectors import TaskVectorExtractor, TaskVectors, TaskVectorSpec
@@ -57,13 +58,16 @@ __all__ = [
     "attach_adapter",
     "base_model_fingerprint",
     "built_in_tasks",
+    "check_serving_compatibility",
     "collect_zoo",
     "evaluate_generator",
+    "export_gguf",
     "fast_dtype",
     "format_report",
     "generator_card",
     "load_adapter",
     "load_tasks",
+    "plain_adapter",
     "read_report",
     "recovered_gain",
     "save_adapter",

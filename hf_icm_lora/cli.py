@@ -1,4 +1,4 @@
-"""The command line: `hf-icm-lora collect | vectors | train | generate | evaluate | push | env | completion`.
+"""The command line: `hf-icm-lora COMMAND`, with a command for each step from tasks to a served adapter.
 
 Each command is one call of the API. With `--json` it prints its result as one JSON object, and nothing else to stdout.
 """
@@ -29,11 +29,11 @@ from transformers import (
     set_seed,
 )
 
-from .adapter import fast_dtype, save_adapter
+from .adapter import fast_dtype, load_adapter, save_adapter
 from .collection import CollectionArguments, collect_zoo
-from .completion import CompletionCollator
+from .completion import DEFAULT_TEMPLATE, CompletionCollator
 from .configuration_lora_generator import LoraGeneratorConfig
-from .errors import IcmLoraError, TaskError
+from .errors import IcmLoraError, IncompatibleAdapterError, TaskError
 from .evaluation import MORE_ROWS, evaluate_generator, read_report
 from .files import as_plain
 from .functional import FunctionalCollator, FunctionalDataset
@@ -41,6 +41,7 @@ from .hub import CARD_FILE, push_files, require_hub_id, save_adapter_card
 from .model_card import add_evaluation, addressed, format_report, is_local
 from .modeling_lora_generator import LoraGeneratorModel
 from .plots import require_matplotlib, write_plots
+from .serving import check_serving_compatibility, export_gguf, plain_adapter
 from .smollm2 import smollm2_generator_path, smollm2_path
 from .suite import built_in_tasks
 from .task_vectors import TaskVectorExtractor, TaskVectorSpec
@@ -150,6 +151,34 @@ class PushOptions:
     evaluation: str | None = field(
         default=None, metadata={"help": "Directory that evaluate wrote: its table and pictures go into the card."}
     )
+
+
+@dataclass
+class ImportOptions(ZooOption, BaseOptions):
+    adapters: list[str] = field(
+        default_factory=list, metadata={"help": "PEFT folders or Hub ids; their names are the tasks'."}
+    )
+    base_model: str = _base_model("smollm2")
+    rank: int | None = field(default=None, metadata={"help": "Rank of the zoo; by default the largest of them."})
+    template: str = field(default=DEFAULT_TEMPLATE, metadata={"help": "Text with {prompt} and {completion}."})
+
+
+@dataclass
+class CheckOptions:
+    adapter: str = field(metadata={"help": "A PEFT folder."})
+    server: Literal["vllm", "sglang", "lorax", "llama.cpp"] = field(
+        metadata={"help": "What is to serve it.", "aliases": ["--for"]}
+    )
+
+
+@dataclass
+class ExportOptions:
+    adapter: str = field(metadata={"help": "A PEFT folder with any plain LoRA."})
+    output: str = field(metadata={"help": "Folder, or file, that does not exist yet.", "aliases": ["--out"]})
+    format: Literal["peft", "gguf"] = field(default="peft", metadata={"help": "gguf is what llama.cpp reads."})
+    rank: int | None = field(default=None, metadata={"help": "A rank for all modules; by default the largest."})
+    dtype: Literal["float32", "float16", "bfloat16"] = field(default="float32")
+    base_model: str | None = _base_model(None, "Its config.json is read for GGUF; by default the adapter's.")
 
 
 @dataclass
@@ -337,6 +366,44 @@ def push_folder(path: Path, config_file: str, options: PushOptions, target: dict
     return push_files(files, options.repo_id, keep_card=not options.evaluation, **target)
 
 
+def import_adapters(options: ImportOptions) -> Result:
+    """Make a zoo of LoRAs that were trained elsewhere."""
+    base, _ = load_base_model(options.base_model, options.dtype)
+    zoo, rows = LoraZoo.import_adapters(
+        options.zoo, options.adapters, base, rank=options.rank, template=options.template
+    )
+    lines = [f"{row['status']}\t{row['source']}\t{row['reason'] or '; '.join(row['changes'])}" for row in rows]
+    told = {"zoo": str(zoo.path), "gauge": zoo.layout.gauge, "rank": zoo.layout.max_rank, "adapters": rows}
+    return "\n".join([*lines, f"{zoo}, gauge {zoo.layout.gauge}"]), told
+
+
+def check(options: CheckOptions) -> Result:
+    """Say what a server would make of an adapter; exit code 1 if it has a problem with it."""
+    problems, notes = check_serving_compatibility(options.adapter, options.server)
+    if problems:
+        raise IncompatibleAdapterError(f"{options.server}: {' '.join(problems)}")
+    lines = [f"{options.server} loads {options.adapter} as it is.", *notes]
+    return "\n".join(lines), {"adapter": options.adapter, "server": options.server, "notes": notes}
+
+
+def export(options: ExportOptions) -> Result:
+    """Write an adapter in the form that every server reads, or as GGUF for llama.cpp."""
+    if Path(options.output).exists():
+        raise FileExistsError(f"{options.output} exists already: choose another --output.")
+    dtype, (lora_config, state_dict) = getattr(torch, options.dtype), load_adapter(options.adapter)
+    config, plain, lost = plain_adapter(lora_config, state_dict, rank=options.rank, dtype=dtype)
+    if options.format == "gguf":
+        name = options.base_model or config.get("base_model_name_or_path")
+        if not name:
+            raise IncompatibleAdapterError(f"{options.adapter} names no base model: pass --base_model.")
+        base_config = AutoConfig.from_pretrained(smollm2_path() if name == "smollm2" else name)
+        export_gguf(options.output, config, plain, base_config, dtype=dtype)
+    else:
+        save_adapter(options.output, config, plain)
+    told = {"output": options.output, "rank": config["r"], "lost_energy": lost}
+    return options.output + (f" ({lost:.2%} of the energy lost)" if lost else ""), told
+
+
 def completion(options: CompletionOptions) -> Result:
     """Print a script that completes commands and options: `source <(hf-icm-lora completion bash)`."""
     script = completion_script(options.shell)
@@ -426,10 +493,13 @@ COMMANDS = {
     "generate": (generate, (GenerateOptions,)),
     "evaluate": (evaluate, (EvaluateOptions,)),
     "push": (push, (PushOptions,)),
+    "import": (import_adapters, (ImportOptions,)),
+    "check": (check, (CheckOptions,)),
+    "export": (export, (ExportOptions,)),
     "env": (env, ()),
     "completion": (completion, (CompletionOptions,)),
 }
-POSITIONAL = {"push": ("path", "repo_id"), "completion": ("shell",)}
+POSITIONAL = {"push": ("path", "repo_id"), "check": ("adapter",), "export": ("adapter",), "completion": ("shell",)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import CONFIG_NAME, ModelOutput, logging
 
-from .adapter import attach_adapter, base_model_fingerprint, canonical_lora_config, frozen_base
+from .adapter import attach_adapter, base_model_fingerprint, canonical_lora_config, frozen_base, save_adapter
 from .completion import CompletionCollator
 from .configuration_lora_generator import LoraGeneratorConfig
 from .errors import (
@@ -45,6 +45,7 @@ from .gauge import product_error
 from .hub import CARD_FILE, carry_card, files_below, push_files, require_hub_id
 from .layout import LoraLayout, MatrixBlock, split
 from .model_card import generator_card
+from .serving import plain_adapter
 from .task_vectors import TaskVectorExtractor, TaskVectors, TaskVectorSpec
 from .tasks import to_sample
 
@@ -753,6 +754,34 @@ class LoraGeneratorModel(PreTrainedModel):
         model.lora_generation = {**getattr(model, "lora_generation", {}), adapter_name: about}
         carry_card(model)
         return model
+
+    def export_adapter(
+        self,
+        save_directory: str | Path,
+        task_vector: torch.Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        rank: int | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> float:
+        """Generate an adapter into a PEFT folder, without its base model, in the form that every server reads.
+
+        Args:
+            save_directory (`str` or `Path`): A folder that does not exist yet.
+            task_vector (`torch.Tensor`), generator (`torch.Generator`, *optional*): As in `decode_task_vector`.
+            rank, dtype (*optional*): As in [`plain_adapter`].
+
+        Returns:
+            `float`: The part of all squared singular values that a smaller rank cut off.
+
+        Raises:
+            FileExistsError: if the folder exists.
+            NotFittedError, TaskVectorError, IncompatibleAdapterError: as `decode_task_vector` and `plain_adapter`.
+        """
+        state_dict = self.generate_lora_weights(task_vector, generator)
+        config, state_dict, lost = plain_adapter(self.adapter_config(), state_dict, rank=rank, dtype=dtype)
+        save_adapter(save_directory, config, state_dict)
+        return lost
 
     def map_tasks(self, task_vectors: TaskVectors) -> None:
         """Remember where the training tasks lie, so that `novelty` can say how far a new task is from them.

@@ -24,7 +24,7 @@ LEVELS = [  # a module imports from earlier levels only
     {"suite", "smollm2", "completion", "layout"},
     {"adapter"},
     {"task_vectors"},
-    {"configuration_lora_generator", "functional", "importing"},
+    {"configuration_lora_generator", "functional", "importing", "serving"},
     {"zoo", "modeling_lora_generator"},
     {"collection", "trainer", "evaluation"},
     {"metrics", "plots"},
