@@ -42,7 +42,6 @@ from hf_icm_lora.functional import functional_loss
 from hf_icm_lora.model_card import run_metadata
 from hf_icm_lora.task_vectors import MODES
 
-WORK = Path("build/suite/ablate")
 
 
 @dataclass
@@ -138,7 +137,7 @@ class Bench:
     """What all runs share: the base model, tasks, LoRAs and vectors."""
 
     def __init__(self, options: AblateOptions):
-        self.options = options
+        self.options, self.work = options, Path("build/suite") / Path(options.output).stem
         self.base = AutoModelForCausalLM.from_pretrained(smollm2_path(), dtype=fast_dtype())
         self.tokenizer = AutoTokenizer.from_pretrained(smollm2_path())
         self.suite = {task.name: task for task in built_in_tasks()}
@@ -170,16 +169,16 @@ class Bench:
     def run(self, arm: Arm, seed: int) -> dict:
         options, vectors = self.options, narrowed(self.vectors, arm)
         # Arms store their vectors in the zoo, so they get one of their own; files there are replaced, never changed.
-        shutil.rmtree(WORK, ignore_errors=True)
+        shutil.rmtree(self.work, ignore_errors=True)
         path = Path(options.zoo).with_name(arm.zoo) if arm.zoo else options.zoo
-        shutil.copytree(path, WORK / "zoo", copy_function=os.link)
-        seen = LoraZoo(WORK / "zoo").subset(with_lora("seen")[: arm.num_loras])
+        shutil.copytree(path, self.work / "zoo", copy_function=os.link)
+        seen = LoraZoo(self.work / "zoo").subset(with_lora("seen")[: arm.num_loras])
         seen.add_task_vectors(vectors)
         set_seed(seed)
         sizes = SIZES[arm.config.get("architecture", "transformer")] | arm.config
         generator = LoraGeneratorModel(LoraGeneratorConfig.from_zoo(seen, **sizes))
         common = {
-            "output_dir": str(WORK / "generator"),
+            "output_dir": str(self.work / "generator"),
             "seed": seed,
             "report_to": "none",
             "save_strategy": "no",
