@@ -233,7 +233,7 @@ def adapter_card(
             (
                 f"Adapter `{name}`",
                 table,
-                generated[name].get("description"),
+                _described(generated[name].get("description")),
                 "\n".join(
                     json.dumps(e, ensure_ascii=False) for e in generated[name].get("examples", [])[:MOST_EXAMPLES]
                 ),
@@ -365,6 +365,12 @@ def _told_run(run: Mapping[str, Any]) -> str:
     return "\n".join([f"`{run['command']}`\n", "| | |", "| --- | --- |", *rows, f"| machine | {machine} |"]) + (
         f"\n| versions | {versions} |"
     )
+
+
+def _described(description: str | Mapping[str, float] | None) -> str | None:
+    if isinstance(description, Mapping):  # several, with weights
+        return "; ".join(f"{weight:g} x {text}" for text, weight in description.items())
+    return description
 
 
 def _told(value: Any) -> str:

@@ -14,7 +14,7 @@ networks see as `condition (batch, condition_size)`, `z (batch, latent_size)`, a
 
 import copy
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -661,7 +661,7 @@ class LoraGeneratorModel(PreTrainedModel):
         *,
         task_vector: torch.Tensor | None = None,
         examples: Sequence | None = None,
-        description: str | None = None,
+        description: str | Mapping[str, float] | None = None,
         processing_class=None,
         adapter_name: str = "default",
         generator: torch.Generator | None = None,
@@ -678,7 +678,8 @@ class LoraGeneratorModel(PreTrainedModel):
                 gets one more adapter; an adapter that already has the name is overwritten in place.
             task_vector (`torch.Tensor`, *optional*): As in `decode_task_vector`; instead of the next three.
             examples (`Sequence`, *optional*): Samples of the task, `(prompt, completion)` pairs for instance.
-            description (`str`, *optional*): The task in a sentence, with or without examples.
+            description (`str` or `Mapping[str, float]`, *optional*): The task in a sentence, with or without examples;
+                or several sentences with weights, whose task vectors are averaged.
             processing_class (*optional*): The base model's tokenizer, needed for examples and descriptions.
             adapter_name (`str`, *optional*, defaults to `"default"`): Name of the adapter, which becomes active.
             generator (`torch.Generator`, *optional*): If given, the latent is drawn instead of being its mean.
@@ -720,7 +721,13 @@ class LoraGeneratorModel(PreTrainedModel):
             if processing_class is None:
                 raise TaskError("Examples and descriptions are read by the base model: pass its processing_class too.")
             extractor = TaskVectorExtractor(TaskVectorSpec(**self.config.task_vector_spec))
-            task_vector = extractor.vector(base_model, processing_class, examples, description)
+            weights = description if isinstance(description, Mapping) else {description: 1.0}
+            if not sum(weights.values()) > 0:
+                raise TaskError(f"description: expected weights with a positive sum, found {dict(weights)}.")
+            vectors = [extractor.vector(base_model, processing_class, examples, text) for text in weights]
+            # The condition is linear in the task vector: this is a point between the tasks' conditions.
+            parts = zip(weights.values(), vectors, strict=True)
+            task_vector = sum(weight * vector for weight, vector in parts) / sum(weights.values())
         elif examples or description:
             raise TaskError("Expected either a task_vector, or examples and/or a description; found both.")
         if num_samples < 1 or refine_steps < 0:
@@ -746,7 +753,7 @@ class LoraGeneratorModel(PreTrainedModel):
             about["gain_on_examples"] = self.gain_on_examples(examples, lora_weights, base_model, processing_class)
         state_dict = self.layout.unpack(lora_weights, self.zoo_normalizer.shared_weights)
         if describe_task and description:
-            about["description"] = description
+            about["description"] = description if isinstance(description, str) else dict(description)
         if describe_task and examples:
             samples = [to_sample(raw, f"examples[{index}]") for index, raw in enumerate(examples)]
             about["examples"] = [{"prompt": sample.prompt, "completion": sample.completion} for sample in samples]

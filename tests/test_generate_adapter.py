@@ -23,6 +23,7 @@ from hf_icm_lora import (
     UnfamiliarTaskError,
     attach_adapter,
     collect_zoo,
+    load_adapter,
 )
 from hf_icm_lora.adapter import adapter_state_dict, base_model_fingerprint
 from hf_icm_lora.completion import CompletionCollator, score_completions
@@ -262,6 +263,56 @@ def test_unusable_task_vector_is_refused(base, generator, vector):
     assert_untouched(base, before)
 
 
+# Between tasks
+
+
+def test_several_descriptions_are_weighed(base, generator, tokenizer, load_base):
+    first, second = DESCRIPTION, "Shift each letter by 2."
+    extractor = TaskVectorExtractor(TaskVectorSpec(**generator.config.task_vector_spec))
+    one, two = (extractor.vector(base, tokenizer, description=text) for text in (first, second))
+    task = {"processing_class": tokenizer}
+    model = generator.generate_adapter(load_base(), description={first: 3, second: 1}, **task)
+    assert equal(adapters(model), generator.generate_lora_weights(0.75 * one + 0.25 * two))
+    assert model.lora_generation["default"]["description"] == {first: 3, second: 1}
+    alone = generator.generate_adapter(load_base(), description={first: 2.0}, **task)
+    assert equal(adapters(alone), adapters(generator.generate_adapter(load_base(), description=first, **task)))
+    both = generator.generate_adapter(load_base(), description={first: 1, second: 1}, examples=EXAMPLES, **task)
+    assert not equal(adapters(both), adapters(model))
+    for weights in ({first: 0.0}, {first: 1, second: -1}):
+        with pytest.raises(TaskError, match="weights with a positive sum"):
+            generator.generate_adapter(load_base(), description=weights, **task)
+
+
+def test_the_card_names_all_descriptions(base, generator, tokenizer, tmp_path):
+    weights = {"Shift by 1.": 0.75, "Shift by 2.": 0.25}
+    generator.generate_adapter(base, processing_class=tokenizer, description=weights).save_pretrained(tmp_path)
+    assert "0.75 x Shift by 1.; 0.25 x Shift by 2." in (tmp_path / "README.md").read_text()
+
+
+def test_a_mixed_task_vector_is_a_mixed_condition(generator, task_vector):
+    """What makes the mean of two task vectors a point between two tasks."""
+    other = torch.randn(3, 2, 32, generator=torch.Generator().manual_seed(2))
+    mixed = generator.zoo_normalizer.condition(0.25 * task_vector + 0.75 * other)
+    expected = [generator.zoo_normalizer.condition(vector) for vector in (task_vector, other)]
+    torch.testing.assert_close(mixed, 0.25 * expected[0] + 0.75 * expected[1])
+
+
+# Without the base model
+
+
+def test_export_writes_a_plain_adapter(generator, task_vector, tmp_path, base):
+    assert generator.export_adapter(tmp_path / "half", task_vector, dtype=torch.float16) == 0.0
+    config, state_dict = load_adapter(tmp_path / "half")
+    assert {tensor.dtype for tensor in state_dict.values()} == {torch.float16}
+    for key, tensor in generator.generate_lora_weights(task_vector).items():
+        torch.testing.assert_close(state_dict[key].float(), tensor, atol=1e-2, rtol=1e-3)
+    assert (config["r"], config["lora_alpha"]) == (4, 4)
+    assert 0 < generator.export_adapter(tmp_path / "small", task_vector, rank=1) < 1
+    assert load_adapter(tmp_path / "small")[0]["r"] == 1
+    with pytest.raises(FileExistsError):
+        generator.export_adapter(tmp_path / "small", task_vector)
+
+
 # Several adapters
 
 
@@ -276,6 +327,27 @@ def test_second_adapter_keeps_the_first(base, generator, task_vector):
     assert not torch.equal(logits(model), before)
     model.set_adapter("one")
     assert torch.equal(logits(model), before)
+
+
+def test_many_adapters_serve_one_batch(base, generator, task_vector):
+    vectors = {f"task-{index}": (index - 4) * task_vector for index in range(9)}
+    model, alone = base, {"__base__": logits(base)}
+    for name, vector in vectors.items():
+        model = generator.generate_adapter(model, task_vector=vector, adapter_name=name)
+        alone[name] = logits(model)
+    names = ["task-7", "__base__", "task-1", "task-7", "task-4"]
+    with torch.no_grad():
+        mixed = model(input_ids=IDS[:1].expand(5, -1), adapter_names=names).logits
+    for row, name in zip(mixed, names, strict=True):
+        torch.testing.assert_close(row, alone[name][0], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(mixed[0], mixed[2], atol=1e-2)
+    model.set_adapter("task-1", inference_mode=True)
+    assert torch.equal(logits(model), alone["task-1"])
+    for name in vectors:
+        if name != "task-1":
+            model.delete_adapter(name)
+    assert list(model.peft_config) == ["task-1"]
+    assert torch.equal(logits(model), alone["task-1"])
 
 
 def test_adapter_that_a_user_trained_stays(base, generator, task_vector):

@@ -43,7 +43,6 @@ from hf_icm_lora.model_card import run_metadata
 from hf_icm_lora.task_vectors import MODES
 
 
-
 @dataclass
 class Arm:
     """What differs from the default."""

@@ -1,0 +1,117 @@
+"""Does llama.cpp do with an adapter what PEFT does? `python benchmarks/llama_cpp.py`, with the extra `llama_cpp`.
+
+Adapters that the shipped generator writes for validation tasks are exported as GGUF and loaded beside the packaged
+SmolLM2 (4 bits) in llama.cpp, and attached with PEFT to the same weights in fp32. Both read the same tokens: the
+task's own prompts with their answers. Compared are, at every position, the most likely next tokens, and the
+distributions.
+
+The control is the base model without an adapter: llama.cpp also rounds what goes into its matrix products to 8 bits.
+"""
+
+import gc
+import statistics
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from llama_cpp import Llama
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+
+from hf_icm_lora import (
+    LoraGeneratorModel,
+    TaskVectorExtractor,
+    TaskVectorSpec,
+    attach_adapter,
+    built_in_tasks,
+    export_gguf,
+    smollm2_generator_path,
+    smollm2_path,
+)
+from hf_icm_lora.completion import fill_template
+from hf_icm_lora.files import write_json
+from hf_icm_lora.model_card import run_metadata
+from hf_icm_lora.smollm2 import smollm2_gguf_path
+
+sys.path.insert(0, str(Path(__file__).parent / "suite"))
+from collect import SPLITS  # noqa: E402
+
+
+@dataclass
+class LlamaCppOptions:
+    num_tasks: int = field(default=8, metadata={"help": "Validation tasks."})
+    num_samples: int = field(default=16, metadata={"help": "Test samples of each, read in one text."})
+    output: str = field(default="benchmarks/results/llama_cpp.json", metadata={"help": "Where the figures go."})
+
+
+def llama_cpp_logits(gguf: Path, lora: Path | None, ids: list[int]) -> torch.Tensor:
+    llama = Llama(str(gguf), lora_path=lora and str(lora), n_ctx=1024, logits_all=True, verbose=False)
+    llama.eval(ids)
+    logits = torch.tensor(llama.scores[: len(ids)])
+    llama.close()
+    return logits
+
+
+def compared(found: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
+    """Return agreement on the most likely token and KL(expected || found), means over positions."""
+    kl = torch.nn.functional.kl_div(
+        found.log_softmax(-1), expected.log_softmax(-1), reduction="none", log_target=True
+    ).sum(-1)
+    return {"top1": (found.argmax(-1) == expected.argmax(-1)).float().mean().item(), "kl": kl.mean().item()}
+
+
+@torch.no_grad()
+def main() -> None:
+    (options,) = HfArgumentParser(LlamaCppOptions).parse_args_into_dataclasses()
+    base = AutoModelForCausalLM.from_pretrained(smollm2_path(), dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_path())
+    generator = LoraGeneratorModel.from_pretrained(smollm2_generator_path())
+    extractor = TaskVectorExtractor(TaskVectorSpec(**generator.config.task_vector_spec))
+    suite = {task.name: task for task in built_in_tasks()}
+    rows = {}
+    for name in tqdm(SPLITS["validation"][: options.num_tasks]):
+        task = suite[name]
+        text = "".join("".join(fill_template(s, generator.config.template)) for s in task.test[: options.num_samples])
+        ids = tokenizer(text)["input_ids"]
+        batch = torch.tensor([ids])
+        state_dict = generator.generate_lora_weights(extractor.vector(base, tokenizer, task.demo[:12]))
+        plain = base(input_ids=batch).logits[0]
+        model = attach_adapter(base, generator.adapter_config(), state_dict)
+        adapted = model(input_ids=batch).logits[0]
+        base = model.unload()
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "adapter.gguf"
+            export_gguf(file, generator.adapter_config(), state_dict, base.config)
+            rows[name] = {
+                "positions": len(ids),
+                "base": compared(llama_cpp_logits(smollm2_gguf_path(), None, ids), plain),
+                "adapter": compared(llama_cpp_logits(smollm2_gguf_path(), file, ids), adapted),
+                "effect_of_adapter": compared(plain, adapted),
+            }
+        gc.collect()
+    total = sum(row["positions"] for row in rows.values())
+    report = {**run_metadata(0), "positions": total, "tasks": rows}
+    for kind in ("base", "adapter", "effect_of_adapter"):
+        report |= {
+            f"{measure}_{kind}": sum(row["positions"] * row[kind][measure] for row in rows.values()) / total
+            for measure in ("top1", "kl")
+        }
+    report["top1_agreement_base"], report["top1_agreement_adapter"] = (
+        report.pop("top1_base"),
+        report.pop("top1_adapter"),
+    )
+    write_json(options.output, report)
+    print(f"{total} positions, median length {statistics.median(row['positions'] for row in rows.values())}")
+    print("| | most likely token agrees | KL, nats |\n|---|---|---|")
+    for label, top1, kind in (
+        ("base model, llama.cpp and PEFT", "top1_agreement_base", "base"),
+        ("with the adapter, llama.cpp and PEFT", "top1_agreement_adapter", "adapter"),
+        ("PEFT, base model and adapter", "top1_effect_of_adapter", "effect_of_adapter"),
+    ):
+        print(f"| {label} | {report[top1]:.3f} | {report[f'kl_{kind}']:.4f} |")
+
+
+if __name__ == "__main__":
+    main()
