@@ -295,7 +295,7 @@ def test_the_reference_has_every_command_and_option():
         told = set(re.findall(r"`--(\w+)", part)) | positional.get(command, set())
         for mark, options in shared.items():
             told |= set(options) if f"*{mark}*" in part else set()
-        assert told - {"out"} - ({"output_dir"} - command_options(command)) == command_options(command), command
+        assert told - {"out", "for"} - ({"output_dir"} - command_options(command)) == command_options(command), command
 
 
 def test_tables_of_the_pages_are_those_of_the_results(monkeypatch):
