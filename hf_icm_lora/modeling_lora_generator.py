@@ -14,8 +14,9 @@ networks see as `condition (batch, condition_size)`, `z (batch, latent_size)`, a
 
 import copy
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from huggingface_hub import CommitInfo, ModelCard, try_to_load_from_cache
 from peft import PeftModel
 from torch import nn
 from torch.nn.utils import parametrize
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers import initialization as init
@@ -107,18 +108,15 @@ class ZooNormalizer(nn.Module):
 
     def fit_weights(self, batches: Iterable[torch.Tensor], shared_weights: torch.Tensor) -> None:
         """Fit to adapters, batches of `(batch, num_weights)`."""
-        count, total, square, products = 0, 0.0, 0.0, 0.0
-        for batch in batches:
-            count, total, square = (
-                count + len(batch),
-                total + batch.double().sum(0),
-                square + (batch.double() ** 2).sum(0),
-            )
+        count, mean, squares, products = 0, 0.0, 0.0, 0.0
+        for batch in batches:  # Welford's update, batch by batch (Chan, Golub, LeVeque 1983)
+            own = batch.double().mean(0)
+            shift, total = own - mean, count + len(batch)
+            squares = squares + (batch.double() - own).square().sum(0) + shift**2 * (count * len(batch) / total)
+            mean, count = mean + shift * (len(batch) / total), total
             if hasattr(self, "product_scale"):
                 products = products + self._product_errors(batch, shared_weights).sum(0)
-        mean = total / count
-        variance = (square / count - mean**2).clamp(min=0)
-        scale = torch.stack([v.mean().sqrt() for v in variance.split(self.sizes)])
+        scale = torch.stack([v.mean().sqrt() for v in (squares / count).split(self.sizes)])
         self.weight_mean.copy_(mean)
         # A matrix that never varies has scale 0: the floor makes it come out as its mean, instead of as NaN.
         self.weight_scale.copy_(scale.clamp(min=max(1e-3 * scale.median().item(), 1e-8)))
@@ -474,12 +472,12 @@ class LoraGeneratorModel(PreTrainedModel):
         """Compute the normalization statistics from the training split, once, before training.
 
         Args:
-            dataset (`Dataset`): Items `{"lora_weights": (num_weights,), ...}`, as from `LoraZoo.as_dataset()`, with
-                the attributes `shared_weights` `(num_shared_weights,)` and `task_vectors` `(num_vectors,
-                num_task_vectors, task_vector_size)`.
+            dataset (`LoraZooDataset`): As from `LoraZoo.as_dataset()`: with `each_adapter()`, which yields
+                `(num_weights,)`, and the attributes `shared_weights` `(num_shared_weights,)` and `task_vectors`
+                `(num_vectors, num_task_vectors, task_vector_size)`.
             functional_dataset (`FunctionalDataset`, *optional*): What behavioural training will go through after that:
                 with it, the condition also tells the tasks apart that have no LoRA.
-            batch_size (`int`, *optional*, defaults to 32): Items per step.
+            batch_size (`int`, *optional*, defaults to 32): Adapters per step.
 
         Raises:
             IncompatibleAdapterError: if the dataset's shared weights are not of this layout.
@@ -494,10 +492,11 @@ class LoraGeneratorModel(PreTrainedModel):
         vectors = torch.cat([d.task_vectors for d in (dataset, functional_dataset) if d is not None])
         self._check_task_vector(vectors)
         normalizer.fit_vectors(vectors)
-        batches = DataLoader(dataset, batch_size=batch_size)
-        disable = len(batches) < 32 or not logging.is_progress_bar_enabled()
-        progress = tqdm(batches, desc="Normalizer", leave=False, disable=disable)
-        normalizer.fit_weights((batch["lora_weights"] for batch in progress), dataset.shared_weights)
+        # A bar from 2 s on.
+        progress = tqdm(
+            dataset.each_adapter(), "Normalizer", leave=False, delay=2, disable=not logging.is_progress_bar_enabled()
+        )
+        normalizer.fit_weights(_batches(progress, batch_size), dataset.shared_weights)
         normalizer.is_fitted.fill_(1)
 
     def forward(
@@ -1066,6 +1065,12 @@ class LoraGeneratorModel(PreTrainedModel):
             )
         if not task_vector.isfinite().all():
             raise TaskVectorError("The task vector holds values that are not finite.")
+
+
+def _batches(adapters: Iterable[torch.Tensor], batch_size: int) -> Iterator[torch.Tensor]:
+    adapters = iter(adapters)
+    while batch := list(islice(adapters, batch_size)):
+        yield torch.stack(batch)
 
 
 def kl_per_unit(

@@ -9,6 +9,7 @@
 An interrupted process leaves whole snapshots and no `task.json`.
 """
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -47,6 +48,7 @@ FORMAT_VERSION = 1
 FIELDS = ("layout", "lora_config", "template", "base_model_name_or_path", "base_model_fingerprint")  # of zoo.json
 ZOO_FILE, VECTORS_FILE, TASK_FILE = "zoo.json", "task_vectors.safetensors", "task.json"
 REFERENCE_FILE = "reference.safetensors"
+MOST_IN_MEMORY = 2**30  # bytes of adapters that a dataset keeps
 REFERENCE_ADAPTERS = 32  # a mean of more of them changes little, and they are all in memory at once
 
 
@@ -358,7 +360,12 @@ class LoraZoo:
 
     def subset(self, tasks: Iterable[str]) -> "LoraZoo":
         """Return the same zoo restricted to some tasks, in the given order."""
-        return LoraZoo(self.path, tasks)
+        names = list(tasks)
+        if not self.records.keys() >= set(names):  # perhaps complete by now
+            return LoraZoo(self.path, names)
+        subset = copy.copy(self)
+        subset.records = {name: self.records[name] for name in names}
+        return subset
 
     def task_folder(self, name: str) -> Path:
         """Return where a task's snapshots stand, complete or not."""
@@ -504,6 +511,8 @@ class LoraZooDataset(Dataset):
     evidence to weights, and not one vector per task. A description, which has one vector, is repeated so that every
     mode counts alike.
 
+    Adapters of up to 1 GiB in all are kept in memory; more are read from disk, item by item.
+
     Items: `{"lora_weights": (num_weights,), "task_vector": (num_task_vectors, task_vector_size)}`, fp32.
     """
 
@@ -515,8 +524,9 @@ class LoraZooDataset(Dataset):
         if not zoo.records:
             raise ZooError(f"{zoo.path}: no tasks to make a dataset of.")
         banks = zoo.task_vectors.banks
-        self.shared_weights = zoo.shared_weights
-        weights, vectors, pairs = [], [], []
+        self.zoo, self.shared_weights = zoo, zoo.shared_weights
+        self.snapshots: list[tuple[str, int]] = []
+        vectors, pairs = [], []
         for name, record in zoo.records.items():
             steps = sorted(step for step in record["snapshots"] if step <= record["best_step"])
             bank = [banks[name][mode] for mode in modes if mode in banks.get(name, {})]
@@ -526,9 +536,11 @@ class LoraZooDataset(Dataset):
             first = sum(map(len, vectors))
             vectors.append(torch.cat([draws.repeat(most // len(draws), 1, 1) for draws in bank]))
             for step in steps[-num_snapshots:] if num_snapshots is not None else steps:
-                pairs += [(len(weights), first + draw) for draw in range(len(vectors[-1]))]
-                weights.append(zoo.lora_weights(name, step))
-        self.lora_weights = torch.stack(weights)  # (snapshots, num_weights)
+                pairs += [(len(self.snapshots), first + draw) for draw in range(len(vectors[-1]))]
+                self.snapshots.append((name, step))
+        self.lora_weights = None  # or (snapshots, num_weights)
+        if 4 * len(self.snapshots) * zoo.layout.num_weights <= MOST_IN_MEMORY:
+            self.lora_weights = torch.stack([zoo.lora_weights(*snapshot) for snapshot in self.snapshots])
         self.task_vectors = torch.cat(vectors)  # (draws of all tasks, num_task_vectors, task_vector_size)
         self.pairs = pairs
 
@@ -537,7 +549,16 @@ class LoraZooDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         snapshot, draw = self.pairs[index]
-        return {"lora_weights": self.lora_weights[snapshot], "task_vector": self.task_vectors[draw]}
+        return {"lora_weights": self._weights(snapshot), "task_vector": self.task_vectors[draw]}
+
+    def each_adapter(self) -> Iterator[torch.Tensor]:
+        """Yield every adapter once, `(num_weights,)`, whatever the number of its task's vectors."""
+        yield from map(self._weights, range(len(self.snapshots)))
+
+    def _weights(self, snapshot: int) -> torch.Tensor:
+        if self.lora_weights is not None:
+            return self.lora_weights[snapshot]
+        return self.zoo.lora_weights(*self.snapshots[snapshot])
 
 
 def _as_json(content: Mapping[str, Any]) -> bytes:

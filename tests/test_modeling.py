@@ -71,6 +71,9 @@ class RandomAdapters(Dataset):
     def __getitem__(self, index):
         return {"lora_weights": self.lora_weights[index], "task_vector": self.task_vectors[index]}
 
+    def each_adapter(self):
+        return iter(self.lora_weights)
+
     def batch(self, size=5):
         return {"lora_weights": self.lora_weights[:size], "task_vector": self.task_vectors[:size]}
 
@@ -469,18 +472,20 @@ def test_products_are_compared_whatever_their_factors(monkeypatch, gauge):
     model, dataset = make_model(gauge=gauge, reconstruction="products")
     layout, shared = model.layout, dataset.shared_weights
 
-    def products(lora_weights):
-        factors = layout.factors(lora_weights, shared)
-        return torch.stack([torch.cat([(b.mT @ a).flatten(1) for a, b in (factors[m.name],)]) for m in layout.modules])
+    def squares(lora_weights, target):
+        """Squared error of each product, (num_modules, batch)."""
+        own, wanted = (layout.factors(x, shared) for x in (lora_weights, target))
+        pairs = [(own[m.name], wanted[m.name]) for m in layout.modules]
+        return torch.stack([(b.mT @ a - d.mT @ c).square().sum((1, 2)) for (a, b), (c, d) in pairs])
 
     def decode_as(weights):
         monkeypatch.setattr(model.network, "decode", lambda z, vector: model.zoo_normalizer.normalize(weights))
         return model(lora_weights=dataset.lora_weights, task_vector=dataset.task_vectors).reconstruction_loss
 
-    usual = products(dataset.lora_weights).square().sum(2).mean(1)  # (num_modules,)
+    usual = squares(dataset.lora_weights, torch.zeros_like(dataset.lora_weights)).mean(1, keepdim=True)
     other = dataset.lora_weights.flip(0)
-    error = (products(other) - products(dataset.lora_weights)).square().sum(2)  # (num_modules, batch)
-    torch.testing.assert_close(decode_as(other), (error / usual[:, None]).mean(0), rtol=1e-3, atol=1e-4)
+    error = squares(other, dataset.lora_weights)
+    torch.testing.assert_close(decode_as(other), (error / usual).mean(0), rtol=1e-3, atol=1e-4)
     zero = torch.zeros_like(dataset.lora_weights)
     torch.testing.assert_close(decode_as(zero).mean(), torch.tensor(1.0), rtol=1e-3, atol=0)
     if gauge == "shared_init":  # twice A and half of B is the same adapter

@@ -403,6 +403,19 @@ def step_of(dataset, full, item):
     raise AssertionError("An item's weights are no snapshot's.")
 
 
+def test_a_large_zoo_is_read_from_disk_item_by_item(full, monkeypatch):
+    kept = full.as_dataset()
+    monkeypatch.setattr("hf_icm_lora.zoo.MOST_IN_MEMORY", 4 * full.layout.num_weights)
+    read = full.as_dataset()
+    assert read.lora_weights is None
+    assert len(read) == len(kept)
+    for one, other in zip(read, kept, strict=True):
+        assert all(torch.equal(one[key], other[key]) for key in one.keys() | other.keys())
+    adapters = list(read.each_adapter())
+    assert len(adapters) == 3 * 2
+    assert all(torch.equal(one, other) for one, other in zip(adapters, kept.each_adapter(), strict=True))
+
+
 def test_items_pair_each_snapshot_with_each_vector_of_its_own_task(full):
     dataset = full.as_dataset()
     pairs = Counter()
