@@ -1,6 +1,6 @@
 """LoRA adapters written by a conditional VAE from in-context task vectors (arXiv 2501.17635)."""
 
-from .adapter import attach_adapter, base_model_fingerprint, fast_dtype, load_adapter, save_adapter
+from .adapter import AdapterSlot, attach_adapter, base_model_fingerprint, fast_dtype, load_adapter, save_adapter
 from .collection import CollectionArguments, collect_zoo
 from .completion import CompletionCollator
 from .configuration_lora_generator import LoraGeneratorConfig
@@ -30,6 +30,7 @@ from .zoo import LoraZoo
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterSlot",
     "CollectionArguments",
     "CompletionCollator",
     "CorruptAdapterError",

@@ -24,7 +24,7 @@ from torch import nn
 
 from .errors import CorruptAdapterError, IncompatibleAdapterError
 from .files import commit_directory, sha256_of
-from .layout import PREFIX, LoraLayout, check_plain_lora, lora_rank, lora_scaling
+from .layout import PREFIX, LoraLayout, check_plain_lora, lora_rank, lora_scaling, split
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 
@@ -155,6 +155,62 @@ def attach_adapter(
         model = _add(base_model, lora_config, state_dict, adapter_name)
     model.set_adapter(adapter_name, inference_mode=True)
     return model.eval()
+
+
+class AdapterSlot:
+    """An adapter of a live model that new weights are written into, at about the cost of copying them.
+
+    All that [`attach_adapter`] checks is checked once, when the slot is made. It starts with B = 0, so that the model
+    acts as its base does. The slot is good for as long as the model has the adapter.
+
+    Args:
+        base_model (`PreTrainedModel` or `PeftModel`), adapter_name (`str`, *optional*, defaults to `"default"`): As in
+            [`attach_adapter`].
+        lora_config (`Mapping`): With the layout's largest rank as `r` and `lora_alpha`, and no patterns.
+        layout (`LoraLayout`): Of the weights to come.
+        shared_weights (`torch.Tensor` of shape `(num_shared_weights,)`): What all of them share.
+
+    Attributes:
+        model (`PeftModel`): With the adapter, which is active.
+
+    Raises:
+        IncompatibleAdapterError: as `attach_adapter`.
+
+    Example:
+        >>> slot = generator.adapter_slot(base)  # doctest: +SKIP
+        >>> for task_vector in task_vectors:  # doctest: +SKIP
+        ...     slot.write(generator.decode_task_vector(task_vector))
+        ...     slot.model.generate(**inputs)
+    """
+
+    def __init__(
+        self,
+        base_model: nn.Module,
+        lora_config: Mapping[str, Any],
+        layout: LoraLayout,
+        shared_weights: torch.Tensor,
+        adapter_name: str = "default",
+    ):
+        empty = layout.unpack(shared_weights.new_zeros(layout.num_weights), shared_weights)
+        self.layout = layout
+        self.model = attach_adapter(base_model, lora_config, empty, adapter_name)
+        targets = _targets(self.model, adapter_name)
+        self._matrices = [
+            # Rows per rank component, as in the vector; those that pad a smaller rank stay zero.
+            [(w.T if block.factor == "lora_B" else w)[: block.rank] for w in (targets[key][0] for key in block.keys())]
+            for block in layout.blocks
+        ]
+
+    @torch.no_grad()
+    def write(self, lora_weights: torch.Tensor) -> None:
+        """Put packed weights `(num_weights,)` in place of the adapter's own."""
+        if lora_weights.shape != (self.layout.num_weights,):
+            raise IncompatibleAdapterError(
+                f"Expected weights of shape ({self.layout.num_weights},), found {tuple(lora_weights.shape)}."
+            )
+        for matrices, values in zip(self._matrices, split(lora_weights, self.layout.blocks), strict=True):
+            for matrix, value in zip(matrices, values, strict=True):
+                matrix.copy_(value)
 
 
 def adapter_state_dict(model: PeftModel, adapter_name: str = "default") -> dict[str, torch.Tensor]:
@@ -344,16 +400,20 @@ def _remove(model: nn.Module, adapter_name: str) -> None:
         del model.peft_config
 
 
-def _overwrite(
-    model: PeftModel, lora_config: Mapping, state_dict: Mapping[str, torch.Tensor], adapter_name: str
-) -> None:
-    config = _new_config(lora_config)
-    targets = {
+def _targets(model: PeftModel, adapter_name: str) -> dict[str, tuple[nn.Parameter, LoraLayer]]:
+    """Return the matrices of an adapter under the keys that PEFT saves, each with its layer."""
+    return {
         f"{name}.lora_{factor}.weight": (getattr(module, f"lora_{factor}")[adapter_name].weight, module)
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer) and adapter_name in module.lora_A
         for factor in "AB"
     }
+
+
+def _overwrite(
+    model: PeftModel, lora_config: Mapping, state_dict: Mapping[str, torch.Tensor], adapter_name: str
+) -> None:
+    config, targets = _new_config(lora_config), _targets(model, adapter_name)
     shapes = {key: tuple(weight.shape) for key, (weight, _) in targets.items()}
     given = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
     if shapes != given:

@@ -31,7 +31,14 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import CONFIG_NAME, ModelOutput, logging
 
-from .adapter import attach_adapter, base_model_fingerprint, canonical_lora_config, frozen_base, save_adapter
+from .adapter import (
+    AdapterSlot,
+    attach_adapter,
+    base_model_fingerprint,
+    canonical_lora_config,
+    frozen_base,
+    save_adapter,
+)
 from .completion import CompletionCollator
 from .configuration_lora_generator import LoraGeneratorConfig
 from .errors import (
@@ -760,6 +767,26 @@ class LoraGeneratorModel(PreTrainedModel):
         model.lora_generation = {**getattr(model, "lora_generation", {}), adapter_name: about}
         carry_card(model)
         return model
+
+    def adapter_slot(
+        self, base_model: nn.Module, adapter_name: str = "default", check_base_model: bool = True
+    ) -> AdapterSlot:
+        """Attach an empty adapter that generated weights can be written into many times, fast.
+
+        Args:
+            base_model, adapter_name, check_base_model: As in `generate_adapter`.
+
+        Raises:
+            IncompatibleAdapterError: if the base model is another one.
+
+        Example:
+            >>> slot = generator.adapter_slot(base)  # doctest: +SKIP
+            >>> slot.write(generator.decode_task_vector(task_vector))  # doctest: +SKIP
+        """
+        if check_base_model:
+            self.check_base_model(base_model)
+        shared_weights = self.zoo_normalizer.shared_weights
+        return AdapterSlot(base_model, self.adapter_config(), self.layout, shared_weights, adapter_name)
 
     def export_adapter(
         self,

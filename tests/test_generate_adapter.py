@@ -11,10 +11,12 @@ from peft.tuners.lora import LoraLayer
 from transformers import LlamaForCausalLM
 
 from hf_icm_lora import (
+    AdapterSlot,
     CollectionArguments,
     IncompatibleAdapterError,
     LoraGeneratorConfig,
     LoraGeneratorModel,
+    LoraLayout,
     NotFittedError,
     TaskError,
     TaskVectorError,
@@ -27,6 +29,7 @@ from hf_icm_lora import (
 )
 from hf_icm_lora.adapter import adapter_state_dict, base_model_fingerprint
 from hf_icm_lora.completion import CompletionCollator, score_completions
+from hf_icm_lora.layout import LoraModule
 from hf_icm_lora.tasks import Sample
 
 EXAMPLES = [("ab", "bc"), ("cd", "de"), ("ef", "fg"), ("gh", "hi")]
@@ -348,6 +351,39 @@ def test_many_adapters_serve_one_batch(base, generator, task_vector):
             model.delete_adapter(name)
     assert list(model.peft_config) == ["task-1"]
     assert torch.equal(logits(model), alone["task-1"])
+
+
+def test_a_slot_is_written_into_in_place(base, generator, task_vector, load_base):
+    slot = generator.adapter_slot(base, "slot")
+    assert isinstance(slot.model, PeftModelForCausalLM)
+    torch.testing.assert_close(logits(slot.model), logits(load_base()), atol=0, rtol=0)
+    pointers = {name: parameter.data_ptr() for name, parameter in slot.model.named_parameters()}
+    for vector in (task_vector, -task_vector):
+        slot.write(generator.decode_task_vector(vector))
+        expected = generator.generate_adapter(load_base(), task_vector=vector)
+        assert equal(adapters(slot.model, "slot"), adapters(expected))
+        assert torch.equal(logits(slot.model), logits(expected))
+    assert {name: parameter.data_ptr() for name, parameter in slot.model.named_parameters()} == pointers
+    assert not any(parameter.requires_grad for name, parameter in slot.model.named_parameters() if ".lora_" in name)
+    for wrong in (torch.zeros(3), torch.zeros(1, generator.layout.num_weights)):
+        with pytest.raises(IncompatibleAdapterError, match="Expected weights of shape"):
+            slot.write(wrong)
+    with pytest.raises(IncompatibleAdapterError, match="was made for"):
+        generator.adapter_slot(make_llama(seed=1))
+
+
+def test_a_slot_pads_smaller_ranks(base):
+    config = {"r": 3, "lora_alpha": 3, "target_modules": ["q_proj", "v_proj"]}
+    modules = tuple(
+        LoraModule(f"model.layers.0.self_attn.{name}", 32, out, rank)
+        for name, out, rank in (("q_proj", 32, 3), ("v_proj", 16, 2))
+    )
+    layout = LoraLayout(modules, "shared_init")
+    config["target_modules"] = [module.name for module in modules]
+    slot = AdapterSlot(base, config, layout, torch.zeros(0))
+    weights = torch.randn(layout.num_weights, generator=torch.Generator().manual_seed(0))
+    slot.write(weights)
+    assert equal(adapters(slot.model), layout.unpack(weights, torch.zeros(0)))
 
 
 def test_adapter_that_a_user_trained_stays(base, generator, task_vector):
