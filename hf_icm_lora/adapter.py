@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
@@ -232,11 +232,15 @@ def base_model_fingerprint(model: nn.Module) -> str:
     Names, shapes and up to 64 evenly spaced values of every parameter count, rounded to bf16: enough to tell two
     checkpoints apart, and a matter of milliseconds on a large model.
     """
-    parts = []
-    for name, parameter in sorted(_base_parameters(model).items()):
+    parameters, sampled = sorted(_base_parameters(model).items()), []
+    for _, parameter in parameters:
         values = parameter.detach().reshape(-1)
-        sampled = values[:: max(1, values.numel() // 64)][:64].to("cpu", torch.bfloat16)
-        parts += [name, str(tuple(parameter.shape)), sampled.view(torch.int16).numpy().tobytes()]
+        sampled.append(values[:: max(1, values.numel() // 64)][:64].cpu())
+    # All at once, which is several times faster.
+    rounded = torch.cat(sampled).to(torch.bfloat16).view(torch.int16).numpy().tobytes()
+    parts, start = [], 0
+    for (name, parameter), values in zip(parameters, sampled, strict=True):
+        parts += [name, str(tuple(parameter.shape)), rounded[start : (start := start + 2 * len(values))]]
     return sha256_of(*parts)
 
 
@@ -371,15 +375,21 @@ def _add(
             peft_model = model
         else:
             peft_model = get_peft_model(model, config, adapter_name=adapter_name, **options)
-        tensors = {key: tensor.detach().to(device, dtype, copy=True) for key, tensor in state_dict.items()}
-        result = set_peft_model_state_dict(peft_model, tensors, adapter_name=adapter_name, low_cpu_mem_usage=True)
         if base_name:
             config.base_model_name_or_path = base_name
-        missing = [key for key in result.missing_keys if f".{adapter_name}." in key and ".lora_" in key]
-        if missing or result.unexpected_keys:
-            raise IncompatibleAdapterError(
-                f"without weights {missing[:3]}, without a place {result.unexpected_keys[:3]}."
-            )
+        targets = _targets(peft_model, adapter_name)
+        missing, strays = sorted(targets.keys() - state_dict.keys()), sorted(state_dict.keys() - targets.keys())
+        if missing or strays:
+            raise IncompatibleAdapterError(f"without weights {missing[:3]}, without a place {strays[:3]}.")
+        for key, (weight, _) in targets.items():
+            if weight.shape != state_dict[key].shape:
+                raise IncompatibleAdapterError(
+                    f"{key} is {tuple(state_dict[key].shape)}, its place in the model {tuple(weight.shape)}."
+                )
+        for key, (_, module) in targets.items():  # PEFT's own way searches the whole model several times
+            matrix = getattr(module, "lora_A" if ".lora_A." in key else "lora_B")[adapter_name]
+            values = state_dict[key].detach().to(device, dtype, copy=True)
+            matrix.weight = nn.Parameter(values, requires_grad=False)
     except (ValueError, RuntimeError) as error:  # PEFT's own, when targets or sizes do not fit
         _remove(model, adapter_name)
         for parameter, flag in requires_grad.items():
