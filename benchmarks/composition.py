@@ -36,6 +36,7 @@ from hf_icm_lora.model_card import run_metadata
 
 sys.path.insert(0, str(Path(__file__).parent / "suite"))
 from collect import with_lora  # noqa: E402
+from page import composition  # noqa: E402
 
 STEPS = (0.0, 0.25, 0.5, 0.75, 1.0)
 ANALOGIES = {  # target: (a, b, c) of a + b - c
@@ -118,12 +119,7 @@ def main() -> None:
             "parts": list(parts),
         }
     write_json(options.output, {**run_metadata(0), **report})
-    print("| G on a task whose part is | " + " | ".join(f"{t:g}" for t in STEPS) + " |\n|---" * len(STEPS) + "|---|")
-    for kind, spaces in report["mixtures"].items():
-        for space, curve in spaces.items():
-            print(f"| {kind}, {space} | " + " | ".join(f"{value:.2f}" for value in curve.values()) + " |")
-    for target, row in report["analogies"].items():
-        print(target, {key: round(value, 2) for key, value in row.items() if key != "parts"})
+    print(composition(report))
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ from hf_icm_lora.model_card import run_metadata
 
 sys.path.insert(0, str(Path(__file__).parent / "suite"))
 from collect import SPLITS, with_lora  # noqa: E402
+from page import gauge  # noqa: E402
 
 WORK = Path("build/gauge")
 LORA = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
@@ -159,10 +160,7 @@ def main() -> None:
     report["shares"] = share
     saved = json.loads(output.read_text(encoding="utf-8"))
     write_json(output, report | {"arms": saved["arms"]})
-    print("| zoo | seen: mean G | spread of seeds | unseen: mean G | spread of seeds |\n|---|---|---|---|---|")
-    for arm, row in summary.items():
-        cells = [f"{row[split][kind]:.3f}" for split in ("seen", "unseen") for kind in ("mean", "spread")]
-        print(f"| {arm} | {' | '.join(cells)} |")
+    print(gauge(report))
 
 
 if __name__ == "__main__":

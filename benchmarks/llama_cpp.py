@@ -9,7 +9,6 @@ The control is the base model without an adapter: llama.cpp also rounds what goe
 """
 
 import gc
-import statistics
 import sys
 import tempfile
 from dataclasses import dataclass, field
@@ -37,6 +36,7 @@ from hf_icm_lora.smollm2 import smollm2_gguf_path
 
 sys.path.insert(0, str(Path(__file__).parent / "suite"))
 from collect import SPLITS  # noqa: E402
+from page import llama_cpp  # noqa: E402
 
 
 @dataclass
@@ -103,14 +103,7 @@ def main() -> None:
         report.pop("top1_adapter"),
     )
     write_json(options.output, report)
-    print(f"{total} positions, median length {statistics.median(row['positions'] for row in rows.values())}")
-    print("| | most likely token agrees | KL, nats |\n|---|---|---|")
-    for label, top1, kind in (
-        ("base model, llama.cpp and PEFT", "top1_agreement_base", "base"),
-        ("with the adapter, llama.cpp and PEFT", "top1_agreement_adapter", "adapter"),
-        ("PEFT, base model and adapter", "top1_effect_of_adapter", "effect_of_adapter"),
-    ):
-        print(f"| {label} | {report[top1]:.3f} | {report[f'kl_{kind}']:.4f} |")
+    print(llama_cpp(report))
 
 
 if __name__ == "__main__":

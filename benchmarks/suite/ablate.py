@@ -11,13 +11,13 @@ The arms with 24 LoRAs compare A shared with A trained; the second needs a zoo o
 import json
 import os
 import shutil
-import statistics
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from collect import SPLITS, with_lora
+from page import ablations
 from train import SIZES
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
 
@@ -235,13 +235,7 @@ def main() -> None:
                 steps = {"reconstruction_steps": options.reconstruction_steps}
                 steps |= {"functional_steps": options.functional_steps, "num_loras": len(bench.zoo)}
                 write_json(output, {**run_metadata(0), **steps, "arms": report["arms"]})
-    print("| | mean G | largest difference of seeds | loss | seconds |\n|---|---|---|---|---|")
-    for name, runs in report["arms"].items():
-        gains = [statistics.mean(run["recovered_gains"].values()) for run in runs]
-        loss = statistics.mean(statistics.mean(run["losses"].values()) for run in runs)
-        seconds = statistics.mean(run["seconds"] for run in runs)
-        spread = max(gains) - min(gains)
-        print(f"| {name} | {statistics.mean(gains):.3f} | {spread:.3f} | {loss:.3f} | {seconds:.0f} |")
+    print(ablations(report))
 
 
 if __name__ == "__main__":

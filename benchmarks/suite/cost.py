@@ -5,7 +5,6 @@ over all queries; the rows are timed in turns, query by query, so that a busy ma
 """
 
 import copy
-import json
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import torch
 from collect import SPLITS
+from page import cost
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from hf_icm_lora import LoraGeneratorModel, built_in_tasks, fast_dtype, smollm2_generator_path, smollm2_path
@@ -65,7 +65,8 @@ def main() -> None:
     saved = (report["rows"]["few_shot_prompt"]["milliseconds"] - report["rows"]["adapter"]["milliseconds"]) / 1000
     report["queries_to_break_even"] = report["seconds_to_make_the_adapter"] / saved
     write_json(Path(options.output), report)
-    print(json.dumps({key: report[key] for key in ("rows", "seconds_to_make_the_adapter", "queries_to_break_even")}))
+    print(cost(report))
+    print({key: report[key] for key in ("seconds_to_make_the_adapter", "queries_to_break_even")})
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from collect import with_lora
+from page import describe
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
@@ -75,7 +76,6 @@ def main() -> None:
     extractor = TaskVectorExtractor(TaskVectorSpec(**generator.config.task_vector_spec))
     collate = CompletionCollator(tokenizer, template=zoo.template, row_length=64)
     report: dict = {**run_metadata(0), "splits": {}}
-    print("| split | row | mean G | median G | min G |\n|---|---|---|---|---|")
     for split in options.splits:
         rows: dict[str, dict[str, float]] = {}
         for name in tqdm([name for name in with_lora(split) if name in zoo], desc=split, leave=False):
@@ -105,10 +105,8 @@ def main() -> None:
             }
             for row, gains in rows.items()
         }
-        for row, summary in report["splits"][split].items():
-            cells = [f"{summary[f'{kind}_recovered_gain']:.2f}" for kind in ("mean", "median", "min")]
-            print(f"| {split} | {row} | {' | '.join(cells)} |")
         write_json(Path(options.output), report)
+    print(describe(report))
 
 
 if __name__ == "__main__":

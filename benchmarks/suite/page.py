@@ -1,11 +1,15 @@
 """Put the tables of `benchmarks/results` into the pages that show them: `python benchmarks/suite/page.py`.
 
-In a page, the rows of the report `benchmarks/results/NAME.json` stand between `<!-- NAME -->` and `<!-- end -->`.
+In a page, the table of the report `benchmarks/results/NAME.json` stands between `<!-- NAME -->` and `<!-- end -->`.
+The benchmarks print the same tables.
 """
 
 import json
 import re
+import statistics
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -13,6 +17,7 @@ PAGES = (
     "README.md",
     "docs/source/benchmark.md",
     "docs/source/evaluation.md",
+    "docs/source/measurements.md",
     "hf_icm_lora/smollm2_generator/README.md",
 )
 TITLES = {
@@ -22,30 +27,140 @@ TITLES = {
     "validation": "validation tasks",
     "validation_family": "validation family",
 }
+Report = Mapping[str, Any]
 
 
-def number(value: float | None) -> str:
-    """Format G, without a minus before nothing."""
-    return "-" if value is None else re.sub(r"^-(0\.00)$", r"\1", f"{value:.2f}")
+def number(value: float | None, digits: int = 2) -> str:
+    """Format a figure, without a minus before nothing."""
+    return "-" if value is None else re.sub(r"^-(0\.0+)$", r"\1", f"{value:.{digits}f}")
 
 
-def table(name: str) -> str:
-    """Return every row of a report, with G and exact matches of each split."""
-    splits = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["splits"]
-    head = ["row"]
-    for split, rows in splits.items():
-        head += [f"{TITLES[split]} ({len(rows['base']['tasks'])}): mean G", "median", "min", "exact"]
-    lines = [head, ["---"] * len(head)]
-    for row in dict.fromkeys(row for rows in splits.values() for row in rows):
+def lines(head: list[str], rows: list[list[str]]) -> str:
+    """Return a Markdown table."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
+
+
+def evaluation(report: Report) -> str:
+    """Every row of an evaluation, with G and exact matches of each split."""
+    splits, head, rows = report["splits"], ["row"], []
+    for split, scored in splits.items():
+        head += [f"{TITLES[split]} ({len(scored['base']['tasks'])}): mean G", "median", "min", "exact"]
+    for row in dict.fromkeys(row for scored in splits.values() for row in scored):
         cells = [f"**{row}**" if row == "generated" else row]
-        for rows in splits.values():
-            if summary := rows.get(row):
+        for scored in splits.values():
+            if summary := scored.get(row):
                 cells += [number(summary[f"{kind}_recovered_gain"]) for kind in ("mean", "median", "min")]
                 cells.append(f"{100 * summary['exact_match']:.0f} %")
             else:
                 cells += ["-"] * 4
-        lines.append(cells)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        rows.append(cells)
+    return lines(head, rows)
+
+
+def ablations(report: Report) -> str:
+    """Each arm's mean over seeds, with the largest difference between seeds."""
+    rows = []
+    for arm, runs in report["arms"].items():
+        gains = [statistics.mean(run["recovered_gains"].values()) for run in runs]
+        losses = [statistics.mean(run["losses"].values()) for run in runs]
+        spread = number(max(gains) - min(gains), 3) if len(gains) > 1 else "-"
+        figures = [number(statistics.mean(gains), 3), spread, number(statistics.mean(losses), 3)]
+        rows.append([arm, *figures, str(len(runs)), f"{statistics.mean(run['seconds'] for run in runs):.0f}"])
+    return lines(["arm", "mean G", "largest difference of seeds", "loss", "seeds", "seconds"], rows)
+
+
+def refine(report: Report) -> str:
+    """Both curves of G against gradient steps."""
+    curves = report["curves"]
+    head = ["steps", *(f"{row}: {kind}" for row in curves for kind in ("mean G", "min G", "seconds"))]
+    rows = []
+    for steps in next(iter(curves.values())):
+        points = [curve[steps] for curve in curves.values()]
+        figures = [(p["mean_recovered_gain"], p["min_recovered_gain"], p["median_seconds"]) for p in points]
+        rows.append([str(steps), *(number(value) for point in figures for value in point)])
+    return lines(head, rows)
+
+
+def describe(report: Report) -> str:
+    """What each kind of condition gives."""
+    head = ["split", "from", "mean G", "median", "min"]
+    return lines(head, [
+        [f"{TITLES[split]} ({len(summary['tasks'])})", row,
+         *(number(summary[f"{kind}_recovered_gain"]) for kind in ("mean", "median", "min"))]
+        for split, rows in report["splits"].items() for row, summary in rows.items()
+    ])  # fmt: skip
+
+
+def storage(report: Report) -> str:
+    """Bytes of all seen adapters, and what they are worth after it."""
+    head = [f"{report['num_tasks']} adapters as", "MB", "mean G", "min G"]
+    return lines(head, [
+        [label, number(row["bytes"] / 1e6), *(number(row[f"{kind}_recovered_gain"], 3) for kind in ("mean", "min"))]
+        for label, row in report["rows"].items()
+    ])  # fmt: skip
+
+
+def cost(report: Report) -> str:
+    """Tokens and milliseconds of one query."""
+    head = ["a query with", "tokens", "milliseconds"]
+    return lines(head, [[row, f"{v['tokens']:g}", number(v["milliseconds"], 1)] for row, v in report["rows"].items()])
+
+
+def gauge(report: Report) -> str:
+    """G of the generators that were trained on one set of LoRAs in several coordinates."""
+    head = ["zoo", "seen: mean G", "largest difference of seeds", "unseen: mean G", "largest difference of seeds"]
+    return lines(head, [
+        [arm, *(number(row[split][kind], 3) for split in ("seen", "unseen") for kind in ("mean", "spread"))]
+        for arm, row in report["summary"].items()
+    ])  # fmt: skip
+
+
+def llama_cpp(report: Report) -> str:
+    """Agreement of llama.cpp and PEFT, without and with an adapter."""
+    rows = (
+        ("base model: llama.cpp and PEFT", "top1_agreement_base", "kl_base"),
+        ("with the adapter: llama.cpp and PEFT", "top1_agreement_adapter", "kl_adapter"),
+        ("PEFT: base model and adapter", "top1_effect_of_adapter", "kl_effect_of_adapter"),
+    )
+    head = ["compared", "positions with the same most likely token", "KL, nats"]
+    return lines(head, [[label, number(report[top1], 3), number(report[kl], 4)] for label, top1, kl in rows])
+
+
+def many_adapters(report: Report) -> str:
+    """Milliseconds of each way to get an adapter into a model."""
+    head = ["what", "milliseconds"]
+    rows = [[name.replace("_", " "), number(value)] for name, value in report["milliseconds"].items()]
+    return lines(head, rows)
+
+
+def composition(report: Report) -> str:
+    """G on a task against its part in a mixture of two; and by an analogy, without an example of the task."""
+    head, rows = ["pairs, mixed"], []
+    for kind, spaces in report["mixtures"].items():
+        for space, curve in spaces.items():
+            head = ["pairs, mixed", *(f"part {float(t):g}" for t in curve)]
+            rows.append([f"{kind}, {space}", *map(number, curve.values())])
+    analogies = [
+        [
+            target,
+            "{} + {} - {}".format(*row["parts"]),
+            *(number(value) for key, value in row.items() if key != "parts"),
+        ]
+        for target, row in report["analogies"].items()
+    ]
+    columns = ["task", "a + b - c", "own examples", "a alone", "b alone", "a + b - c"]
+    return f"{lines(head, rows)}\n\n{lines(columns, analogies)}"
+
+
+TABLES = {
+    function.__name__: function
+    for function in (ablations, refine, describe, storage, cost, gauge, llama_cpp, many_adapters, composition)
+}
+
+
+def table(name: str) -> str:
+    """Return the table of a report in `benchmarks/results`."""
+    return TABLES.get(name, evaluation)(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")))
 
 
 def filled(page: str) -> str:

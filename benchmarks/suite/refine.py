@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from collect import with_lora
+from page import refine
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
@@ -91,17 +92,9 @@ def main() -> None:
         }
         for row, tasks in table.items()
     }
-    report = {**run_metadata(0), "split": options.split, "num_examples": options.num_examples}
-    write_json(Path(options.output), report | {"curves": curves, "tasks": table})
-    heads = " | ".join(f"{row}: mean G | min G | seconds" for row in curves)
-    print(f"| steps | {heads} |\n|---|---|---|---|---|---|---|")
-    for steps in options.steps:
-        cells = []
-        for row in curves.values():
-            point = row[steps]
-            cells += [f"{point[key]:.2f}" for key in ("mean_recovered_gain", "min_recovered_gain")]
-            cells.append(f"{point['median_seconds']:.1f}")
-        print(f"| {steps} | {' | '.join(cells)} |")
+    report = {**run_metadata(0), "split": options.split, "num_examples": options.num_examples, "curves": curves}
+    write_json(Path(options.output), report | {"tasks": table})
+    print(refine(report))
 
 
 if __name__ == "__main__":

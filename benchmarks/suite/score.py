@@ -25,6 +25,7 @@ from hf_icm_lora import (
 )
 from hf_icm_lora.evaluation import MORE_ROWS
 from hf_icm_lora.files import write_json
+from hf_icm_lora.plots import write_plots
 
 
 @dataclass
@@ -36,6 +37,7 @@ class ScoreOptions:
     paper: str | None = field(default=None, metadata={"help": "A generator for the row paper_cvae, of paper.py."})
     refine_steps: int = field(default=20, metadata={"help": "Of the rows refined and fine_tuned."})
     output: str = field(default="benchmarks/results/suite.json", metadata={"help": "Where the report goes."})
+    plots: str | None = field(default=None, metadata={"help": "A folder for pictures of the report (PNG)."})
 
 
 def main() -> None:
@@ -64,6 +66,8 @@ def main() -> None:
         report = scored | report | {"splits": {**report.get("splits", {}), split: rows}}
         write_json(output, report)
     print(format_report(report))
+    if options.plots:
+        write_plots(options.plots, generator, zoo, report)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from collect import SPLITS
+from page import storage
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
@@ -126,10 +127,7 @@ def main() -> None:
     }
     report = {**run_metadata(0), "num_tasks": len(names), "num_scored": len(scored), "rows": table}
     write_json(Path(options.output), report | {"break_even_tasks": break_even})
-    print("| | MB | mean G | min G |\n|---|---|---|---|")
-    for label, row in table.items():
-        gain, least = row["mean_recovered_gain"], row["min_recovered_gain"]
-        print(f"| {label} | {row['bytes'] / 1e6:.2f} | {gain:.3f} | {least:.3f} |")
+    print(storage(report))
     print(f"The 8-bit generator is smaller from this number of adapters on: {break_even}")
 
 
