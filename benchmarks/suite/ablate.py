@@ -104,8 +104,8 @@ ARMS = {
 class AblateOptions:
     arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": "Names of arms, by default all."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    reconstruction_steps: int = field(default=150)
-    functional_steps: int = field(default=75)
+    reconstruction_steps: int = field(default=100)
+    functional_steps: int = field(default=50)
     zoo: str = field(default="build/suite/zoo", metadata={"help": "The zoo of collect.py."})
     vectors: str = field(default="build/suite/task_vectors.safetensors", metadata={"help": "Made by train.py."})
     output: str = field(default="benchmarks/results/ablations.json", metadata={"help": "Where the figures go."})
