@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from conftest import make_llama, make_tasks
 from hub import Hub
 from peft import PeftModel
@@ -271,8 +272,8 @@ def test_two_processes_train_one_generator(folder, tmp_path):
         "output_dir": tmp_path / "generator", "max_steps": 2, "behaviour_steps": 2, "save_strategy": "no",
         "kl_weight": 0, **SMALL, "per_device_train_batch_size": 4,
     }  # fmt: skip
-    # `--multi_gpu`, since without it accelerate starts one process on a CPU, whatever `--num_processes` says.
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    config = EXAMPLES / "accelerate_configs" / "two_cpu_processes.yaml"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     command = [*launch, "--main_process_port", "0", EXAMPLES / "train_generator.py", *command_line(arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -288,6 +289,17 @@ def test_two_processes_train_one_generator(folder, tmp_path):
     with torch.no_grad():
         alone = first(**batch).reconstruction_loss.mean().item()
     assert told["eval_reconstruction_loss"] == pytest.approx(alone, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "config", sorted((EXAMPLES / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_accelerate_understands_the_configurations(config):
+    loaded = load_config_from_file(str(config))
+    words = {"one": 1, "two": 2, "eight": 8}
+    number, unit = config.stem.split("_")[:2]
+    assert loaded.num_machines == (words[number] if unit == "nodes" else 1)
+    assert loaded.num_processes == (8 * words[number] if unit == "nodes" else words[number])
 
 
 # generate_adapter.py and evaluate_generator.py
