@@ -233,13 +233,13 @@ class LoraLayout:
         if found.modules != self.modules:
             raise IncompatibleAdapterError(f"The adapter has another layout. {_first_difference(self, found)}")
         matrices = {key: tensor.detach().to("cpu", torch.float32) for key, tensor in state_dict.items()}
-        for key, matrix in matrices.items():
-            if not matrix.isfinite().all():
-                raise CorruptAdapterError(f"{key} holds {(~matrix.isfinite()).sum()} values that are not finite.")
         for module in self.modules:
             key = f"{PREFIX}{module.name}.lora_B.weight"
             matrices[key] = matrices[key] * lora_scaling(lora_config, module.name, module.rank)
         lora_weights, shared_weights = (_flatten(matrices, blocks) for blocks in (self.blocks, self.shared_blocks))
+        if not (lora_weights.isfinite().all() and shared_weights.isfinite().all()):
+            key, count = next((k, n) for k, m in matrices.items() if (n := int((~m.isfinite()).sum())))
+            raise CorruptAdapterError(f"{key} holds {count} values that are not finite.")
         if self.gauge == "canonical":
             lora_weights = self.canonical(lora_weights, reference)
         return lora_weights, shared_weights
