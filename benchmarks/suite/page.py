@@ -152,9 +152,22 @@ def composition(report: Report) -> str:
     return f"{lines(head, rows)}\n\n{lines(columns, analogies)}"
 
 
+def growth(report: Report) -> str:
+    """Time and memory against the number of tasks, and of weights in two ways."""
+    parts = []
+    for name, rows in report["tables"].items():
+        columns = [key for key in rows[0] if key != "size"]
+        cells = [[f"{x:,}" if isinstance(x, int) else f"{x:.3g}" for x in row.values()] for row in rows]
+        cells.append(["*exponent*", *(number(report["exponents"][name].get(key)) for key in columns)])
+        parts.append(
+            lines(["tasks" if name == "tasks" else "weights", *(key.replace("_", " ") for key in columns)], cells)
+        )
+    return "\n\n".join(parts)
+
+
 TABLES = {
     function.__name__: function
-    for function in (ablations, refine, describe, storage, cost, gauge, llama_cpp, many_adapters, composition)
+    for function in (ablations, refine, describe, storage, cost, gauge, llama_cpp, many_adapters, composition, growth)
 }
 
 
