@@ -38,6 +38,7 @@ from .evaluation import MORE_ROWS, evaluate_generator, read_report
 from .files import as_plain
 from .functional import FunctionalCollator, FunctionalDataset
 from .hub import CARD_FILE, push_files, require_hub_id, save_adapter_card
+from .importing import adapter_folder
 from .model_card import add_evaluation, addressed, format_report, is_local
 from .modeling_lora_generator import LoraGeneratorModel
 from .plots import require_matplotlib, write_plots
@@ -165,7 +166,7 @@ class ImportOptions(ZooOption, BaseOptions):
 
 @dataclass
 class CheckOptions:
-    adapter: str = field(metadata={"help": "A PEFT folder."})
+    adapter: str = field(metadata={"help": "A PEFT folder, or its Hub id."})
     server: Literal["vllm", "sglang", "lorax", "llama.cpp"] = field(
         metadata={"help": "What is to serve it.", "aliases": ["--for"]}
     )
@@ -173,7 +174,7 @@ class CheckOptions:
 
 @dataclass
 class ExportOptions:
-    adapter: str = field(metadata={"help": "A PEFT folder with any plain LoRA."})
+    adapter: str = field(metadata={"help": "A PEFT folder with any plain LoRA, or its Hub id."})
     output: str = field(metadata={"help": "Folder, or file, that does not exist yet.", "aliases": ["--out"]})
     format: Literal["peft", "gguf"] = field(default="peft", metadata={"help": "gguf is what llama.cpp reads."})
     rank: int | None = field(default=None, metadata={"help": "A rank for all modules; by default the largest."})
@@ -379,7 +380,7 @@ def import_adapters(options: ImportOptions) -> Result:
 
 def check(options: CheckOptions) -> Result:
     """Say what a server would make of an adapter; exit code 1 if it has a problem with it."""
-    problems, notes = check_serving_compatibility(options.adapter, options.server)
+    problems, notes = check_serving_compatibility(adapter_folder(options.adapter), options.server)
     if problems:
         raise IncompatibleAdapterError(f"{options.server}: {' '.join(problems)}")
     lines = [f"{options.server} loads {options.adapter} as it is.", *notes]
@@ -390,7 +391,7 @@ def export(options: ExportOptions) -> Result:
     """Write an adapter in the form that every server reads, or as GGUF for llama.cpp."""
     if Path(options.output).exists():
         raise FileExistsError(f"{options.output} exists already: choose another --output.")
-    dtype, (lora_config, state_dict) = getattr(torch, options.dtype), load_adapter(options.adapter)
+    dtype, (lora_config, state_dict) = getattr(torch, options.dtype), load_adapter(adapter_folder(options.adapter))
     config, plain, lost = plain_adapter(lora_config, state_dict, rank=options.rank, dtype=dtype)
     if options.format == "gguf":
         name = options.base_model or config.get("base_model_name_or_path")

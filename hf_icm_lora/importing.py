@@ -71,6 +71,20 @@ class ForeignAdapter:
         }
 
 
+def adapter_folder(source: str | Path, revision: str | None = None, token: bool | str | None = None) -> Path:
+    """Return the folder of an adapter, downloaded from the Hub if it is an id there.
+
+    Raises:
+        IncompatibleAdapterError: if it is neither a folder nor an id.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    if isinstance(source, Path) or is_local(source) or "/" not in source:
+        raise IncompatibleAdapterError(f"{source} is no folder, and no id on the Hub.")
+    files = [CONFIG_FILE, WEIGHTS_FILE]
+    return Path(snapshot_download(source, revision=revision, token=token, allow_patterns=files))
+
+
 def inspect(
     task: str,
     source: str | Path,
@@ -82,14 +96,7 @@ def inspect(
     """Find an adapter, check that it is a plain LoRA of the base model, and note what must be converted."""
     found = ForeignAdapter(task, Path(source).name if is_local(str(source)) or isinstance(source, Path) else source)
     try:
-        if Path(source).is_dir():
-            found.folder = Path(source)
-        elif isinstance(source, Path) or is_local(source):
-            raise IncompatibleAdapterError(f"{source} is no folder.")
-        else:
-            files = [CONFIG_FILE, WEIGHTS_FILE]
-            folder = snapshot_download(source, revision=revision, token=token, allow_patterns=files)
-            found.folder = Path(folder)
+        found.folder = adapter_folder(source, revision, token)
         lora_config, state_dict = load_adapter(found.folder)
         _check_base_name(lora_config.get("base_model_name_or_path"), base_name)
         found.modules = LoraLayout.from_state_dict(state_dict, lora_config, "shared_init").modules

@@ -215,7 +215,7 @@ def test_other_base_models_and_missing_folders_are_refused(tmp_path, llama):
     assert "does not fit the base weight" in reasons["other"]
     assert "adapter_config.json" in reasons["empty"]
     assert "Only safetensors files are read" in reasons["pickle"]
-    assert "is no folder" in reasons["missing"]
+    assert "is no folder, and no id on the Hub" in reasons["missing"]
 
 
 def test_more_adapters_join_a_zoo_as_it_is(tmp_path, llama):

@@ -331,6 +331,47 @@ def check_zoo_there_and_back(hub, world):
         LoraZoo.from_hub("user/part", ["shift/1"])
 
 
+def check_adapters_are_imported_by_id(hub, world):
+    import torch
+
+    from hf_icm_lora import LoraZoo, check_serving_compatibility
+    from hf_icm_lora.cli import main
+    from hf_icm_lora.importing import adapter_folder
+
+    base = world.base
+    base.push_to_hub("user/base")
+    for seed in (1, 2):
+        task = {
+            "examples": EXAMPLES,
+            "processing_class": world.tokenizer,
+            "generator": torch.Generator().manual_seed(seed),
+        }
+        model = world.generator.generate_adapter(base, **task)
+        model.push_to_hub(f"user/imported-{seed}")
+        base = model.unload()
+    names = ["user/imported-1", "user/imported-2", "user/base", "user/nothing"]
+    zoo, table = LoraZoo.import_adapters(world.folder / "imported", names, base, base_model_name_or_path="user/base")
+    assert list(zoo) == ["imported-1", "imported-2"]
+    assert [row["status"] for row in table] == ["taken", "taken", "refused", "refused"]
+    assert "adapter_config.json" in table[2]["reason"]
+    assert "404" in table[3]["reason"]
+    assert zoo.layout.gauge == "frozen_a"
+    assert zoo.records["imported-1"]["source"] == "user/imported-1"
+    _, table = LoraZoo.import_adapters(
+        world.folder / "other", names[:2], base, base_model_name_or_path="user/base", rank=2
+    )
+    other = LoraZoo(world.folder / "other")
+    assert other.reference is not None
+    other.push_to_hub("user/canonical")
+    pulled = LoraZoo.from_hub("user/canonical")
+    assert torch.equal(pulled.reference, other.reference)
+    assert torch.equal(pulled.lora_weights("imported-2"), other.lora_weights("imported-2"))
+    assert check_serving_compatibility(adapter_folder("user/imported-1"), "vllm") == ([], [])
+    out = str(world.folder / "exported")
+    assert main(["export", "user/imported-1", "--out", out, "--rank", "1"]) == 0
+    assert main(["check", out, "--for", "lorax"]) == 0
+
+
 # The command line
 
 
