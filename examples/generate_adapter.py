@@ -39,7 +39,7 @@ class ScriptArguments:
     base_model: str | None = field(
         default=None, metadata={"help": "Path or Hub id; by default the generator's, or the packaged SmolLM2-135M."}
     )
-    on_unfamiliar: Literal["generate", "nearest", "mean", "raise"] = field(
+    on_unfamiliar: Literal["generate", "base", "nearest", "mean", "raise"] = field(
         default="generate", metadata={"help": "What to do for a task that is far from the training tasks."}
     )
     num_samples: int = field(default=1, metadata={"help": "Adapters to write; the best on the examples is kept."})

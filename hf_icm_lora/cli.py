@@ -124,7 +124,7 @@ class GenerateOptions(BaseOptions):
     description: str | None = field(default=None, metadata={"help": "The task in a sentence."})
     num_samples: int = field(default=1, metadata={"help": "Adapters to write; the best on the examples is kept."})
     refine_steps: int = field(default=0, metadata={"help": "Gradient steps on the examples after that."})
-    on_unfamiliar: Literal["generate", "nearest", "mean", "raise"] = field(
+    on_unfamiliar: Literal["generate", "base", "nearest", "mean", "raise"] = field(
         default="generate", metadata={"help": "What to do for a task that is far from the training tasks."}
     )
 

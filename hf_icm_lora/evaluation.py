@@ -19,7 +19,7 @@ and, when asked for,
     best_of_n         of `num_samples` generated adapters, the one with the least loss on the examples
     refined           the generated adapter after `refine_steps` gradient steps on the examples
     fine_tuned        as many steps on the same examples from no adapter at all
-    fallback          the mean of all seen tasks' LoRAs where the task is unfamiliar, else the generated adapter
+    fallback          nothing where the task is unfamiliar or the adapter does harm on the examples, else that adapter
     noisy_nearest     of the seen LoRAs the one nearest to the generated adapter, plus noise to be as far from it
 
 Other generators can be scored in the same run, each as a row of its own.
@@ -185,6 +185,7 @@ def evaluate_generator(
                     "ridge": rivals.ridge(own),
                 }
                 examples = task.demo[:num_examples]
+                gain = generator.gain_on_examples(examples, generated, model, processing_class)
                 if "description" in more_rows:
                     vector = extractor.vector(model, processing_class, description=task.description)
                     weights["description"] = generator.decode_task_vector(vector).cpu()
@@ -198,8 +199,8 @@ def evaluate_generator(
                             examples, candidates, model, processing_class
                         ).cpu()
                 if "fallback" in more_rows:
-                    unfamiliar = generator.novelty(own)[0] > UNFAMILIAR
-                    weights["fallback"] = rivals.mean if unfamiliar else generated
+                    unfamiliar = generator.novelty(own)[0] > UNFAMILIAR or gain < 0  # on_unfamiliar="base"
+                    weights["fallback"] = torch.zeros_like(generated) if unfamiliar else generated
                 if "noisy_nearest" in more_rows:
                     weights["noisy_nearest"] = rivals.noisy_nearest(generated, task.name)
                 for row, start, rate in (
@@ -225,9 +226,8 @@ def evaluate_generator(
                         with frozen_base(model) as bare:
                             rows[split][row][task.name] = _score(bare, collate, task, batch_size)
                     progress.update()
-                rows[split]["generated"][task.name] |= _weight_errors(generated, weights["task_lora"]) | {
-                    "gain_on_examples": generator.gain_on_examples(examples, generated, model, processing_class)
-                }
+                rows[split]["generated"][task.name] |= _weight_errors(generated, weights["task_lora"])
+                rows[split]["generated"][task.name]["gain_on_examples"] = gain
                 if generator.task_map is not None:
                     rows[split]["generated"][task.name]["novelty"] = generator.novelty(own)[0]
                 for row, own_weights in weights.items():

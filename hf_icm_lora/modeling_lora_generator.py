@@ -58,6 +58,7 @@ from .task_vectors import TaskVectorExtractor, TaskVectors, TaskVectorSpec
 from .tasks import to_sample
 
 UNFAMILIAR = 0.99  # novelty above which a task counts as unfamiliar
+FALLBACKS = ("generate", "base", "nearest", "mean", "raise")
 
 
 @dataclass
@@ -694,9 +695,10 @@ class LoraGeneratorModel(PreTrainedModel):
             refine_steps (`int`, *optional*, defaults to 0): Gradient steps on the examples, starting from the
                 generated adapter: fine-tuning with a head start.
             on_unfamiliar (`str`, *optional*, defaults to `"generate"`): What to do for a task that is less familiar
-                than 99 of 100 training tasks are to each other: `"generate"` all the same, take the vector of the
-                `"nearest"` training task, take the `"mean"` adapter of the zoo, or `"raise"`. It needs `map_tasks`,
-                and examples: a description alone does not tell.
+                than 99 of 100 training tasks are to each other, or whose adapter makes the loss on its own examples
+                larger: `"generate"` all the same, leave the `"base"` model as it is by an adapter of zeros, generate
+                from the vector of the `"nearest"` training task, take the `"mean"` adapter of the zoo, or `"raise"`.
+                It needs `map_tasks`, and examples or a task vector: a description alone does not tell.
             check_base_model (`bool`, *optional*, defaults to `True`): Whether to compare the base model's fingerprint.
                 A base in 4 or 8 bits has no comparable one.
             describe_task (`bool`, *optional*, defaults to `True`): Whether description and examples are kept beside
@@ -740,23 +742,33 @@ class LoraGeneratorModel(PreTrainedModel):
             raise TaskError(f"Expected num_samples >= 1 and refine_steps >= 0, found {num_samples}, {refine_steps}.")
         if (num_samples > 1 or refine_steps) and not examples:
             raise TaskError("Adapters are chosen and refined by examples of the task: pass examples too.")
-        about, fallback = self._origin(generator, num_samples, refine_steps), None
-        if examples or not description:  # the map is of demonstrations, from which descriptions lie far away
-            judged, fallback = self._judge(task_vector, on_unfamiliar)
-            about |= judged
-        elif on_unfamiliar != "generate":
+        if on_unfamiliar not in FALLBACKS:
+            raise TaskError(f"on_unfamiliar: expected one of {FALLBACKS}, found {on_unfamiliar!r}.")
+        about, told = self._origin(generator, num_samples, refine_steps), bool(examples) or not description
+        if on_unfamiliar != "generate" and not told:
             raise TaskError("A description alone does not tell how familiar a task is: pass examples too.")
-        if fallback is not None:
-            candidates = [fallback]
-        elif num_samples == 1:
-            candidates = [self.decode_task_vector(task_vector, generator)]
+        if told and (self.task_map is not None or on_unfamiliar != "generate"):
+            # The map is of demonstrations, from which descriptions lie far away.
+            about["novelty"], about["nearest_task"] = self.novelty(task_vector)
+        given = (base_model, processing_class)
+        if num_samples == 1:
+            lora_weights = self.decode_task_vector(task_vector, generator)
         else:
             candidates = self.candidates(task_vector, num_samples, generator)
-        lora_weights = candidates[0]
-        if len(candidates) > 1 or refine_steps:
-            lora_weights = self.fit_to_examples(examples, candidates, base_model, processing_class, refine_steps)
+            lora_weights = self.fit_to_examples(examples, candidates, *given)
         if examples:
-            about["gain_on_examples"] = self.gain_on_examples(examples, lora_weights, base_model, processing_class)
+            about["gain_on_examples"] = self.gain_on_examples(examples, lora_weights, *given)
+        if on_unfamiliar != "generate" and (reason := self._unfamiliar(about)):
+            if on_unfamiliar == "raise":
+                raise UnfamiliarTaskError(
+                    f"{reason} Give other examples, fine-tune a LoRA, or pass on_unfamiliar='generate'."
+                )
+            about["fallback"] = on_unfamiliar
+            lora_weights = self._fallback(on_unfamiliar, about["nearest_task"])
+        if refine_steps:
+            lora_weights = self.fit_to_examples(examples, [lora_weights], *given, refine_steps)
+        if examples and (refine_steps or "fallback" in about):
+            about["gain_on_examples"] = self.gain_on_examples(examples, lora_weights, *given)
         state_dict = self.layout.unpack(lora_weights, self.zoo_normalizer.shared_weights)
         if describe_task and description:
             about["description"] = description if isinstance(description, str) else dict(description)
@@ -861,26 +873,25 @@ class LoraGeneratorModel(PreTrainedModel):
         about["seed"] = None if generator is None else generator.initial_seed()
         return about | {"num_samples": num_samples, "refine_steps": refine_steps}
 
-    def _judge(self, task_vector: torch.Tensor, on_unfamiliar: str) -> tuple[dict, torch.Tensor | None]:
-        """Return what is known about a task, and the weights `(num_weights,)` to use instead of generated ones."""
-        choices = ("generate", "nearest", "mean", "raise")
-        if on_unfamiliar not in choices:
-            raise TaskError(f"on_unfamiliar: expected one of {choices}, found {on_unfamiliar!r}.")
-        if self.task_map is None and on_unfamiliar == "generate":
-            return {}, None
-        novelty, nearest = self.novelty(task_vector)
-        about = {"novelty": novelty, "nearest_task": nearest}
-        if novelty <= UNFAMILIAR or on_unfamiliar == "generate":
-            return about, None
-        if on_unfamiliar == "raise":
-            raise UnfamiliarTaskError(
-                f"The task is less familiar than {novelty:.1%} of the training tasks are to each other; the nearest "
-                f"is {nearest!r}. Give other examples, fine-tune a LoRA, or pass on_unfamiliar='generate'."
+    def _unfamiliar(self, about: dict) -> str | None:
+        """Return why a task counts as unfamiliar, if it does."""
+        if about["novelty"] > UNFAMILIAR:
+            return (
+                f"The task is less familiar than {about['novelty']:.1%} of the training tasks are to each other; the "
+                f"nearest is {about['nearest_task']!r}."
             )
-        if on_unfamiliar == "mean":
-            return about, self.zoo_normalizer.weight_mean
+        if about.get("gain_on_examples", 0.0) < 0:
+            return f"The adapter makes the loss on its own examples larger, by {-about['gain_on_examples']:.1%}."
+        return None
+
+    def _fallback(self, choice: str, nearest: str) -> torch.Tensor:
+        """Return the weights `(num_weights,)` to use instead of generated ones."""
+        if choice == "mean":
+            return self.zoo_normalizer.weight_mean
+        if choice == "base":  # zero B, whatever A
+            return torch.zeros_like(self.zoo_normalizer.weight_mean)
         place = self.task_map.places[self.config.mapped_tasks.index(nearest)]
-        return about, self._decode(F.pad(place, (0, self.config.condition_size - len(place)))[None].to(self.dtype))
+        return self._decode(F.pad(place, (0, self.config.condition_size - len(place)))[None].to(self.dtype))
 
     def candidates(
         self, task_vector: torch.Tensor, num_samples: int, generator: torch.Generator | None = None

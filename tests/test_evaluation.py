@@ -264,7 +264,7 @@ def test_noisy_nearest_is_as_far_as_the_generated_adapter(zoo, generator, tokeni
     assert rows["noisy_nearest"]["loss"] == pytest.approx(loss_of(attached(zoo, noisy), tokenizer, task), rel=1e-3)
 
 
-def test_fallback_is_the_mean_where_the_task_is_unfamiliar(zoo, tokenizer, monkeypatch):
+def test_fallback_is_nothing_where_the_task_is_unfamiliar_or_the_adapter_does_harm(zoo, tokenizer, monkeypatch):
     tasks, generator = make_tasks(), make_generator(zoo.subset(SEEN))
     with pytest.raises(NotFittedError, match="'fallback' needs a map"):
         evaluate_generator(generator, make_llama(), tokenizer, zoo, tasks, more_rows=["fallback"])
@@ -275,9 +275,29 @@ def test_fallback_is_the_mean_where_the_task_is_unfamiliar(zoo, tokenizer, monke
         return known.setdefault(float(vector.sum()), (1.0, 0.5, 0.7, 0.8)[min(len(known), 3)]), SEEN[0]
 
     monkeypatch.setattr(generator, "novelty", novelty)
+    gain_on_examples, harmful = generator.gain_on_examples, -0.1
+
+    def gain(examples, *arguments):
+        return harmful if examples[0] == tasks[1].demo[0] else gain_on_examples(examples, *arguments)
+
+    monkeypatch.setattr(generator, "gain_on_examples", gain)
     report = evaluate_generator(generator, make_llama(), tokenizer, zoo, tasks, more_rows=["fallback"])
+    monkeypatch.undo()
     seen = report["splits"]["seen"]
-    taken = ["mean_lora", "generated", "generated"]
+    assert (
+        gain_on_examples(
+            tasks[2].demo[:12],
+            generator.decode_task_vector(
+                TaskVectorExtractor(TaskVectorSpec(**generator.config.task_vector_spec)).vector(
+                    make_llama(), tokenizer, tasks[2].demo[:12]
+                )
+            ),
+            make_llama(),
+            tokenizer,
+        )
+        > 0
+    )  # so that the third is the adapter's own
+    taken = ["base", "base", "generated"]
     assert [seen["fallback"]["tasks"][n]["loss"] for n in SEEN] == [
         seen[row]["tasks"][n]["loss"] for row, n in zip(taken, SEEN, strict=True)
     ]

@@ -659,8 +659,8 @@ def test_unfamiliar_tasks_are_treated_as_asked(mapped, load_base):
     known = mapped.task_vectors.banks["shift/2"]["demonstrations"]
     far = known + 1000
     _, nearest = mapped.novelty(far)
-    assert not mapped._judge(far, "nearest")[1].requires_grad
-    for choice in ("generate", "nearest", "mean", "raise"):  # a familiar task is generated
+    assert not mapped._fallback("nearest", nearest).requires_grad
+    for choice in ("generate", "base", "nearest", "mean", "raise"):  # a familiar task is generated
         model = mapped.generate_adapter(load_base(), task_vector=known, on_unfamiliar=choice)
         expected = mapped.generate_adapter(load_base(), task_vector=known)
         assert torch.equal(weights_of(model), weights_of(expected))
@@ -669,6 +669,9 @@ def test_unfamiliar_tasks_are_treated_as_asked(mapped, load_base):
     taken = mapped.generate_adapter(load_base(), task_vector=far, on_unfamiliar="nearest")
     packed, _ = mapped.layout.pack(adapter_state_dict(mean), mapped.adapter_config())
     torch.testing.assert_close(packed, mapped.zoo_normalizer.weight_mean)
+    nothing = mapped.generate_adapter(load_base(), task_vector=far, on_unfamiliar="base")
+    assert torch.equal(logits(nothing), logits(load_base()))
+    assert nothing.lora_generation["default"]["fallback"] == "base"
     own = mapped.task_vectors.banks[nearest]["demonstrations"].mean(0)
     expected = mapped.generate_adapter(load_base(), task_vector=own)
     torch.testing.assert_close(weights_of(taken), weights_of(expected), rtol=1e-2, atol=1e-3)
@@ -677,6 +680,24 @@ def test_unfamiliar_tasks_are_treated_as_asked(mapped, load_base):
     with pytest.raises(UnfamiliarTaskError, match="less familiar than 100.0% of the training tasks .* nearest is"):
         mapped.generate_adapter(base, task_vector=far, on_unfamiliar="raise")
     assert not hasattr(base, "peft_config")
+
+
+def test_an_adapter_that_does_harm_on_its_examples_is_not_handed_out(mapped, load_base, tokenizer, monkeypatch):
+    task = {"processing_class": tokenizer, "examples": EXAMPLES}
+    known = mapped.task_vectors.banks["shift/2"]["demonstrations"]
+    monkeypatch.setattr(TaskVectorExtractor, "vector", lambda *_: known)  # familiar, for sure
+    wrong = -50 * mapped.decode_task_vector(known)
+    monkeypatch.setattr(mapped, "decode_task_vector", lambda *_: wrong)
+    told = mapped.generate_adapter(load_base(), **task).lora_generation["default"]
+    assert told["gain_on_examples"] < 0
+    assert told["novelty"] == 0.0
+    model = mapped.generate_adapter(load_base(), **task, on_unfamiliar="base")
+    assert torch.equal(logits(model), logits(load_base()))
+    assert model.lora_generation["default"]["gain_on_examples"] == 0.0
+    with pytest.raises(UnfamiliarTaskError, match="makes the loss on its own examples larger, by"):
+        mapped.generate_adapter(load_base(), **task, on_unfamiliar="raise")
+    refined = mapped.generate_adapter(load_base(), **task, on_unfamiliar="base", refine_steps=5)
+    assert refined.lora_generation["default"]["gain_on_examples"] > 0  # fine-tuned, from nothing
 
 
 def test_what_the_map_needs_is_said(generator, base, task_vector):
