@@ -49,7 +49,7 @@ class DescribeOptions:
     generator: str | None = field(default=None, metadata={"help": "By default the shipped one."})
     zoo: str = field(default="build/suite/zoo", metadata={"help": "The zoo of collect.py, for the oracles."})
     splits: list[str] = field(default_factory=lambda: ["seen", "validation"], metadata={"help": "Of splits.json."})
-    output: str = field(default="benchmarks/results/descriptions.json", metadata={"help": "Where the figures go."})
+    output: str = field(default="benchmarks/results/describe.json", metadata={"help": "Where the figures go."})
 
 
 def reword(description: str) -> str:
