@@ -100,7 +100,9 @@ def load_adapter(path: str | Path, max_bytes: int = MAX_BYTES) -> tuple[dict[str
         with safe_open(weights_path, framework="pt") as file:
             for key in file.keys():
                 if (dtype := file.get_slice(key).get_dtype()) not in DTYPES:
-                    raise CorruptAdapterError(f"{weights_path}: {key!r:.300}: expected one of {DTYPES}, found {dtype}.")
+                    raise CorruptAdapterError(
+                        f"{weights_path}: {key!r:.300}: expected one of {DTYPES}, found {dtype}."
+                    )
             state_dict = {key: file.get_tensor(key) for key in file.keys()}
     except CorruptAdapterError:
         raise
@@ -315,7 +317,7 @@ def check_fit(model: nn.Module, lora_config: Mapping, state_dict: Mapping[str, t
 def _add(
     model: nn.Module, lora_config: Mapping, state_dict: Mapping[str, torch.Tensor], adapter_name: str
 ) -> PeftModel:
-    config = _new_config(_with_named_targets(lora_config, state_dict))
+    config = _new_config(with_named_targets(lora_config, state_dict))
     base_name = lora_config.get("base_model_name_or_path")
     config.base_model_name_or_path = None  # or PEFT warns that it writes down where this copy of it lies
     dtype, device = _dtype_and_device(model)
@@ -344,7 +346,7 @@ def _add(
     return peft_model
 
 
-def _with_named_targets(lora_config: Mapping, state_dict: Mapping[str, torch.Tensor]) -> Mapping[str, Any]:
+def with_named_targets(lora_config: Mapping, state_dict: Mapping[str, torch.Tensor]) -> Mapping[str, Any]:
     """Name the modules that have weights, where `LoraConfig` would choose them in another way than by a list.
 
     PEFT runs the other ways as regular expressions, which may take for ever; and there is nothing to choose.
@@ -372,7 +374,7 @@ def _remove(model: nn.Module, adapter_name: str) -> None:
 def _overwrite(
     model: PeftModel, lora_config: Mapping, state_dict: Mapping[str, torch.Tensor], adapter_name: str
 ) -> None:
-    config = _new_config(lora_config)
+    config = _new_config(with_named_targets(lora_config, state_dict))
     targets = {
         f"{name}.lora_{factor}.weight": (getattr(module, f"lora_{factor}")[adapter_name].weight, module)
         for name, module in model.named_modules()

@@ -56,11 +56,16 @@ CONFIG_FIELDS: dict[str, Any] = {
     "auto_mapping": object,  # names of classes: never looked at
     "peft_version": object,
 }
-_DEFAULTS = {"bias": "none", "megatron_core": "megatron.core", "qalora_group_size": 16}  # those of all others are falsy
+_DEFAULTS = {
+    "bias": "none",
+    "megatron_core": "megatron.core",
+    "qalora_group_size": 16,
+}  # those of all others are falsy
 _PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva")  # PiSSA and its kin subtract A and B from the base
 # Regular expressions from a file run on names from a file: both are kept short and simple.
 MAX_NAME, MAX_PATTERN, MAX_PATTERNS, MAX_WILDCARDS = 200, 256, 512, 32
 MAX_SIZE = 2**24  # of a side of a matrix
+TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 
 @dataclass(frozen=True)
@@ -390,6 +395,10 @@ def check_plain_lora(lora_config: Mapping) -> None:
     for field in ("r", "lora_alpha"):
         if not _is_positive(value := lora_config.get(field)):
             raise IncompatibleAdapterError(f"LoraConfig.{field}: expected a positive number, found {value!r:.200}.")
+    if (task_type := lora_config.get("task_type")) and task_type not in TASK_TYPES:
+        raise IncompatibleAdapterError(
+            f"LoraConfig.task_type: expected one of {TASK_TYPES}, found {task_type!r:.200}."
+        )
     if not 0 <= (dropout := lora_config.get("lora_dropout") or 0.0) < 1:
         raise IncompatibleAdapterError(f"LoraConfig.lora_dropout: expected 0 to below 1, found {dropout!r:.200}.")
     for field in ("target_modules", "exclude_modules"):
