@@ -139,9 +139,7 @@ class LoraGeneratorConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
-        """Read a configuration as `PreTrainedConfig` does, but only that of a generator, and only its own fields.
-
-        Fields that would choose code, kernels or quantizers (`auto_map`, `attn_implementation`, ...) are left out.
+        """Read a configuration as `PreTrainedConfig` does, but only that of a generator.
 
         Raises:
             IncompatibleAdapterError: if it belongs to another kind of model.
@@ -152,8 +150,17 @@ class LoraGeneratorConfig(PreTrainedConfig):
                 f"{pretrained_model_name_or_path} is no generator of adapters: expected model_type {cls.model_type!r} "
                 f"in its config.json, found {config.get('model_type')!r}."
             )
-        known = {field.name for field in dataclasses.fields(cls)} | {"model_type", "_commit_hash"}
-        return {name: value for name, value in config.items() if name in known}, kwargs
+        return config, kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs) -> "LoraGeneratorConfig":
+        """Make a configuration of its own fields in a dictionary, as `PreTrainedConfig` does.
+
+        What else a file holds is left out: it might choose code, kernels or quantizers (`auto_map`,
+        `attn_implementation`, `quantization_config`, ...).
+        """
+        known = {field.name for field in dataclasses.fields(cls)} | {"_commit_hash"}
+        return super().from_dict({name: value for name, value in config_dict.items() if name in known}, **kwargs)
 
     def validate_architecture(self):
         """Check what no single field can: called at construction and before saving."""

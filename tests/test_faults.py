@@ -208,8 +208,8 @@ def test_F6_constant_tensors(zoo, tmp_path):
     for index in range(2):
         zoo.add(f"untrained {index}", {1: untrained})
     banks = {f"untrained {index}": {"demonstrations": torch.randn(3, 2, 32)} for index in range(2)}
-    zoo.add_task_vectors(TaskVectors(zoo.task_vectors.spec, zoo.base_model_fingerprint, banks))
     constant = zoo.subset(banks)
+    constant.add_task_vectors(TaskVectors(zoo.task_vectors.spec, zoo.base_model_fingerprint, banks))
     normalizer = trainer_of(constant, tmp_path).model.zoo_normalizer
     weights = constant.lora_weights("untrained 0")
     assert not weights.any()
@@ -378,7 +378,7 @@ MODULE = ["model.layers.0.q_proj", 32, 32, 2]
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        *(({"latent_size": size}, "latent_size") for size in (-1, "x", 10**12, 1.5, None)),
+        *(({"latent_size": size}, "latent_size|parameters") for size in (-1, "x", 10**12, 1.5, None)),
         ({"num_encoder_layers": 65536}, "num_encoder_layers"),
         ({"task_vector_size": 65536, "num_task_vectors": 65536, "condition_size": 65536}, "parameters, .*condition"),
         ({"hidden_size": 65536, "intermediate_size": 65536}, "parameters, .*layers"),
@@ -799,5 +799,7 @@ def test_H8_command_line_says_it_in_one_line(tmp_path, capsys):
         main(["collect", "--no_such_option", "1"])
     assert caught.value.code == 2
     capsys.readouterr()
-    assert main(["check", str(tmp_path / "nowhere")]) == 1
-    assert "Traceback" not in capsys.readouterr().err
+    assert main(["train", "--zoo", str(tmp_path / "nowhere")]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("hf-icm-lora train: ")
+    assert not [line for line in lines if line.startswith("Traceback")]
