@@ -6,6 +6,7 @@ Each fault must end in the error, or the result, that the page promises.
 import copy
 import json
 import math
+import re
 import resource
 import shutil
 import socket
@@ -803,3 +804,14 @@ def test_H8_command_line_says_it_in_one_line(tmp_path, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1].startswith("hf-icm-lora train: ")
     assert not [line for line in lines if line.startswith("Traceback")]
+
+
+def test_every_fault_has_a_row_and_every_row_its_test():
+    page = (Path(__file__).parent.parent / "docs/source/reliability.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| ([FCTGH]\d+) \| (.+?) \| .+ \|$", page, re.MULTILINE))
+    counts = {"F": 12, "C": 8, "T": 8, "G": 7, "H": 9}
+    assert list(rows) == [f"{letter}{number}" for letter, count in counts.items() for number in range(1, count + 1)]
+    push = (Path(__file__).parent / "test_push.py").read_text(encoding="utf-8")
+    for tests in rows.values():
+        for name in re.findall(r"`(?:tests/test_push.py::)?((?:test|check)_\w+)(?:\.\.\.)?`", tests):
+            assert any(own.startswith(name) for own in globals()) or f"def {name}(" in push, name
