@@ -1,5 +1,4 @@
-"""What lies between two tasks? `python benchmarks/composition.py` asks the shipped generator, after
-`suite/collect.py`.
+"""What lies between two tasks? `python benchmarks/composition.py` asks the shipped generator, after `suite/collect.py`.
 
     condition   the adapter of a mixture of two task vectors, (1 - t) * one + t * other
     weights     the same mixture of the two adapters: with one A for both, exactly the mixture of their B @ A
