@@ -4,7 +4,6 @@ PEFT itself falls back to pickles and only warns about keys that do not fit. Her
 """
 
 import enum
-import json
 import re
 import time
 from collections import Counter
@@ -23,10 +22,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .errors import CorruptAdapterError, IncompatibleAdapterError
-from .files import commit_directory, sha256_of
-from .layout import PREFIX, LoraLayout, check_plain_lora, lora_rank, lora_scaling, split
+from .files import commit_directory, read_json, read_safetensors_header, sha256_of
+from .layout import CONFIG_FIELDS, PREFIX, LoraLayout, check_plain_lora, lora_rank, lora_scaling, split
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+MAX_BYTES = 8 * 2**30
+DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 def lora_config_to_dict(lora_config: LoraConfig | Mapping[str, Any]) -> dict[str, Any]:
@@ -63,23 +64,26 @@ def target_modules(layout: LoraLayout, base_model: nn.Module) -> list[str]:
     return sorted(ends if matched == wanted else wanted)
 
 
-def load_adapter(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def load_adapter(path: str | Path, max_bytes: int = MAX_BYTES) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Read an ordinary PEFT LoRA folder.
 
     Args:
         path (`str` or `Path`): A folder with `adapter_config.json` and `adapter_model.safetensors`.
+        max_bytes (`int`, *optional*, defaults to 8 GiB): Largest file of weights to read.
 
     Returns:
-        `tuple[dict, dict[str, torch.Tensor]]`: the `LoraConfig` as a dictionary, and the state dict as stored.
+        `tuple[dict, dict[str, torch.Tensor]]`: the `LoraConfig` as a dictionary, without the fields that say nothing
+        about a plain LoRA, and the state dict as stored.
 
     Raises:
-        CorruptAdapterError: if a file is missing or malformed, or a value is not finite. Pickles are never opened.
+        CorruptAdapterError: if a file is missing, malformed or too large, or a value is not finite. Pickles are never
+            opened, and nothing that the configuration names is imported or fetched.
         IncompatibleAdapterError: if it is not a plain LoRA.
     """
     path = Path(path)
     config_path, weights_path = path / CONFIG_FILE, path / WEIGHTS_FILE
     try:
-        lora_config = json.loads(config_path.read_text(encoding="utf-8"))
+        lora_config = read_json(config_path)
     except (OSError, ValueError) as error:
         raise CorruptAdapterError(f"{config_path}: expected a PEFT configuration in JSON: {error}") from error
     if not isinstance(lora_config, dict):
@@ -92,16 +96,25 @@ def load_adapter(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tens
         found = sorted(file.name for file in path.iterdir())
         raise CorruptAdapterError(f"{weights_path} is missing (found {found}). Only safetensors files are read.")
     try:
+        read_safetensors_header(weights_path, max_bytes)
         with safe_open(weights_path, framework="pt") as file:
+            for key in file.keys():
+                if (dtype := file.get_slice(key).get_dtype()) not in DTYPES:
+                    raise CorruptAdapterError(
+                        f"{weights_path}: {key!r:.300}: expected one of {DTYPES}, found {dtype}."
+                    )
             state_dict = {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, OSError) as error:
+    except CorruptAdapterError:
+        raise
+    except (SafetensorError, OSError, ValueError) as error:
         raise CorruptAdapterError(f"{weights_path}: not a whole safetensors file: {error}") from error
     for key, tensor in state_dict.items():
         if not tensor.isfinite().all():
             raise CorruptAdapterError(f"{weights_path}: {key} holds values that are not finite.")
     if not state_dict:
         raise CorruptAdapterError(f"{weights_path} holds no tensors.")
-    return lora_config, state_dict
+    unused = ("auto_mapping", "peft_version", "eva_config")
+    return {k: v for k, v in lora_config.items() if k in CONFIG_FIELDS and k not in unused}, state_dict
 
 
 def save_adapter(path: str | Path, lora_config: Mapping[str, Any], state_dict: Mapping[str, torch.Tensor]) -> None:
@@ -364,7 +377,8 @@ def check_fit(model: nn.Module, lora_config: Mapping, state_dict: Mapping[str, t
 def _add(
     model: nn.Module, lora_config: Mapping, state_dict: Mapping[str, torch.Tensor], adapter_name: str
 ) -> PeftModel:
-    config, base_name = _new_config(lora_config), lora_config.get("base_model_name_or_path")
+    config = _new_config(with_named_targets(lora_config, state_dict))
+    base_name = lora_config.get("base_model_name_or_path")
     config.base_model_name_or_path = None  # or PEFT warns that it writes down where this copy of it lies
     dtype, device = _dtype_and_device(model)
     requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
@@ -398,6 +412,19 @@ def _add(
     return peft_model
 
 
+def with_named_targets(lora_config: Mapping, state_dict: Mapping[str, torch.Tensor]) -> Mapping[str, Any]:
+    """Name the modules that have weights, where `LoraConfig` would choose them in another way than by a list.
+
+    PEFT runs the other ways as regular expressions, which may take for ever; and there is nothing to choose.
+    """
+    others = ("exclude_modules", "layers_to_transform", "layers_pattern")
+    targets = lora_config.get("target_modules")
+    if not isinstance(targets, (str, type(None))) and all(lora_config.get(field) is None for field in others):
+        return lora_config
+    names = sorted({key.removeprefix(PREFIX).rsplit(".", 2)[0] for key in state_dict})
+    return dict(lora_config) | dict.fromkeys(others) | {"target_modules": names}
+
+
 def _remove(model: nn.Module, adapter_name: str) -> None:
     if isinstance(model, PeftModel):
         if adapter_name in model.peft_config:
@@ -423,7 +450,8 @@ def _targets(model: PeftModel, adapter_name: str) -> dict[str, tuple[nn.Paramete
 def _overwrite(
     model: PeftModel, lora_config: Mapping, state_dict: Mapping[str, torch.Tensor], adapter_name: str
 ) -> None:
-    config, targets = _new_config(lora_config), _targets(model, adapter_name)
+    config = _new_config(with_named_targets(lora_config, state_dict))
+    targets = _targets(model, adapter_name)
     shapes = {key: tuple(weight.shape) for key, (weight, _) in targets.items()}
     given = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
     if shapes != given:

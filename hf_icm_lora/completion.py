@@ -11,9 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.utils import logging
 
 from .errors import TaskError
 from .tasks import Sample
+
+logger = logging.get_logger(__name__)
 
 DEFAULT_TEMPLATE = "- {prompt}: {completion}\n"  # few tokens: every pass pays for them
 IGNORED = -100  # the label that no loss counts, as everywhere in transformers
@@ -51,7 +54,8 @@ class CompletionCollator:
         is_encoder_decoder (`bool`): Whether prompts go to an encoder and completions to a decoder.
         template (`str`, *optional*): Text with `{prompt}` and `{completion}`.
         context (`str`, *optional*, defaults to `""`): Text before every prompt, such as demonstrations.
-        max_length (`int`, *optional*, defaults to 512): Longest sample in tokens: a prompt loses its beginning first.
+        max_length (`int`, *optional*, defaults to 512): Longest sample in tokens, or what the tokenizer says its model
+            can read if that is less: a prompt loses its beginning first, which is warned of once.
         row_length (`int`, *optional*): If given, a row of a decoder-only model's batch holds as many samples as fit
             into this many tokens, each a sequence of its own: samples of unequal lengths then need little padding.
 
@@ -78,7 +82,7 @@ class CompletionCollator:
         self.is_encoder_decoder = is_encoder_decoder
         self.template = template
         self.context = context
-        self.max_length = max_length
+        self.max_length = min(max_length, getattr(processing_class, "model_max_length", max_length))
         self.row_length = None if is_encoder_decoder else row_length  # encoders know no packed rows
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
@@ -128,7 +132,13 @@ class CompletionCollator:
     def _encode(self, sample: Sample) -> tuple[list[int], list[int]]:
         read, scored = fill_template(sample, self.template)
         prompt = encode_prompt(self.processing_class, self.context + read)
-        completion = self.processing_class(scored, add_special_tokens=False)["input_ids"][: self.max_length]
+        completion = self.processing_class(scored, add_special_tokens=False)["input_ids"]
+        if len(prompt) + len(completion) > self.max_length:
+            logger.warning_once(
+                f"Samples of more than {self.max_length} tokens are cut: of a prompt its beginning, of a longer "
+                "completion its end."
+            )
+        completion = completion[: self.max_length]
         kept = self.max_length - len(completion)
         return (prompt[-kept:] if kept else []), completion
 

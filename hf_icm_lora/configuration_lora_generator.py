@@ -1,13 +1,29 @@
 """Configuration of [`LoraGeneratorModel`]."""
 
+import dataclasses
+
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from .completion import DEFAULT_TEMPLATE
 from .errors import IncompatibleAdapterError, TaskVectorError
-from .layout import LoraLayout
+from .layout import LoraLayout, check_plain_lora
 from .task_vectors import TaskVectorSpec
 
+MAX_PARAMETERS = 2**31  # 8 GB in fp32; a configuration that asks for more is refused before anything is allocated
+MAX_LAYERS = 512
+DTYPES = (
+    None,
+    "float32",
+    "float64",
+    "float16",
+    "bfloat16",
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+)
 FORMAT_VERSION = 2  # 1 had rows of task vectors instead of conditions
 
 
@@ -57,7 +73,8 @@ class LoraGeneratorConfig(PreTrainedConfig):
         format_version (`int`, *optional*): Version of this configuration's meaning.
 
     Raises:
-        IncompatibleAdapterError: if the layout is malformed, or the format is newer than this version of the package.
+        IncompatibleAdapterError: if the layout or the LoRA configuration is malformed, the sizes make a generator of
+            more than 2^31 parameters, or the format is newer than this version of the package.
         TaskVectorError: if the task vector specification is malformed.
 
     Example:
@@ -111,11 +128,13 @@ class LoraGeneratorConfig(PreTrainedConfig):
                 "upgrade hf_icm_lora."
             )
         if self.layout is not None:
-            self.lora_layout  # noqa: B018  raises if it is malformed
+            check_size(self)
+        if self.lora_config is not None:
+            check_plain_lora(self.lora_config)
         if self.task_vector_spec is not None:
             try:
                 TaskVectorSpec(**self.task_vector_spec)
-            except TypeError as error:
+            except (TypeError, AttributeError) as error:
                 raise TaskVectorError(f"task_vector_spec: not a TaskVectorSpec: {error}") from error
 
     @classmethod
@@ -133,6 +152,16 @@ class LoraGeneratorConfig(PreTrainedConfig):
             )
         return config, kwargs
 
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs) -> "LoraGeneratorConfig":
+        """Make a configuration of its own fields in a dictionary, as `PreTrainedConfig` does.
+
+        What else a file holds is left out: it might choose code, kernels or quantizers (`auto_map`,
+        `attn_implementation`, `quantization_config`, ...).
+        """
+        known = {field.name for field in dataclasses.fields(cls)} | {"_commit_hash"}
+        return super().from_dict({name: value for name, value in config_dict.items() if name in known}, **kwargs)
+
     def validate_architecture(self):
         """Check what no single field can: called at construction and before saving."""
         choices = {"architecture": ("transformer", "conv1d"), "token_granularity": ("matrix", "rank")}
@@ -145,8 +174,11 @@ class LoraGeneratorConfig(PreTrainedConfig):
                  "num_encoder_layers", "num_decoder_layers", "num_attention_heads", "latent_size",
                  "map_size", "condition_size")  # fmt: skip
         for field in sizes:
-            if not 1 <= getattr(self, field) <= 65536:
-                raise ValueError(f"{field}: expected a number from 1 to 65536, found {getattr(self, field)}.")
+            most = MAX_LAYERS if field.endswith("layers") else 65536
+            if not 1 <= getattr(self, field) <= most:
+                raise ValueError(f"{field}: expected a number from 1 to {most}, found {getattr(self, field)}.")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype: expected one of {DTYPES}, found {self.dtype!r}.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is no multiple of {self.num_attention_heads} heads.")
         if self.condition_noise < 0:
@@ -185,3 +217,32 @@ class LoraGeneratorConfig(PreTrainedConfig):
             "task_vector_size": task_vector_size,
         }
         return cls(**of_zoo | kwargs)
+
+
+def check_size(config: LoraGeneratorConfig) -> None:
+    """Refuse sizes of which a generator could not be made, by counting its parameters from above.
+
+    Raises:
+        IncompatibleAdapterError: with the largest parts.
+    """
+    layout, hidden = config.lora_layout, config.hidden_size
+    weights, blocks, vector = layout.num_weights, layout.blocks, config.num_task_vectors * config.task_vector_size
+    parts = {"statistics": weights + layout.num_shared_weights, "condition": vector * config.condition_size}
+    parts["map"] = len(config.mapped_tasks or ()) * config.map_size
+    parts["prior"] = hidden * (config.condition_size + 2 * config.latent_size)
+    if config.architecture == "conv1d":
+        parts["latent"] = 24 * (weights // 4096 + 1) * (config.condition_size + config.latent_size)
+    else:
+        per_matrix = config.token_granularity == "matrix"
+        tokens = sum(block.count * (1 if per_matrix else block.rank) for block in blocks)
+        parts["in_projections"] = hidden * sum(block.width * (block.rank if per_matrix else 1) for block in blocks)
+        parts["bases"] = (weights + tokens * config.condition_size) * config.basis_size
+        numbers = [number for module in layout.modules for number in module.position]
+        parts["embeddings"] = hidden * (tokens + config.basis_size + 2 * max(numbers, default=0))
+        layers = config.num_encoder_layers + config.num_decoder_layers
+        parts["layers"] = layers * hidden * (4 * hidden + 2 * config.intermediate_size)
+    if (total := sum(parts.values())) > MAX_PARAMETERS:
+        largest = ", ".join(f"{name} {parts[name]:,}" for name in sorted(parts, key=parts.get)[:-4:-1])
+        raise IncompatibleAdapterError(
+            f"Expected sizes that make up to {MAX_PARAMETERS:,} parameters, found ones that make {total:,}: {largest}."
+        )

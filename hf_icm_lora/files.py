@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 TEMPORARY = ".tmp-"  # a path component that starts so is never part of a result
+MAX_JSON = 2**26  # bytes of a JSON file or header: the largest that is written has a few
 
 
 @contextlib.contextmanager
@@ -70,6 +71,63 @@ def write_json(path: str | Path, content: Any) -> None:
     text = json.dumps(as_plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with commit_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read JSON from an ordinary file of up to 64 MiB.
+
+    Raises:
+        ValueError: if it is no JSON, or too large, or nested too deeply.
+        OSError: if there is no such file, or it cannot be read.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ValueError("not a file")
+    if (size := path.stat().st_size) > MAX_JSON:
+        raise ValueError(f"expected up to {MAX_JSON} bytes, found {size}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def read_safetensors_header(path: str | Path, max_bytes: int) -> dict[str, Any]:
+    """Read what a safetensors file says of its tensors, with the checks that the library leaves out.
+
+    Args:
+        path (`str` or `Path`): The file.
+        max_bytes (`int`): Most bytes that it may have: as much will be allocated.
+
+    Returns:
+        `dict[str, Any]`: name -> `dtype`, `shape` and `data_offsets`.
+
+    Raises:
+        ValueError: if the file is larger, its header is malformed, or a name stands twice in it.
+        OSError: if it cannot be read.
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > max_bytes:
+            raise ValueError(f"expected up to {max_bytes} bytes, found {size}; a larger max_bytes reads it")
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length <= min(size - 8, MAX_JSON):
+            raise ValueError(f"its header would have {length} bytes, of {size} in the file")
+        try:
+            header = json.loads(file.read(length), object_pairs_hook=_unique)
+        except RecursionError as error:
+            raise ValueError("its header is nested too deeply") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"expected a JSON object as its header, found {type(header).__name__}")
+    header.pop("__metadata__", None)
+    return header
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"its header has {next(name for name in names if names.count(name) > 1)!r} twice")
+    return unique
 
 
 def sweep_temporary(root: str | Path, min_age: float = 3600.0) -> None:

@@ -38,7 +38,7 @@ class FunctionalDataset(Dataset):
             [`LoraZoo.lora_weights`]. What the base model predicts with it is then the target, instead of the labels.
 
     Items: `{"task_vector": (num_task_vectors, task_vector_size), "samples": tuple of Sample}`, and `"beside"`,
-    `"teacher"`.
+    `"teacher"`. The attribute `task_names` says whose they are.
 
     Raises:
         TaskError: if there is no task, one has fewer than `num_samples` `train` samples, or a name stands twice.
@@ -55,6 +55,7 @@ class FunctionalDataset(Dataset):
         teachers: Mapping[str, torch.Tensor] | None = None,
     ):
         self.tasks = check_unique_names(tasks)
+        self.task_names = [task.name for task in self.tasks]
         if not self.tasks or num_samples < 1:
             raise TaskError(f"Expected at least one task and one sample, found {len(self.tasks)} and {num_samples}.")
         self.beside, self.teachers = beside, teachers

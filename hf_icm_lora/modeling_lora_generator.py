@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import CommitInfo, ModelCard, try_to_load_from_cache
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils.data import Dataset
@@ -42,6 +43,7 @@ from .adapter import (
 from .completion import CompletionCollator
 from .configuration_lora_generator import LoraGeneratorConfig
 from .errors import (
+    CorruptAdapterError,
     IncompatibleAdapterError,
     NotFittedError,
     TaskError,
@@ -57,6 +59,7 @@ from .serving import plain_adapter
 from .task_vectors import TaskVectorExtractor, TaskVectors, TaskVectorSpec
 from .tasks import to_sample
 
+MAX_MISSING = 2**25  # numbers that a checkpoint may lack, for instance an encoder's
 UNFAMILIAR = 0.99  # novelty above which a task counts as unfamiliar
 FALLBACKS = ("generate", "base", "nearest", "mean", "raise")
 
@@ -987,8 +990,21 @@ class LoraGeneratorModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """Load a generator as `PreTrainedModel.from_pretrained` does, and remember the commit that it comes from."""
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        """Load a generator as `PreTrainedModel.from_pretrained` does, and remember the commit that it comes from.
+
+        Only safetensors files are read, and no code from a repository is run, whatever `kwargs` say.
+
+        Raises:
+            CorruptAdapterError: if the file of weights is malformed, or lacks most of what the configuration needs.
+            IncompatibleAdapterError, TaskVectorError: as [`LoraGeneratorConfig`].
+        """
+        kwargs |= {"use_safetensors": True, "trust_remote_code": False}
+        try:
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        except SafetensorError as error:
+            raise CorruptAdapterError(
+                f"{pretrained_model_name_or_path}: not a whole safetensors file: {error}"
+            ) from error
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
         name = pretrained_model_name_or_path
         if name is not None and not Path(name).exists():
@@ -998,6 +1014,16 @@ class LoraGeneratorModel(PreTrainedModel):
             # In the Hub's cache a folder that is named by its commit holds the repository's files.
             model.config._commit_hash = cached.parents[len(subfolder.parts)].name
         return loaded
+
+    def _move_missing_keys_from_meta_to_device(self, missing_keys, *args, **kwargs) -> None:
+        # A configuration can promise what its file of weights does not hold: that would be allocated here.
+        missing = {key: self.get_parameter_or_buffer(key).numel() for key in missing_keys}
+        if sum(missing.values()) > MAX_MISSING:
+            raise CorruptAdapterError(
+                f"The generator's file of weights lacks {len(missing)} tensors of {sum(missing.values()):,} numbers, "
+                f"such as {sorted(missing)[:3]}: it does not belong to its config.json."
+            )
+        super()._move_missing_keys_from_meta_to_device(missing_keys, *args, **kwargs)
 
     def save_pretrained(
         self, save_directory: str | Path, *, push_to_hub: bool = False, is_main_process: bool = True, **kwargs

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .adapter import canonical_lora_config, load_adapter, lora_config_to_dict
+from .adapter import canonical_lora_config, load_adapter, lora_config_to_dict, with_named_targets
 from .errors import IcmLoraError, IncompatibleAdapterError
 from .files import commit_file
 from .gauge import balance
@@ -72,7 +72,7 @@ def plain_adapter(
                 raise IncompatibleAdapterError(
                     f"{name}.{factor}: values up to {matrix.abs().max():g} do not fit {dtype}."
                 )
-    config = canonical_lora_config(lora_config_to_dict(lora_config), rank)
+    config = canonical_lora_config(lora_config_to_dict(with_named_targets(lora_config, state_dict)), rank)
     return config, plain, lost / energy if energy else 0.0
 
 

@@ -25,6 +25,7 @@ from .errors import TaskError, TaskVectorError
 from .files import sha256_of
 from .tasks import Sample, Task, check_unique_names, to_sample
 
+logger = logging.get_logger(__name__)
 POOLINGS = ("last", "prompts", "completions", "starts", "ends", "mean")
 MODES = ("demonstrations", "both", "description")
 
@@ -51,7 +52,8 @@ class TaskVectorSpec:
                 "starts"       the first token of each of them
                 "ends"         the last token of each of them
                 "mean"         all tokens
-        max_length (`int`, *optional*, defaults to 512): Longest prompt in tokens; a longer one loses its beginning.
+        max_length (`int`, *optional*, defaults to 512): Longest prompt in tokens, or the base model's
+            `max_position_embeddings` if that is less; a longer one loses its beginning, which is warned of once.
         seed (`int`, *optional*, defaults to 0): Seed of the draws.
 
     Raises:
@@ -249,7 +251,7 @@ class TaskVectorExtractor:
         fewest = min(self.spec.min_demonstrations, most)
         return torch.linspace(most, fewest, self.spec.num_draws).round().int().tolist()
 
-    def _tokens(self, processing_class, prompt: Prompt) -> tuple[list[int], list[list[int]]]:
+    def _tokens(self, processing_class, prompt: Prompt, max_length: int) -> tuple[list[int], list[list[int]]]:
         """Return the ids of a prompt, and for each pooling at which of them to take hidden states."""
         encoding = processing_class(prompt.text, return_offsets_mapping=True)
         ids, last = encoding["input_ids"], len(encoding["input_ids"]) - 1
@@ -265,12 +267,16 @@ class TaskVectorExtractor:
             "ends": [answer[-1] for answer in answers if answer],
             "mean": range(len(ids)),
         }
-        cut = max(0, len(ids) - self.spec.max_length)
+        cut = max(0, len(ids) - max_length)
+        if cut:
+            logger.warning_once(f"Prompts of more than {max_length} tokens lose their beginning.")
         kept = [[token - cut for token in positions[name] if token >= cut] for name in self.spec.pooling]
         return ids[cut:], [tokens or [last - cut] for tokens in kept]  # completions may all have been cut
 
     def _hidden_states(self, base_model: nn.Module, processing_class, prompts: Sequence[Prompt]) -> torch.Tensor:
-        rows, positions = zip(*(self._tokens(processing_class, prompt) for prompt in prompts), strict=True)
+        config = base_model.config
+        max_length = min(self.spec.max_length, getattr(config, "max_position_embeddings", self.spec.max_length))
+        rows, positions = zip(*(self._tokens(processing_class, prompt, max_length) for prompt in prompts), strict=True)
         by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # little padding in a batch
         vectors: list[torch.Tensor | None] = [None] * len(rows)
         with frozen_base(base_model) as model, tqdm(

@@ -1,6 +1,5 @@
 """Training a generator: `transformers.Trainer` with a conditional VAE's loss, or with the base model's behaviour."""
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,15 +11,16 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
-from transformers.utils import PushInProgress
+from transformers.utils import PushInProgress, logging
 
 from .adapter import require_bare, restored
-from .errors import IcmLoraError
+from .errors import IcmLoraError, TaskError
 from .functional import FunctionalDataset, distillation_loss, functional_loss
 from .hub import CARD_FILE, push_files, require_hub_id
 from .model_card import generator_card, run_metadata
 from .modeling_lora_generator import LoraGeneratorModel, LoraGeneratorOutput, kl_per_unit
 
+logger = logging.get_logger(__name__)
 ACTIVE_UNIT_NATS = 0.01  # a latent unit is active if it carries more than this on average
 
 
@@ -73,10 +73,15 @@ class LoraGeneratorTrainer(Trainer):
         model (`LoraGeneratorModel`): If its normalizer is not fitted yet, it is fitted on `train_dataset`.
         args (`LoraGeneratorTrainingArguments`, *optional*): How to train.
         train_dataset, eval_dataset (`Dataset`, *optional*): Items `{"lora_weights", "task_vector"}`, as from
-            `LoraZoo.as_dataset()`. Split them by task, not by snapshot.
+            `LoraZoo.as_dataset()`. Split them by task, not by snapshot: if all tasks of `eval_dataset` are in
+            `train_dataset`, a warning says that its losses are of seen tasks; if some are, that is an error.
         base_model (`PreTrainedModel`, *optional*): The base model without adapters, for behavioural training. It is
             frozen and in eval mode while training and evaluating, and restored after it.
         kwargs: All else that `transformers.Trainer` takes.
+
+    Raises:
+        TaskError: if `eval_dataset` mixes tasks of `train_dataset` with others.
+        IncompatibleAdapterError: if the base model is another one, or has adapters.
 
     Example:
         >>> trainer = LoraGeneratorTrainer(model, args, train_dataset=seen.as_dataset())  # doctest: +SKIP
@@ -99,6 +104,7 @@ class LoraGeneratorTrainer(Trainer):
                     "others should not open: choose 'every_save' or 'end'."
                 )
         train_dataset = kwargs.get("train_dataset")
+        warn_of_seen_tasks(train_dataset, kwargs.get("eval_dataset"))
         if base_model is not None:
             require_bare(base_model)
             model.check_base_model(base_model)
@@ -224,6 +230,20 @@ class LoraGeneratorTrainer(Trainer):
                 self.frozen_base.requires_grad_(False).eval()  # its dropout is not the generator's doing
                 yield
 
+    def training_step(self, model, *args, **kwargs) -> torch.Tensor:
+        """Run one step, and stop if its loss is not finite, while the first tensor that is not still tells where."""
+        loss = super().training_step(model, *args, **kwargs)
+        if not loss.isfinite():
+            tensors = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+            tensors |= {f"gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+            broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+            raise IcmLoraError(
+                f"The loss became {loss.item()} by step {self.state.global_step + 1}; not finite: "
+                f"{', '.join(broken[:3]) or 'none of the weights'}. Lower the learning rate, or look for an adapter "
+                "with extreme values in the zoo."
+            )
+        return loss
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the mean loss of the batch, and remember its terms."""
         inputs = dict(inputs)
@@ -295,12 +315,6 @@ class LoraGeneratorTrainer(Trainer):
         """Add the terms of the training loss since the last log."""
         if "loss" in logs:
             logs = logs | self._mean_terms("train")
-        loss = logs.get("loss", logs.get("train_loss", 0.0))  # the second after the last step, however short the run
-        if not math.isfinite(loss):  # here and not at every step, which would wait for the device
-            raise IcmLoraError(
-                f"The loss became {loss} by step {self.state.global_step}: {logs}. Lower the learning rate, or look "
-                "for an adapter with extreme values in the zoo."
-            )
         super().log(logs, *args, **kwargs)
 
     def _mean_terms(self, split: str) -> dict[str, float]:
@@ -320,3 +334,22 @@ class LoraGeneratorTrainer(Trainer):
 
 def _kl_per_unit(output: LoraGeneratorOutput) -> torch.Tensor:
     return kl_per_unit(output.posterior_mean, output.posterior_logvar, output.prior_mean, output.prior_logvar)
+
+
+def warn_of_seen_tasks(train_dataset, eval_dataset) -> None:
+    """Say so if a dataset for evaluation has tasks that are trained on; refuse one that mixes them with others.
+
+    Raises:
+        TaskError: if it does.
+    """
+    trained = set(getattr(train_dataset, "task_names", ()))
+    for dataset in eval_dataset.values() if isinstance(eval_dataset, dict) else (eval_dataset,):
+        names = getattr(dataset, "task_names", ())
+        seen = [name for name in names if name in trained]
+        if seen and len(seen) < len(names):
+            raise TaskError(
+                f"{len(seen)} of {len(names)} tasks of eval_dataset are in train_dataset too, such as {seen[:3]}: its "
+                "losses would be neither of seen nor of unseen tasks. Split them by task."
+            )
+        if seen:
+            logger.warning("All tasks of eval_dataset are in train_dataset: its losses are of seen tasks.")

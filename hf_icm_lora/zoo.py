@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo, snapshot_download
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Dataset
@@ -37,10 +38,10 @@ from .adapter import (
 )
 from .completion import DEFAULT_TEMPLATE
 from .errors import CorruptAdapterError, IncompatibleAdapterError, TaskError, TaskVectorError, ZooError
-from .files import commit_file, safe_dirname, write_json
+from .files import commit_file, read_json, safe_dirname, write_json
 from .hub import push_files, require_hub_id
 from .importing import common_layout, convert, inspect, shared_rows
-from .layout import LoraLayout
+from .layout import LoraLayout, check_plain_lora
 from .model_card import zoo_card
 from .task_vectors import MODES, TaskVectors
 
@@ -79,6 +80,10 @@ class LoraZoo:
             )
         if missing := [field for field in FIELDS if field not in self.about]:
             raise ZooError(f"{self.path / ZOO_FILE}: expected the fields {FIELDS}, found no {missing}.")
+        for field, kind in (("lora_config", dict), *((name, str) for name in FIELDS[2:])):
+            if not isinstance(self.about[field], kind):
+                raise ZooError(f"{self.path / ZOO_FILE}: {field}: found {self.about[field]!r:.200}.")
+        check_plain_lora(self.about["lora_config"])
         self.layout = LoraLayout.from_dict(self.about["layout"])
         self.lora_config: dict[str, Any] = self.about["lora_config"]
         self.template: str = self.about["template"]
@@ -86,7 +91,7 @@ class LoraZoo:
         self.base_model_fingerprint: str = self.about["base_model_fingerprint"]
         complete = {}
         for file in sorted(self.path.glob(f"adapters/*/{TASK_FILE}")):
-            record = _read_json(file, "a task record")
+            record = _read_record(file)
             complete[record["name"]] = record | {"folder": file.parent}
         names = sorted(complete) if tasks is None else list(tasks)
         if unknown := [name for name in names if name not in complete]:
@@ -409,7 +414,7 @@ class LoraZoo:
             }
             save_adapter(folder / f"step-{step}", config, state_dict)
         write_json(folder / TASK_FILE, record)
-        self.records[name] = _read_json(folder / TASK_FILE, "a task record") | {"folder": folder}
+        self.records[name] = _read_record(folder / TASK_FILE) | {"folder": folder}
 
     @cached_property
     def shared_weights(self) -> torch.Tensor:
@@ -421,7 +426,15 @@ class LoraZoo:
     def reference(self) -> torch.Tensor | None:
         """What the factors of canonical adapters are rotated towards, `(num_weights,)`; see gauge.py."""
         file = self.path / REFERENCE_FILE
-        return load_file(file)["reference"] if file.exists() else None
+        if not file.exists():
+            return None
+        try:
+            reference = load_file(file)["reference"]
+        except (SafetensorError, KeyError) as error:
+            raise CorruptAdapterError(f"{file}: not a reference of a zoo: {error}") from error
+        if reference.shape != (self.layout.num_weights,):
+            raise CorruptAdapterError(f"{file}: expected {self.layout.num_weights} weights, found {reference.shape}.")
+        return reference
 
     def load_snapshot(self, name: str, step: int | None = None) -> dict[str, torch.Tensor]:
         """Read one snapshot as a PEFT state dict.
@@ -513,7 +526,8 @@ class LoraZooDataset(Dataset):
 
     Adapters of up to 1 GiB in all are kept in memory; more are read from disk, item by item.
 
-    Items: `{"lora_weights": (num_weights,), "task_vector": (num_task_vectors, task_vector_size)}`, fp32.
+    Items: `{"lora_weights": (num_weights,), "task_vector": (num_task_vectors, task_vector_size)}`, fp32. The attribute
+    `task_names` says whose they are.
     """
 
     def __init__(self, zoo: LoraZoo, modes: Sequence[str], num_snapshots: int | None):
@@ -523,6 +537,7 @@ class LoraZooDataset(Dataset):
             raise ZooError(f"Expected num_snapshots >= 1, or None for all; found {num_snapshots}.")
         if not zoo.records:
             raise ZooError(f"{zoo.path}: no tasks to make a dataset of.")
+        self.task_names = list(zoo)
         banks = zoo.task_vectors.banks
         self.zoo, self.shared_weights = zoo, zoo.shared_weights
         self.snapshots: list[tuple[str, int]] = []
@@ -567,7 +582,7 @@ def _as_json(content: Mapping[str, Any]) -> bytes:
 
 def _read_json(path: Path, what: str) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except FileNotFoundError as error:
         raise ZooError(f"{path.parent} is not {what}: {path.name} is missing.") from error
     except ValueError as error:
@@ -575,3 +590,13 @@ def _read_json(path: Path, what: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ZooError(f"{path}: expected a JSON object, found {type(content).__name__}.")
     return content
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    record = _read_json(path, "a task record")
+    name, steps = record.get("name"), record.get("snapshots")
+    if not isinstance(name, str) or not isinstance(steps, list) or not all(isinstance(step, int) for step in steps):
+        raise ZooError(f"{path}: expected a name and the steps of its snapshots, found {name!r:.200}, {steps!r:.200}.")
+    if record.get("best_step") not in steps:
+        raise ZooError(f"{path}: best_step: expected one of {steps}, found {record.get('best_step')!r:.200}.")
+    return record
