@@ -142,10 +142,10 @@ def plot_recovered_gain(report: Mapping[str, Any]) -> "Figure":
         ax.tick_params(length=0, labelbottom=False, labeltop=True)
         ax.tick_params("y", labelcolor=INK)
         ax.spines[:].set_visible(False)
-    handles, labels = axes[0].get_legend_handles_labels()
+    handles, labels = max((ax.get_legend_handles_labels() for ax in axes), key=lambda found: len(found[1]))
     title = "How much of fine-tuning's gain a generated adapter recovers"
     figure.legend(
-        handles[::-1], labels[::-1], loc="outside upper left", ncols=5, columnspacing=1.2,
+        handles[::-1], labels[::-1], loc="outside upper left", ncols=min(3, len(labels)), columnspacing=1.2,
         title=title, title_fontproperties={"size": 11, "weight": "bold"}, alignment="left",
     )  # fmt: skip
     return figure

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from hf_icm_lora import (
     LoraGeneratorModel,
     LoraZoo,
+    TaskVectorExtractor,
     built_in_tasks,
     evaluate_generator,
     fast_dtype,
@@ -67,6 +68,10 @@ def main() -> None:
         write_json(output, report)
     print(format_report(report))
     if options.plots:
+        # Those of seen tasks are there; with these, the map shows where the others lie.
+        scored = [name for rows in report["splits"].values() for name in rows["base"]["tasks"]]
+        extractor = TaskVectorExtractor(zoo.task_vectors.spec)
+        zoo.subset(scored).add_task_vectors(extractor.extract(base, tokenizer, [suite[name] for name in scored]))
         write_plots(options.plots, generator, zoo, report)
 
 
