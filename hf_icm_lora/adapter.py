@@ -324,10 +324,13 @@ def _add(
             raise IncompatibleAdapterError(
                 f"without weights {missing[:3]}, without a place {result.unexpected_keys[:3]}."
             )
-    except (ValueError, RuntimeError) as error:  # PEFT's own, when targets or sizes do not fit
+    except BaseException as error:
         _remove(model, adapter_name)
         for parameter, flag in requires_grad.items():
             parameter.requires_grad_(flag)
+        if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, (ValueError, RuntimeError)):
+            raise
+        # PEFT's own, when targets or sizes do not fit.
         raise IncompatibleAdapterError(f"LoraConfig and weights disagree: {error}") from error
     return peft_model
 
