@@ -511,7 +511,7 @@ def test_P8_umask(trained, tmp_path, tokenizer, mask, file_mode, folder_mode):  
 
 
 def test_P9_same_seed(tmp_path, tokenizer):  # noqa: N802
-    zoos, generators, adapters = [], [], []
+    zoos, vectors, generators, adapters = [], [], [], []
     for name in ("one", "other"):
         torch.rand(5)  # the global state is not what counts
         folder, tasks = tmp_path / name, make_tasks(2)
@@ -525,12 +525,15 @@ def test_P9_same_seed(tmp_path, tokenizer):  # noqa: N802
             make_llama(), processing_class=tokenizer, examples=[("ab", "bc")], num_samples=2, refine_steps=2
         )
         model.save_pretrained(folder / "adapter")
-        zoos.append(entries(zoo) | {"vectors": (zoo.path / "task_vectors.safetensors").read_bytes()})
+        zoos.append(entries(zoo))
+        vectors.append(load_file(zoo.path / "task_vectors.safetensors"))  # whose metadata may stand in any order
         generators.append((folder / "generator" / "model.safetensors").read_bytes())
         adapters.append(load_file(folder / "adapter" / "adapter_model.safetensors"))
     assert zoos[0] == zoos[1]
     assert generators[0] == generators[1]
-    assert all(torch.equal(adapters[0][key], adapters[1][key]) for key in adapters[0])
+    for one, other in (vectors, adapters):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 # P10: the user's model is the user's
@@ -539,6 +542,7 @@ def test_P9_same_seed(tmp_path, tokenizer):  # noqa: N802
 def odd_base(error=None, fails_at=0):
     """A base whose modes and flags are not uniform, with a hook of its user's, which may fail in some call."""
     base = make_llama().train()
+    base(torch.tensor([[1]]), output_hidden_states=True)  # transformers adds hooks of its own, for good
     base.model.norm.eval()
     base.model.embed_tokens.weight.requires_grad_(False)
     calls = []
@@ -563,7 +567,6 @@ def state_of(base):
             name: sorted(key for key in vars(m) if not key.startswith("_")) for name, m in base.named_modules()
         },
         "config": base.config.to_dict(),
-        "gradient_checkpointing": base.is_gradient_checkpointing,
     }
 
 
@@ -585,14 +588,11 @@ def work_on(base, work, zoo, generator, tokenizer, folder):
         candidates = [torch.zeros(zoo.layout.num_weights)] * 2
         generator.fit_to_examples([("ab", "bc")], candidates, base, tokenizer, 2)
     else:
-        args = arguments(folder, gradient_checkpointing=work == "collect_checkpointing")
-        collect_zoo(folder / "zoo", base, tokenizer, tasks, lora_config(), args)
+        collect_zoo(folder / "zoo", base, tokenizer, tasks, lora_config(), arguments(folder))
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize(
-    ("work", "fails_at"), [("collect", 4), ("collect_checkpointing", 4), ("vectors", 2), ("evaluate", 9), ("fit", 4)]
-)
+@pytest.mark.parametrize(("work", "fails_at"), [("collect", 4), ("vectors", 2), ("evaluate", 9), ("fit", 4)])
 def test_P10_model_is_as_before(trained, generator, tokenizer, tmp_path, work, fails_at, error):  # noqa: N802
     base = odd_base(error, fails_at)
     before = state_of(base)
@@ -624,6 +624,7 @@ def test_P10_model_is_as_before_when_generation_fails(generator, tokenizer, monk
 def test_P10_generated_adapter_is_taken_off_again(generator, tokenizer):  # noqa: N802
     """Attached, it freezes the base and puts it in eval mode, as `PeftModel.from_pretrained` does."""
     base = make_llama().requires_grad_(False)
+    base(torch.tensor([[1]]), output_hidden_states=True)
     before = state_of(base)
     model = generator.generate_adapter(base, processing_class=tokenizer, examples=[("ab", "bc")], refine_steps=1)
     assert state_of(model.unload()) == before
