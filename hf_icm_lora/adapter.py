@@ -404,10 +404,13 @@ def _add(
             matrix = getattr(module, "lora_A" if ".lora_A." in key else "lora_B")[adapter_name]
             values = state_dict[key].detach().to(device, dtype, copy=True)
             matrix.weight = nn.Parameter(values, requires_grad=False)
-    except (ValueError, RuntimeError) as error:  # PEFT's own, when targets or sizes do not fit
+    except BaseException as error:
         _remove(model, adapter_name)
         for parameter, flag in requires_grad.items():
             parameter.requires_grad_(flag)
+        if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, (ValueError, RuntimeError)):
+            raise
+        # PEFT's own, when targets or sizes do not fit.
         raise IncompatibleAdapterError(f"LoraConfig and weights disagree: {error}") from error
     return peft_model
 

@@ -1,4 +1,8 @@
-"""Collecting a zoo: one LoRA per task, fine-tuned with `transformers.Trainer` on the frozen base model."""
+"""Collecting a zoo: one LoRA per task, fine-tuned with `transformers.Trainer` on the frozen base model.
+
+What happened is in the zoo's `collection.log`, a line per task: when, which, and steps, loss and seconds, or the
+error. It is appended to, also by several processes, and never uploaded.
+"""
 
 import math
 import tempfile
@@ -6,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -16,12 +21,15 @@ from transformers.utils import logging
 
 from .adapter import adapter_state_dict, base_model_fingerprint, lora_config_to_dict, require_bare, restored
 from .completion import DEFAULT_TEMPLATE, CompletionCollator, score_completions
+from .errors import IcmLoraError, ZooError
 from .files import sweep_temporary
 from .layout import LoraLayout, check_plain_lora
 from .tasks import Task, check_unique_names
 from .zoo import LoraZoo
 
 logger = logging.get_logger(__name__)
+
+LOG_FILE = "collection.log"
 
 
 @dataclass
@@ -36,6 +44,9 @@ class CollectionArguments(TrainingArguments):
         patience (`int`, *optional*, defaults to 2): Evaluations without improvement after which a task ends.
         template (`str`, *optional*): Text with `{prompt}` and `{completion}`.
         row_length (`int`, *optional*, defaults to 64): As in [`CompletionCollator`].
+        on_error (`str`, *optional*, defaults to `"stop"`): Whether an error in one task, such as too little memory,
+            ends the collection, or with `"skip"` is reported and the other tasks go on. Errors of the file system
+            always end it.
 
     > Fields of `TrainingArguments` with other defaults:
 
@@ -56,7 +67,13 @@ class CollectionArguments(TrainingArguments):
     template: str = field(default=DEFAULT_TEMPLATE, metadata={"help": "Text with {prompt} and {completion}."})
     row_length: int = field(default=64, metadata={"help": "Tokens of a row, which holds as many samples as fit."})
 
+    on_error: Literal["stop", "skip"] = field(
+        default="stop", metadata={"help": "With skip, an error in one task is reported and the others go on."}
+    )
+
     def __post_init__(self):
+        if self.on_error not in ("stop", "skip"):
+            raise ValueError(f"on_error: expected 'stop' or 'skip', found {self.on_error!r}.")
         self.eval_strategy, self.save_strategy, self.report_to = "steps", "no", []
         self.remove_unused_columns, self.disable_tqdm, self.logging_strategy = False, True, "no"
         super().__post_init__()
@@ -73,7 +90,7 @@ def collect_zoo(
     """Fine-tune one LoRA per task and keep the last snapshots of each in a zoo.
 
     Tasks that the zoo already holds are skipped, so an interrupted collection is resumed by the same call; several
-    processes may collect different tasks into one zoo.
+    processes may collect into one zoo. `collection.log` in it says what happened.
 
     Args:
         output_dir (`str` or `Path`): The zoo's directory.
@@ -91,6 +108,7 @@ def collect_zoo(
         TaskError: if a task lacks samples or a name stands twice.
         IncompatibleAdapterError: if the base already carries adapters, or the LoRA is no plain one.
         ZooError: if the directory holds a zoo of something else.
+        IcmLoraError: if a loss is not finite; with the task and the step.
     """
     tasks = check_unique_names(tasks)
     for task in tasks:
@@ -118,9 +136,24 @@ def collect_zoo(
             if len(remaining) < len(tasks):
                 logger.info(f"{output_dir}: {len(tasks) - len(remaining)} of {len(tasks)} tasks are complete already.")
             progress = tqdm(remaining, desc="Collecting LoRAs", disable=not logging.is_progress_bar_enabled())
+            failed = []
             for task in progress:
                 progress.set_postfix_str(task.name)
-                _collect_task(zoo, model, processing_class, task, args, start)
+                if zoo.holds(task.name):  # by another process, since this one began
+                    continue
+                try:
+                    _collect_task(zoo, model, processing_class, task, args, start)
+                except Exception as error:
+                    if isinstance(error, ZooError) and zoo.holds(task.name):
+                        continue
+                    told = f"{type(error).__name__}: {' '.join(str(error).split())[:1000]}"
+                    _log(zoo, task, told)
+                    if args.on_error == "stop" or isinstance(error, OSError):
+                        raise
+                    logger.warning(f"Task {task.name!r} is skipped. {told}")
+                    failed.append(task.name)
+            if failed:
+                logger.warning(f"{len(failed)} of {len(tasks)} tasks failed: see {zoo.path / LOG_FILE}.")
         finally:
             model.unload()
     sweep_temporary(zoo.path)
@@ -130,9 +163,14 @@ def collect_zoo(
 class _TaskTrainer(Trainer):
     """Completion loss, with logits where there is a label and nowhere else."""
 
+    def __init__(self, task: Task, **kwargs):
+        super().__init__(train_dataset=list(task.train), eval_dataset=list(task.demo), **kwargs)
+        self.task = task
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         scores = score_completions(model, inputs)
         loss = scores.loss.sum() / (scores.num_tokens.sum() if num_items_in_batch is None else num_items_in_batch)
+        self._require_finite(loss.item(), self.state.global_step + 1)
         return (loss, {"scores": scores}) if return_outputs else loss
 
     @torch.no_grad()
@@ -144,8 +182,16 @@ class _TaskTrainer(Trainer):
             scores = score_completions(self.model, batch)
             total, tokens = total + scores.loss.sum().item(), tokens + scores.num_tokens.sum().item()
         metrics = {"eval_loss": total / tokens}
+        self._require_finite(metrics["eval_loss"], self.state.global_step)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _require_finite(self, loss: float, step: int) -> None:
+        if not math.isfinite(loss):
+            raise IcmLoraError(
+                f"Task {self.task.name!r}, step {step}: the loss became {loss}. Lower the learning rate, or use a "
+                "dtype with a larger range."
+            )
 
 
 class _SnapshotCallback(TrainerCallback):
@@ -161,7 +207,7 @@ class _SnapshotCallback(TrainerCallback):
         return min(self.losses, key=self.losses.get)
 
     def on_evaluate(self, args, state, control, metrics, model=None, **kwargs):
-        self.losses[state.global_step] = metrics["eval_loss"] if math.isfinite(metrics["eval_loss"]) else math.inf
+        self.losses[state.global_step] = metrics["eval_loss"]
         self.snapshots[state.global_step] = adapter_state_dict(model)
         kept = [step for step in sorted(self.snapshots) if step <= self.best_step][-self.num_snapshots :]
         self.snapshots = {s: w for s, w in self.snapshots.items() if s in kept or s > self.best_step}
@@ -180,18 +226,17 @@ def _collect_task(
                 parameter.requires_grad_(".lora_B" in name or not args.freeze_a)
     snapshots = _SnapshotCallback(args.num_snapshots, args.patience)
     trainer = _TaskTrainer(
+        task,
         model=model,
         args=args,
         data_collator=CompletionCollator(
             processing_class, model.config.is_encoder_decoder, args.template, row_length=args.row_length
         ),
-        train_dataset=list(task.train),
-        eval_dataset=list(task.demo),
         callbacks=[snapshots],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    best = snapshots.best_step
+    best, seconds = snapshots.best_step, round(time.perf_counter() - started, 2)
     zoo.add(
         task.name,
         {step: weights for step, weights in snapshots.snapshots.items() if step <= best},
@@ -200,8 +245,16 @@ def _collect_task(
         family=task.family,
         validation_losses=snapshots.losses,
         seed=args.seed,
-        seconds=round(time.perf_counter() - started, 2),
+        seconds=seconds,
     )
+    steps = trainer.state.global_step
+    _log(zoo, task, f"{steps} steps, loss {snapshots.losses[best]:.4f} at step {best}, {seconds} s")
+
+
+def _log(zoo: LoraZoo, task: Task, text: str) -> None:
+    line = f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')}  {task.name!r}  {text}\n"
+    with (zoo.path / LOG_FILE).open("a", encoding="utf-8") as log:  # one write at the end of the file
+        log.write(line)
 
 
 def _shared_start(model: PeftModel, seed: int) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Files: a directory that appears whole or not at all, names that are safe as directories, hashes."""
+"""Files that appear whole or not at all, names that are safe as directories, hashes."""
 
 import contextlib
 import hashlib
@@ -12,6 +12,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 TEMPORARY = ".tmp-"  # a path component that starts so is never part of a result
 MAX_JSON = 2**26  # bytes of a JSON file or header: the largest that is written has a few
@@ -29,6 +31,7 @@ def commit_directory(path: str | Path) -> Iterator[Path]:
 
     Raises:
         FileExistsError: if `path` exists before, or was made by another process meanwhile; its content is untouched.
+        OSError: if it cannot be written, a full disk for instance; it names `path`, or what is beside it.
     """
     path = Path(path)
     if path.exists():
@@ -37,17 +40,43 @@ def commit_directory(path: str | Path) -> Iterator[Path]:
     temporary = path.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
     temporary.mkdir()
     try:
-        yield temporary
-        for entry in [*temporary.rglob("*"), temporary]:
-            _respect_umask(entry)
-            _fsync(entry)
-        try:
-            os.rename(temporary, path)
-        except OSError as error:
-            if path.exists():  # a rename onto a non-empty directory fails differently on each system
-                raise FileExistsError(f"{path} was made by another process meanwhile.") from error
-            raise
-        _fsync(path.parent)
+        with _named(path):
+            yield temporary
+            for entry in [*temporary.rglob("*"), temporary]:
+                _respect_umask(entry)
+                _fsync(entry)
+            try:
+                os.rename(temporary, path)
+            except OSError as error:
+                if path.exists():  # a rename onto a non-empty directory fails differently on each system
+                    raise FileExistsError(f"{path} was made by another process meanwhile.") from error
+                raise
+            _fsync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def commit_files(path: str | Path, last: str) -> Iterator[Path]:
+    """Fill a temporary directory inside `path`, then move its files there, each by one rename.
+
+    Args:
+        path (`str` or `Path`): The directory, made if there is none. Files that it holds are replaced one by one.
+        last (`str`): The file without which readers take the others for nothing; it is moved after them.
+    """
+    path = Path(path)
+    temporary = path / f"{TEMPORARY}{uuid.uuid4().hex}"
+    temporary.mkdir(parents=True)
+    try:
+        with _named(path):
+            yield temporary
+            files = sorted(temporary.iterdir(), key=lambda file: file.name == last)
+            for file in files:
+                _respect_umask(file)
+                _fsync(file)
+            for file in files:
+                os.replace(file, path / file.name)
+            _fsync(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -58,10 +87,11 @@ def commit_file(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     temporary = path.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
     try:
-        yield temporary
-        _respect_umask(temporary)
-        _fsync(temporary)
-        os.replace(temporary, path)
+        with _named(path):
+            yield temporary
+            _respect_umask(temporary)
+            _fsync(temporary)
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -132,9 +162,19 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def sweep_temporary(root: str | Path, min_age: float = 3600.0) -> None:
     """Remove what interrupted writers left below `root` over `min_age` seconds ago; others may still be writing."""
-    for leftover in list(Path(root).rglob(f"{TEMPORARY}*")):
-        if leftover.exists() and time.time() - leftover.stat().st_mtime >= min_age:
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+    for folder, folders, names in os.walk(root):  # which, unlike `rglob`, does not mind what others remove meanwhile
+        for leftover in (Path(folder, name) for name in [*folders, *names] if name.startswith(TEMPORARY)):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - leftover.lstat().st_mtime >= min_age:
+                    shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink()
+
+
+def discard_directory(path: str | Path) -> None:
+    """Remove a directory so that nobody sees a part of it, and what cannot be removed now is swept later."""
+    path = Path(path)
+    leftover = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
+    os.rename(path, leftover)
+    shutil.rmtree(leftover, ignore_errors=True)
 
 
 def safe_dirname(name: str) -> str:
@@ -171,6 +211,19 @@ def as_plain(content: Any) -> Any:
     if isinstance(content, (list, tuple)):
         return [as_plain(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    # A write to a full disk does not say which file it was; safetensors has an error of its own for it.
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}") from error
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def _respect_umask(path: Path) -> None:

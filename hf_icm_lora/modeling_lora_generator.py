@@ -50,6 +50,7 @@ from .errors import (
     TaskVectorError,
     UnfamiliarTaskError,
 )
+from .files import commit_files
 from .functional import FunctionalDataset, functional_loss, refine_lora_weights
 from .gauge import product_error
 from .hub import CARD_FILE, carry_card, files_below, push_files, require_hub_id
@@ -1030,6 +1031,8 @@ class LoraGeneratorModel(PreTrainedModel):
     ) -> None:
         """Write `config.json`, `model.safetensors` and, unless there is a `README.md`, a card.
 
+        A reader sees each file as it was or as it will be, never a part, and `config.json` is the last.
+
         Args:
             save_directory (`str` or `Path`): Where; made if there is none.
             push_to_hub (`bool`, *optional*, defaults to `False`): Whether to push it as well, with the arguments of
@@ -1039,10 +1042,13 @@ class LoraGeneratorModel(PreTrainedModel):
         pushed = {"private", "commit_message", "commit_description", "revision", "create_pr", "tags", "card"}
         options = {name: kwargs.pop(name) for name in pushed & kwargs.keys()} if push_to_hub else {}
         repo_id = kwargs.pop("repo_id", Path(save_directory).name)
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-        if is_main_process and not Path(save_directory, CARD_FILE).exists():
-            generator_card(self).save(Path(save_directory) / CARD_FILE)
-        if push_to_hub and is_main_process:
+        if not is_main_process:
+            return super().save_pretrained(save_directory, is_main_process=False, **kwargs)
+        with commit_files(save_directory, last=CONFIG_NAME) as folder:
+            super().save_pretrained(folder, **kwargs)
+            if not Path(save_directory, CARD_FILE).exists():
+                generator_card(self).save(folder / CARD_FILE)
+        if push_to_hub:
             self.push_to_hub(repo_id, token=kwargs.get("token"), **options)
 
     def push_to_hub(

@@ -1,5 +1,7 @@
 """Training a generator: `transformers.Trainer` with a conditional VAE's loss, or with the base model's behaviour."""
 
+import json
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -7,11 +9,12 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import CommitInfo, HfApi
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import Trainer, TrainingArguments
-from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import HubStrategy
-from transformers.utils import PushInProgress, logging
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.utils import CONFIG_NAME, PushInProgress, logging
 
 from .adapter import require_bare, restored
 from .errors import IcmLoraError, TaskError
@@ -21,6 +24,7 @@ from .model_card import generator_card, run_metadata
 from .modeling_lora_generator import LoraGeneratorModel, LoraGeneratorOutput, kl_per_unit
 
 logger = logging.get_logger(__name__)
+
 ACTIVE_UNIT_NATS = 0.01  # a latent unit is active if it carries more than this on average
 
 
@@ -120,13 +124,55 @@ class LoraGeneratorTrainer(Trainer):
         self.loss_is_scaled_for_ga = False  # compute_loss returns the mean of a batch
         self._terms: dict[str, list[dict[str, torch.Tensor]]] = {"train": [], "eval": []}
 
-    def train(self, *args, **kwargs):
-        """Train as `Trainer` does, with the base model frozen meanwhile; the configuration keeps a record of it."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """Train as `Trainer` does, with the base model frozen meanwhile; the configuration keeps a record of it.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*): A checkpoint's folder; or `True` for the last whole
+                one in `output_dir`, while `Trainer` takes the last one, also if it was interrupted while writing it.
+            args, kwargs: As in `Trainer.train`.
+
+        Raises:
+            IcmLoraError: if no checkpoint is whole, or the loss is not finite.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = self._last_checkpoint()
         with self._base_at_rest():
-            output = super().train(*args, **kwargs)
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
         config = self.accelerator.unwrap_model(self.model).config
         config.training_runs = [*(config.training_runs or []), self._record(output.metrics["train_runtime"])]
         return output
+
+    def _last_checkpoint(self) -> str:
+        checkpoints = Path(self.args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        numbered = {int(folder.name.rpartition("-")[2]): folder for folder in checkpoints if folder.name[-1].isdigit()}
+        for _, folder in sorted(numbered.items(), reverse=True):
+            if not (lacks := self._what_is_broken(folder)):
+                return str(folder)
+            logger.warning(f"{folder} is no whole checkpoint ({lacks}), and the one before it is taken.")
+        raise IcmLoraError(
+            f"{self.args.output_dir}: expected a whole checkpoint to resume from, found {sorted(numbered)}: start "
+            "without resume_from_checkpoint."
+        )
+
+    def _what_is_broken(self, checkpoint: Path) -> str | None:
+        # The state is written last, so one that can be read tells of the rest; files may be lost later, too.
+        states = [] if self.args.save_only_model else [OPTIMIZER_NAME, SCHEDULER_NAME]
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            states = []  # which they name differently
+        try:
+            json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+            json.loads((checkpoint / CONFIG_NAME).read_text(encoding="utf-8"))
+            weights = list(checkpoint.glob("*.safetensors"))
+            for file in weights:
+                safe_open(file, framework="pt")
+            for name in states:
+                zipfile.ZipFile(checkpoint / name).close()
+        except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
+            return str(error)
+        if states and not any(checkpoint.glob("rng_state*.pth")):
+            return "rng_state.pth is missing"
+        return None if weights else "model.safetensors is missing"
 
     def _record(self, seconds: float) -> dict:
         args, functional = self.args, isinstance(self.train_dataset, FunctionalDataset)

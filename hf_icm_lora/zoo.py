@@ -3,16 +3,18 @@
     zoo.json                                  base model, LoRA configuration, layout, template; written once
     task_vectors.safetensors                  see task_vectors.py
     reference.safetensors                     in the canonical gauge: what the adapters' factors are rotated towards
-    adapters/<task>/step-40/                  one snapshot: an ordinary PEFT folder, which appears by one rename
-    adapters/<task>/task.json                 written last: the task is complete; its best snapshot, losses, seconds
+    adapters/<task>/                          one task, which appears by one rename
+    adapters/<task>/step-40/                  one snapshot: an ordinary PEFT folder
+    adapters/<task>/task.json                 its best snapshot, losses, seconds
+    collection.log                            what happened when; see collection.py
 
-An interrupted process leaves whole snapshots and no `task.json`.
+An interrupted process leaves nothing but a folder whose name starts with `.tmp-`. Folders may be no symbolic links,
+or a zoo could lead to files outside of it; files may, since the Hub's cache consists of them.
 """
 
 import copy
 import dataclasses
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -38,7 +40,7 @@ from .adapter import (
 )
 from .completion import DEFAULT_TEMPLATE
 from .errors import CorruptAdapterError, IncompatibleAdapterError, TaskError, TaskVectorError, ZooError
-from .files import commit_file, read_json, safe_dirname, write_json
+from .files import TEMPORARY, commit_directory, commit_file, discard_directory, read_json, safe_dirname, write_json
 from .hub import push_files, require_hub_id
 from .importing import common_layout, convert, inspect, shared_rows
 from .layout import LoraLayout, check_plain_lora
@@ -61,7 +63,8 @@ class LoraZoo:
         tasks (`Iterable[str]`, *optional*): Names to keep; all by default.
 
     Raises:
-        ZooError: if there is no zoo, it is of a newer version, or a named task is not in it.
+        ZooError: if there is no zoo, it is of a newer version, a folder of it is a symbolic link, or a named task is
+            not in it.
 
     Example:
         >>> zoo = LoraZoo("zoo")  # doctest: +SKIP
@@ -72,6 +75,7 @@ class LoraZoo:
 
     def __init__(self, path: str | Path, tasks: Iterable[str] | None = None):
         self.path = Path(path)
+        _refuse_links(self.path, self.path / "adapters")
         self.about = _read_json(self.path / ZOO_FILE, "a zoo")
         if self.about.get("format_version", 0) > FORMAT_VERSION:
             raise ZooError(
@@ -91,8 +95,9 @@ class LoraZoo:
         self.base_model_fingerprint: str = self.about["base_model_fingerprint"]
         complete = {}
         for file in sorted(self.path.glob(f"adapters/*/{TASK_FILE}")):
-            record = _read_record(file)
-            complete[record["name"]] = record | {"folder": file.parent}
+            if not file.parent.name.startswith(TEMPORARY):
+                record = _read_record(file)
+                complete[record["name"]] = record | {"folder": file.parent}
         names = sorted(complete) if tasks is None else list(tasks)
         if unknown := [name for name in names if name not in complete]:
             raise ZooError(f"{self.path} has no complete task {unknown[:3]}; it has {sorted(complete)[:10]}.")
@@ -115,6 +120,7 @@ class LoraZoo:
             ZooError: if a zoo stands there that differs; the message names the first difference.
         """
         path = Path(path)
+        _refuse_links(path)
         about = {
             "format_version": FORMAT_VERSION,
             "base_model_name_or_path": base_model_name_or_path,
@@ -123,20 +129,23 @@ class LoraZoo:
             "template": template,
             "layout": layout.to_dict(),
         }
-        if (path / ZOO_FILE).exists():
-            zoo = cls(path)
-            for field in ("base_model_fingerprint", "lora_config", "template", "layout"):
-                if zoo.about[field] != about[field]:
-                    raise ZooError(
-                        f"{path} is a zoo with another {field}: expected {str(about[field])[:200]}, found "
-                        f"{str(zoo.about[field])[:200]}. Choose another directory, or the zoo's own settings."
-                    )
-            return zoo
-        if path.exists() and any(path.iterdir()):
-            raise ZooError(f"{path} is neither empty nor a zoo: expected {ZOO_FILE} in it. Choose another directory.")
         path.mkdir(parents=True, exist_ok=True)
-        write_json(path / ZOO_FILE, about)
-        return cls(path)
+        # Listed before zoo.json is looked for, since another process may be making the same zoo.
+        is_empty = all(entry.name.startswith(TEMPORARY) for entry in path.iterdir())
+        if not (path / ZOO_FILE).exists():
+            if not is_empty:
+                raise ZooError(
+                    f"{path} is neither empty nor a zoo: expected {ZOO_FILE} in it. Choose another directory."
+                )
+            write_json(path / ZOO_FILE, about)
+        zoo = cls(path)
+        for field in ("base_model_fingerprint", "lora_config", "template", "layout"):
+            if zoo.about[field] != about[field]:
+                raise ZooError(
+                    f"{path} is a zoo with another {field}: expected {str(about[field])[:200]}, found "
+                    f"{str(zoo.about[field])[:200]}. Choose another directory, or the zoo's own settings."
+                )
+        return zoo
 
     @classmethod
     def import_adapters(
@@ -376,8 +385,14 @@ class LoraZoo:
         """Return where a task's snapshots stand, complete or not."""
         return self.path / "adapters" / safe_dirname(name)
 
+    def holds(self, name: str) -> bool:
+        """Whether a task is complete in the directory by now, also if another process added it."""
+        return (self.task_folder(name) / TASK_FILE).exists()
+
     def add(self, name: str, snapshots: Mapping[int, Mapping[str, torch.Tensor]], **record: Any) -> None:
         """Add a task with its snapshots; it counts as complete when this returns, and not at all if it fails.
+
+        Of several processes that add one task, the first wins.
 
         Args:
             name (`str`): Name of the task.
@@ -390,7 +405,7 @@ class LoraZoo:
                 finite.
         """
         folder = self.task_folder(name)
-        if (folder / TASK_FILE).exists():
+        if self.holds(name):
             raise ZooError(f"{self.path} already holds the task {name!r}.")
         if not snapshots:
             raise ZooError(f"Task {name!r} needs at least one snapshot, found none.")
@@ -406,14 +421,16 @@ class LoraZoo:
                     f"Task {name!r}, step {step}: lora_A differs from the zoo's, but gauge {self.layout.gauge!r} "
                     "means one A for all adapters."
                 )
-        shutil.rmtree(folder, ignore_errors=True)  # snapshots of an interrupted try
-        for step, state_dict in snapshots.items():
-            config = self.lora_config | {
-                "base_model_name_or_path": self.base_model_name_or_path,
-                "inference_mode": True,
-            }
-            save_adapter(folder / f"step-{step}", config, state_dict)
-        write_json(folder / TASK_FILE, record)
+        if folder.exists() and not self.holds(name):  # of an interrupted try, by a version that wrote them in place
+            discard_directory(folder)
+        config = self.lora_config | {"base_model_name_or_path": self.base_model_name_or_path, "inference_mode": True}
+        try:
+            with commit_directory(folder) as temporary:
+                for step, state_dict in snapshots.items():
+                    save_adapter(temporary / f"step-{step}", config, state_dict)
+                write_json(temporary / TASK_FILE, record)
+        except FileExistsError as error:
+            raise ZooError(f"{self.path} already holds the task {name!r}.") from error
         self.records[name] = _read_record(folder / TASK_FILE) | {"folder": folder}
 
     @cached_property
@@ -592,11 +609,24 @@ def _read_json(path: Path, what: str) -> dict[str, Any]:
     return content
 
 
-def _read_record(path: Path) -> dict[str, Any]:
-    record = _read_json(path, "a task record")
-    name, steps = record.get("name"), record.get("snapshots")
-    if not isinstance(name, str) or not isinstance(steps, list) or not all(isinstance(step, int) for step in steps):
-        raise ZooError(f"{path}: expected a name and the steps of its snapshots, found {name!r:.200}, {steps!r:.200}.")
-    if record.get("best_step") not in steps:
-        raise ZooError(f"{path}: best_step: expected one of {steps}, found {record.get('best_step')!r:.200}.")
+def _read_record(file: Path) -> dict[str, Any]:
+    record = _read_json(file, "a task record")
+    name, steps, best = (record.get(field) for field in ("name", "snapshots", "best_step"))
+    # Numbers, since they become parts of paths.
+    whole = isinstance(steps, list) and best in steps and all(type(step) is int for step in [best, *steps])
+    if not whole or not isinstance(name, str):
+        raise ZooError(
+            f"{file}: expected a name, snapshots as whole numbers, and one of them as best_step; found "
+            f"{str({'name': name, 'snapshots': steps, 'best_step': best})[:200]}."
+        )
+    _refuse_links(file.parent, *(file.parent / f"step-{step}" for step in steps))
     return record
+
+
+def _refuse_links(*folders: Path) -> None:
+    for folder in folders:
+        if folder.is_symlink():
+            raise ZooError(
+                f"{folder} is a symbolic link to {folder.resolve()}: expected a folder. Open the zoo where it really "
+                "is, or copy what the link leads to."
+            )

@@ -231,7 +231,7 @@ def test_failed_add_is_no_task_and_can_be_repeated(zoo, monkeypatch):
         patched.setattr(hf_icm_lora.zoo, "save_adapter", fail_at_second)
         with pytest.raises(OSError, match="disk full"):
             zoo.add("a", {4: weights(1), 8: weights(2)})
-    assert calls[0].is_dir()  # a snapshot was there
+    assert list(files(zoo.path)) == ["zoo.json"]  # though a snapshot was there
     for opened in (zoo, LoraZoo(zoo.path)):
         assert "a" not in opened
         with pytest.raises(ZooError, match=r"no complete task \['a'\]"):
@@ -239,6 +239,14 @@ def test_failed_add_is_no_task_and_can_be_repeated(zoo, monkeypatch):
     zoo.add("a", {5: weights(3), 9: weights(4)})
     assert LoraZoo(zoo.path).records["a"]["snapshots"] == [5, 9]
     assert sorted(path.name for path in zoo.task_folder("a").iterdir()) == ["step-5", "step-9", "task.json"]
+
+
+def test_snapshots_that_an_older_version_left_without_a_record_are_replaced(zoo):
+    save_adapter(zoo.task_folder("a") / "step-4", CONFIG, weights(1))
+    assert "a" not in LoraZoo(zoo.path)
+    zoo.add("a", {5: weights(3)})
+    assert sorted(path.name for path in zoo.task_folder("a").iterdir()) == ["step-5", "task.json"]
+    assert list((zoo.path / "adapters").iterdir()) == [zoo.task_folder("a")]
 
 
 def test_task_is_added_once(full):
