@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -90,7 +91,8 @@ def collect_zoo(
     """Fine-tune one LoRA per task and keep the last snapshots of each in a zoo.
 
     Tasks that the zoo already holds are skipped, so an interrupted collection is resumed by the same call; several
-    processes may collect into one zoo. `collection.log` in it says what happened.
+    processes may collect into one zoo, on one machine or on several that share its file system: they share the tasks,
+    and what one leaves unfinished when it dies another one takes up. `collection.log` in it says what happened.
 
     Args:
         output_dir (`str` or `Path`): The zoo's directory.
@@ -136,22 +138,26 @@ def collect_zoo(
             if len(remaining) < len(tasks):
                 logger.info(f"{output_dir}: {len(tasks) - len(remaining)} of {len(tasks)} tasks are complete already.")
             progress = tqdm(remaining, desc="Collecting LoRAs", disable=not logging.is_progress_bar_enabled())
-            failed = []
-            for task in progress:
+            failed, others = [], []
+            for task in chain(progress, others):  # what other processes are at comes last, in case that they die
                 progress.set_postfix_str(task.name)
-                if zoo.holds(task.name):  # by another process, since this one began
-                    continue
-                try:
-                    _collect_task(zoo, model, processing_class, task, args, start)
-                except Exception as error:
-                    if isinstance(error, ZooError) and zoo.holds(task.name):
+                with zoo.claimed(task.name, wait=task in others) as free:
+                    if zoo.holds(task.name):  # by another process, since this one began
                         continue
-                    told = f"{type(error).__name__}: {' '.join(str(error).split())[:1000]}"
-                    _log(zoo, task, told)
-                    if args.on_error == "stop" or isinstance(error, OSError):
-                        raise
-                    logger.warning(f"Task {task.name!r} is skipped. {told}")
-                    failed.append(task.name)
+                    if not free:
+                        others.append(task)
+                        continue
+                    try:
+                        _collect_task(zoo, model, processing_class, task, args, start)
+                    except Exception as error:
+                        if isinstance(error, ZooError) and zoo.holds(task.name):
+                            continue
+                        told = f"{type(error).__name__}: {' '.join(str(error).split())[:1000]}"
+                        _log(zoo, task, told)
+                        if args.on_error == "stop" or isinstance(error, OSError):
+                            raise
+                        logger.warning(f"Task {task.name!r} is skipped. {told}")
+                        failed.append(task.name)
             if failed:
                 logger.warning(f"{len(failed)} of {len(tasks)} tasks failed: see {zoo.path / LOG_FILE}.")
         finally:

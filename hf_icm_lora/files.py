@@ -15,6 +15,11 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
+
 TEMPORARY = ".tmp-"  # a path component that starts so is never part of a result
 MAX_JSON = 2**26  # bytes of a JSON file or header: the largest that is written has a few
 
@@ -158,6 +163,28 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise ValueError(f"its header has {next(name for name in names if names.count(name) > 1)!r} twice")
     return unique
+
+
+@contextlib.contextmanager
+def locked(path: str | Path, wait: bool) -> Iterator[bool]:
+    """Hold a lock that other processes respect, and that goes with its holder; yield whether it was got.
+
+    Where there are no such locks (Windows, some network file systems) everybody gets it: what it protects from is work
+    that is done twice.
+    """
+    with Path(path).open("w") as file:
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:
+            pass
+        try:
+            yield True
+        finally:
+            Path(path).unlink(missing_ok=True)
 
 
 def sweep_temporary(root: str | Path, min_age: float = 3600.0) -> None:

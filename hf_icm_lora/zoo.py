@@ -16,6 +16,7 @@ import copy
 import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,16 @@ from .adapter import (
 )
 from .completion import DEFAULT_TEMPLATE
 from .errors import CorruptAdapterError, IncompatibleAdapterError, TaskError, TaskVectorError, ZooError
-from .files import TEMPORARY, commit_directory, commit_file, discard_directory, read_json, safe_dirname, write_json
+from .files import (
+    TEMPORARY,
+    commit_directory,
+    commit_file,
+    discard_directory,
+    locked,
+    read_json,
+    safe_dirname,
+    write_json,
+)
 from .hub import push_files, require_hub_id
 from .importing import common_layout, convert, inspect, shared_rows
 from .layout import LoraLayout, check_plain_lora
@@ -432,6 +442,22 @@ class LoraZoo:
         except FileExistsError as error:
             raise ZooError(f"{self.path} already holds the task {name!r}.") from error
         self.records[name] = _read_record(folder / TASK_FILE) | {"folder": folder}
+
+    @contextmanager
+    def claimed(self, name: str, wait: bool = False) -> Iterator[bool]:
+        """Claim a task while it is worked on, so that other processes leave it alone; it ends when the process does.
+
+        Args:
+            name (`str`): Name of the task.
+            wait (`bool`, *optional*, defaults to `False`): Whether to wait until nobody else has claimed it.
+
+        Yields:
+            `bool`: whether it is free for this process.
+        """
+        folder = self.task_folder(name)
+        folder.parent.mkdir(exist_ok=True)
+        with locked(folder.with_name(f"{TEMPORARY}lock-{folder.name}"), wait) as free:
+            yield free
 
     @cached_property
     def shared_weights(self) -> torch.Tensor:

@@ -245,6 +245,42 @@ def test_P3_several_collectors(tmp_path, tokenizer, num_processes):  # noqa: N80
     assert sorted(line.split("  ")[1] for line in lines) == ["'shift/1'", "'shift/2'", "'shift/3'"]
 
 
+def test_P3_collectors_share_the_tasks(tmp_path, tokenizer, monkeypatch):  # noqa: N802
+    """Each task is fine-tuned once, and what a killed process was at another one takes up."""
+    tasks, collect_task = make_tasks(6), hf_icm_lora.collection._collect_task
+
+    def noted(zoo, model, processing_class, task, args, start):
+        with (tmp_path / "begun").open("a") as file:
+            file.write(f"{os.getpid()} {task.name}\n")
+        if kill_at == task.name:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.3)  # so that one process alone cannot be through before the other begins
+        collect_task(zoo, model, processing_class, task, args, start)
+
+    def begun():
+        return [line.split() for line in (tmp_path / "begun").read_text().splitlines()]
+
+    monkeypatch.setattr(hf_icm_lora.collection, "_collect_task", noted)
+    call, kill_at = (make_llama(), tokenizer, tasks, lora_config(), arguments(tmp_path)), None
+    together = [fork(collect_zoo, tmp_path / "zoo", *call) for _ in range(2)]
+    assert [finish(process) for process in together] == [0, 0]
+    assert sorted(name for _, name in begun()) == [task.name for task in tasks]
+    assert len({process for process, _ in begun()}) == 2
+    whole = entries(assert_whole(tmp_path / "zoo"))
+
+    (tmp_path / "begun").unlink()
+    kill_at = tasks[0].name
+    killed = fork(collect_zoo, tmp_path / "again", *call)
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.01)
+    kill_at = None
+    other = fork(collect_zoo, tmp_path / "again", *call)
+    assert (finish(killed), finish(other)) == (-signal.SIGKILL, 0)
+    assert {process for process, name in begun() if name == tasks[0].name} == {str(killed), str(other)}
+    assert entries(assert_whole(tmp_path / "again")) == whole
+    assert not list((tmp_path / "again").rglob(f"{TEMPORARY}*"))
+
+
 def add_with_others(path, index, start):
     zoo = LoraZoo.create(path, **ABOUT)
     while time.time() < start:
