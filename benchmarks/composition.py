@@ -108,7 +108,8 @@ def main() -> None:
             space: {str(t): statistics.mean(values) for t, values in zip(STEPS, zip(*curve, strict=True), strict=True)}
             for space, curve in curves.items()
         }
-    for target, parts in tqdm(ANALOGIES.items(), desc="analogies"):
+    scored = {target: parts for target, parts in ANALOGIES.items() if f"number_steps/{target}" in zoo}
+    for target, parts in tqdm(scored.items(), desc="analogies"):
         a, b, c = (vector(f"number_steps/{name}") for name in parts)
         name = f"number_steps/{target}"
         report["analogies"][target] = {
