@@ -52,8 +52,8 @@ class LoraGeneratorConfig(PreTrainedConfig):
             condition, whose entries have a mean square of 1: a generator that has few vectors of each task would
             otherwise learn them by heart.
         reconstruction (`str`, *optional*, defaults to `"weights"`): What training on adapters compares: normalized
-            `"weights"`, or the `"products"` B @ A, which do not depend on the gauge, as `from_zoo` chooses for adapters
-            of the canonical one.
+            `"weights"`, or the `"products"` B @ A, which do not depend on the gauge: `from_zoo` chooses them for
+            adapters of the canonical one.
         architecture (`str`, *optional*, defaults to `"transformer"`): `"transformer"` (one token per matrix) or
             `"conv1d"` (the paper's convolutions over the flat vector).
         token_granularity (`str`, *optional*, defaults to `"matrix"`): One token per `"matrix"` or per `"rank"`
