@@ -97,6 +97,9 @@ def check_command(words: Sequence[str]) -> None:
         case ["pip", "install", *rest]:
             for requirement in rest:
                 check_requirement(requirement)
+        case ["python", "-m", "pytest", *files]:
+            for file in files:
+                read(file)
         case ["python", script, *rest]:
             source = read(script)
             options = [word.removeprefix("--") for word in rest if word.startswith("--")]

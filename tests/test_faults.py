@@ -446,7 +446,7 @@ def test_F12_truncated_generator(generator_folder):
         ("zoo.json", {"template": 3}, "template"),
         ("zoo.json", {"layout": {"gauge": "frozen_a", "modules": [["..", 1, 1, 1]]}}, "path of a module"),
         ("task.json", {"name": 3}, "expected a name"),
-        ("task.json", {"snapshots": ["../../x"]}, "steps of its snapshots"),
+        ("task.json", {"snapshots": ["../../x"]}, "snapshots as whole numbers"),
         ("task.json", {"best_step": "../../x"}, "best_step"),
     ],
 )
