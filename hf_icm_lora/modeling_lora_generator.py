@@ -13,6 +13,7 @@ networks see as `condition (batch, condition_size)`, `z (batch, latent_size)`, a
 """
 
 import copy
+import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -1000,6 +1001,8 @@ class LoraGeneratorModel(PreTrainedModel):
             IncompatibleAdapterError, TaskVectorError: as [`LoraGeneratorConfig`].
         """
         kwargs |= {"use_safetensors": True, "trust_remote_code": False}
+        # Else a repository without them would be sent to a service that converts pickles.
+        os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
         try:
             loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         except SafetensorError as error:
