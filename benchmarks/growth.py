@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch.utils.data import Dataset
+from speed import RandomAdapters
 from transformers import HfArgumentParser
 
 from hf_icm_lora import LoraGeneratorConfig, LoraGeneratorModel, LoraLayout, LoraZoo, TaskVectors, TaskVectorSpec
@@ -59,17 +59,6 @@ def config_of(layout: LoraLayout, rank: int) -> LoraGeneratorConfig:
     )
 
 
-class RandomAdapters(Dataset):
-    def __init__(self, layout: LoraLayout):
-        rng = torch.Generator().manual_seed(0)
-        self.lora_weights = torch.randn(BATCH_SIZE, layout.num_weights, generator=rng)
-        self.task_vectors = torch.randn(BATCH_SIZE, 2, 576, generator=rng)
-        self.shared_weights = torch.randn(layout.num_shared_weights, generator=rng)
-
-    def each_adapter(self):
-        return iter(self.lora_weights)
-
-
 def seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
@@ -92,7 +81,7 @@ def trained(model: LoraGeneratorModel, batches: Callable[[], dict]) -> float:
 
 def of_size(num_layers: int, width: int, rank: int) -> dict:
     layout = layout_of(num_layers, width, rank)
-    dataset, model = RandomAdapters(layout), LoraGeneratorModel(config_of(layout, rank))
+    dataset, model = RandomAdapters(layout, BATCH_SIZE), LoraGeneratorModel(config_of(layout, rank))
     model.fit_normalizer(dataset)
     batch = {"lora_weights": dataset.lora_weights, "task_vector": dataset.task_vectors}
     step = trained(model, lambda: batch)

@@ -4,7 +4,7 @@ The plain form has one rank, `lora_alpha == r`, no patterns, no rsLoRA, and its 
 generated adapter has it already; `plain_adapter` brings any LoRA into it, at a lower rank if wanted.
 
 The rules for vLLM, SGLang and LoRAX are those of their loaders' sources; llama.cpp itself is run in
-`benchmarks/llama_cpp.py`.
+`benchmarks/serving.py`.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ import torch
 from .adapter import canonical_lora_config, load_adapter, lora_config_to_dict, with_named_targets
 from .errors import IcmLoraError, IncompatibleAdapterError
 from .files import commit_file
-from .gauge import balance
+from .gauge import with_rank
 from .layout import PREFIX, LoraLayout, LoraModule
 from .model_card import is_local
 
@@ -59,13 +59,8 @@ def plain_adapter(
         raise IncompatibleAdapterError(f"rank: expected a positive number, found {rank}.")
     plain, lost, energy = {}, 0.0, 0.0
     for name, (a, b) in layout.factors(*vectors).items():
-        if len(a) > rank:
-            a, b, values = balance(a, b)
-            energy, lost = energy + values.square().sum().item(), lost + values[rank:].square().sum().item()
-            a, b = a[:rank], b[:rank]
-        elif rank < layout.max_rank:
-            energy += balance(a, b)[2].square().sum().item()
-        a, b = (torch.cat([x, x.new_zeros(rank - len(x), x.shape[1])]) for x in (a, b))
+        a, b, cut, own = with_rank(a, b, rank)
+        lost, energy = lost + cut, energy + own
         for factor, matrix in (("lora_A", a), ("lora_B", b.T.contiguous())):
             plain[f"{PREFIX}{name}.{factor}.weight"] = cast = matrix.to(dtype)
             if not cast.isfinite().all():
