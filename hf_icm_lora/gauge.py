@@ -43,6 +43,29 @@ def balance(lora_a: torch.Tensor, lora_b: torch.Tensor) -> tuple[torch.Tensor, t
     return a.to(lora_a.dtype), b.to(lora_b.dtype), torch.nn.functional.pad(s, (0, missing))
 
 
+def with_rank(
+    lora_a: torch.Tensor, lora_b: torch.Tensor, rank: int
+) -> tuple[torch.Tensor, torch.Tensor, float, float]:
+    """Bring a pair to a rank: padded with zeros, which is exact, or cut to its largest singular values.
+
+    Args:
+        lora_a (`torch.Tensor` of shape `(own_rank, in_features)`), lora_b (`(own_rank, out_features)`).
+        rank (`int`): The rank to come.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor, float, float]`: A and B of that rank; the sum of the squared singular values
+        that were cut off, and of all of them, which is the squared Frobenius norm of B @ A.
+    """
+    missing = rank - len(lora_a)
+    if missing >= 0:
+        energy = ((lora_a @ lora_a.T) * (lora_b @ lora_b.T)).sum().item()
+        a, b = (torch.nn.functional.pad(x, (0, 0, 0, missing)) for x in (lora_a, lora_b))
+        return a, b, 0.0, energy
+    a, b, values = balance(lora_a, lora_b)
+    squares = values.square()
+    return a[:rank], b[:rank], squares[rank:].sum().item(), squares.sum().item()
+
+
 def align(
     lora_a: torch.Tensor,
     lora_b: torch.Tensor,

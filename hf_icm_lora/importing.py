@@ -18,7 +18,7 @@ from torch import nn
 
 from .adapter import CONFIG_FILE, WEIGHTS_FILE, check_fit, load_adapter
 from .errors import IcmLoraError, IncompatibleAdapterError
-from .gauge import balance
+from .gauge import product_error, with_rank
 from .layout import PREFIX, LoraLayout, LoraModule
 from .model_card import is_local
 
@@ -174,16 +174,12 @@ def convert(adapter: ForeignAdapter, layout: LoraLayout, shared: Mapping[str, to
                 if error > SHARED_ROWS:
                     raise IncompatibleAdapterError(f"{module.name}: its lora_A does not span the zoo's shared one.")
                 a = shared[module.name]
-            elif len(a) > module.rank:
-                a, b, values = balance(a, b)
-                energy, lost = energy + values.square().sum(), lost + values[module.rank :].square().sum()
-                a, b = a[: module.rank], b[: module.rank]
             else:
-                energy = energy + balance(a, b)[2].square().sum()
-                a, b = (torch.cat([x, x.new_zeros(module.rank - len(x), x.shape[1])]) for x in (a, b))
+                a, b, cut, own = with_rank(a, b, module.rank)
+                lost, energy = lost + cut, energy + own
         state_dict[f"{PREFIX}{module.name}.lora_A.weight"] = a.contiguous()
         state_dict[f"{PREFIX}{module.name}.lora_B.weight"] = b.T.contiguous()
-    adapter.lost_energy = float(lost / energy) if lost else 0.0
+    adapter.lost_energy = lost / energy if energy else 0.0
     ranks = sorted({module.rank for module in adapter.modules})
     if ranks != [layout.max_rank]:
         how = f"{adapter.lost_energy:.2%} of the energy lost" if ranks[-1] > layout.max_rank else "exact"
@@ -199,11 +195,10 @@ def _in_rows_of(shared: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple
         return b, 1.0
     if torch.equal(shared, a):
         return b, 0.0
-    coordinates = torch.linalg.lstsq(shared.double().T, a.double().T).solution  # A^T = shared^T @ coordinates
-    own = coordinates.to(b) @ b
-    singular_values = balance(torch.cat([a, shared]), torch.cat([b, -own]))[2], balance(a, b)[2]
-    error, size = (values.norm().item() for values in singular_values)
-    return own, error / size if size else 0.0
+    basis, rows, b = shared.double(), a.double(), b.double()
+    own = torch.linalg.lstsq(basis.T, rows.T).solution @ b  # A^T = shared^T @ solution
+    error, size = product_error(basis, own, rows, b), product_error(rows, b, rows, torch.zeros_like(b))
+    return own.to(a), (error.clamp(min=0) / size).sqrt().item() if size else 0.0
 
 
 def _check_base_name(found: str | None, expected: str | None) -> None:
