@@ -16,6 +16,7 @@ import copy
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -1001,10 +1002,9 @@ class LoraGeneratorModel(PreTrainedModel):
             IncompatibleAdapterError, TaskVectorError: as [`LoraGeneratorConfig`].
         """
         kwargs |= {"use_safetensors": True, "trust_remote_code": False}
-        # Else a repository without them would be sent to a service that converts pickles.
-        os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
         try:
-            loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+            with _no_conversion():
+                loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         except SafetensorError as error:
             raise CorruptAdapterError(
                 f"{pretrained_model_name_or_path}: not a whole safetensors file: {error}"
@@ -1138,6 +1138,20 @@ class LoraGeneratorModel(PreTrainedModel):
             )
         if not task_vector.isfinite().all():
             raise TaskVectorError("The task vector holds values that are not finite.")
+
+
+@contextmanager
+def _no_conversion() -> Iterator[None]:
+    # Else transformers would ask a service to convert the pickles of a repository that has no safetensors.
+    name = "DISABLE_SAFETENSORS_CONVERSION"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
 
 def _batches(adapters: Iterable[torch.Tensor], batch_size: int) -> Iterator[torch.Tensor]:
