@@ -25,12 +25,12 @@ EXTRAS = {
     "trackers": ["tensorboard>=2.18", "trackio>=0.43"],
     "test": ["hypothesis>=6.100", "pytest>=8.0"],
     "quality": ["ruff==0.17.6"],
-    "llama_cpp": ["llama-cpp-python>=0.3.16"],  # benchmarks/serving.py
+    "llama": ["llama-cpp-python>=0.3.16"],  # benchmarks/serving.py
     "space": ["gradio>=6.0", "selenium>=4.20"],  # examples/space, and its test in a browser
     "docs": ["pytest>=8.0"],  # docs are Markdown; their code blocks run as tests
 }
 EXTRAS["test"] += EXTRAS["demo"] + EXTRAS["plots"] + EXTRAS["trackers"]
-EXTRAS["dev"] = sorted(set().union(*(EXTRAS[name] for name in EXTRAS if name != "llama_cpp")))  # it compiles for long
+EXTRAS["dev"] = sorted(set().union(*(EXTRAS[name] for name in EXTRAS if name != "llama")))  # it compiles for long
 
 setup(
     name="hf_icm_lora",

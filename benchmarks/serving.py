@@ -1,4 +1,4 @@
-"""Does llama.cpp do with an adapter what PEFT does? `python benchmarks/serving.py`, with the extra `llama_cpp`.
+"""Does llama.cpp do with an adapter what PEFT does? `python benchmarks/serving.py`, with the extra `llama`.
 
 Adapters that the shipped generator writes for validation tasks are exported as GGUF and loaded beside the packaged
 SmolLM2 (4 bits) in llama.cpp, and attached with PEFT to the same weights in fp32. Both read the same tokens: the
