@@ -148,7 +148,7 @@ def add_evaluation(card: ModelCard, report: Mapping[str, Any], pictures: Sequenc
     _, end, after = rest.partition("<!-- end evaluation -->")
     if not end:
         raise ValueError("The card has no place for an evaluation: expected <!-- evaluation --> ... in it.")
-    shown = [format_report(report), *(f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in pictures)]
+    shown = [format_report(report).rstrip(), *(f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in pictures)]
     made = f"Made by `{report['command']}` on {report['date'][:10]}, seed {report['seed']}."
     renewed = ModelCard(before + start + "\n\n" + "\n\n".join([*shown, made]) + "\n\n" + end + after)
     renewed.data.model_name = renewed.data.get("model_name") or re.search("^# (.+)$", renewed.text, re.MULTILINE)[1]
@@ -165,7 +165,7 @@ def add_evaluation(card: ModelCard, report: Mapping[str, Any], pictures: Sequenc
         )
         for split, rows in report["splits"].items()
         for row, summary in rows.items()
-        for kind in ("mean", "median", "min")
+        for kind in (("mean", "median", "min") if row == "generated" else ("mean",))
         if summary[f"{kind}_recovered_gain"] is not None and row not in ("base", "task_lora")  # 0 and 1
     ]
     return renewed
@@ -280,7 +280,7 @@ def format_report(report: Mapping[str, Any]) -> str:
     for split, rows in report["splits"].items():
         excluded = [n for n, s in rows["generated"]["tasks"].items() if s["recovered_gain"] is None]
         lines = [
-            f"### {split.capitalize()} tasks ({len(rows['base']['tasks'])})\n",
+            f"### {split.replace('_', ' ').capitalize()} tasks ({len(rows['base']['tasks'])})\n",
             "| row | mean G | median G | min G | loss | exact match |",
             "|---|---|---|---|---|---|",
         ]

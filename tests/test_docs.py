@@ -20,6 +20,7 @@ import pytest
 import torch
 import yaml
 from hub import Hub, Repo
+from huggingface_hub import ModelCard
 from pages import BASE_MODEL, ENCODER_DECODER, ROOT, SOURCE, blocks_of, read
 from transformers import TrainingArguments
 
@@ -309,5 +310,9 @@ def test_tables_of_the_pages_are_those_of_the_results(monkeypatch):
         tables += text.count("<!-- end -->")
     assert tables >= 4
     assert page.filled(text.replace("| 0.", "| 9.")) == text
+    card = read(CARD)
+    assert page.evaluated(card) == card, f"{CARD}: run python benchmarks/suite/page.py"
+    assert "recovered_gain" in ModelCard(card).data.to_yaml()
+    assert page.evaluated(card.replace("| 0.", "| 9.")) == card
     marked = {name for name in PAGES if "<!-- end -->" in read(name)}
     assert marked <= set(page.PAGES)

@@ -11,6 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
+
+from hf_icm_lora import add_evaluation
+
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (
@@ -18,8 +22,8 @@ PAGES = (
     "docs/source/benchmark.md",
     "docs/source/evaluation.md",
     "docs/source/measurements.md",
-    "hf_icm_lora/smollm2_generator/README.md",
 )
+CARD = ROOT / "hf_icm_lora" / "smollm2_generator" / "README.md"  # with the evaluation as every generator's card has it
 TITLES = {
     "seen": "seen tasks",
     "unseen": "unseen tasks of known families",
@@ -171,9 +175,19 @@ TABLES = {
 }
 
 
+def report_of(name: str) -> Report:
+    """Return a report in `benchmarks/results`."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
 def table(name: str) -> str:
-    """Return the table of a report in `benchmarks/results`."""
-    return TABLES.get(name, evaluation)(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")))
+    """Return the table of a report."""
+    return TABLES.get(name, evaluation)(report_of(name))
+
+
+def evaluated(card: str) -> str:
+    """Return the shipped generator's card with the final table, which is also in its metadata."""
+    return str(add_evaluation(ModelCard(card), report_of("suite")))
 
 
 def filled(page: str) -> str:
@@ -190,6 +204,7 @@ def main() -> None:
     for name in PAGES:
         path = ROOT / name
         path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
+    CARD.write_text(evaluated(CARD.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":
