@@ -1,7 +1,7 @@
-"""How time and memory grow: `python benchmarks/growth.py`, each point in a process of its own.
+"""How time and memory grow, each point in a process of its own; `run.py` runs and keeps it.
 
-    tasks    zoos of 10 to 12,000 tasks, the last one of 20 GiB: to open one, to fit the statistics, to train a step
-    weights  adapters of 0.1 to 20 million numbers: a step of training, and generation
+    tasks    zoos of 10 to 10,000 tasks, the last one of 20 GiB: to open one, to fit the statistics, to train a step
+    weights  adapters of 0.1 to 20 million numbers: a step of training, generation, size, break-even
     ranks    rank 1 to 64 of one base model: the same
 
 The zoos hold one adapter many times, by hard links, under as many names: their size is apparent, the reading is real,
@@ -11,39 +11,23 @@ of each table.
 
 import json
 import math
-import multiprocessing
 import os
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from speed import RandomAdapters
-from transformers import HfArgumentParser
 
+from benchmarks.speed import RandomAdapters, in_own_process, peak_gib
 from hf_icm_lora import LoraGeneratorConfig, LoraGeneratorModel, LoraLayout, LoraZoo, TaskVectors, TaskVectorSpec
-from hf_icm_lora.files import safe_dirname, write_json
+from hf_icm_lora.files import safe_dirname
 from hf_icm_lora.layout import PREFIX, LoraModule
-from hf_icm_lora.model_card import run_metadata
-
-sys.path.insert(0, str(Path(__file__).parent / "suite"))
-from page import growth  # noqa: E402
+from hf_icm_lora.model_card import stored_bytes
 
 WORK = Path("build/growth")
 BATCH_SIZE, STEPS = 16, 5
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "condition_size": 64}
-
-
-@dataclass
-class GrowthOptions:
-    tasks: list[int] = field(default_factory=lambda: [10, 100, 1000, 12000])
-    weights: list[float] = field(default_factory=lambda: [0.1, 0.5, 2.5, 10, 20], metadata={"help": "In millions."})
-    ranks: list[int] = field(default_factory=lambda: [1, 4, 16, 64])
-    output: str = field(default="benchmarks/results/growth.json", metadata={"help": "Where the figures go."})
 
 
 def layout_of(num_layers: int, width: int, rank: int) -> LoraLayout:
@@ -86,11 +70,20 @@ def of_size(num_layers: int, width: int, rank: int) -> dict:
     batch = {"lora_weights": dataset.lora_weights, "task_vector": dataset.task_vectors}
     step = trained(model, lambda: batch)
     model.decode_task_vector(dataset.task_vectors[0])
+    generate = min(seconds(lambda: model.decode_task_vector(dataset.task_vectors[0])) for _ in range(5))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    shipped = stored_bytes(model.without_encoder().to_int8())["generator_bytes"]
+    # What N tasks take otherwise: each its own numbers, in fp16 or in 4 bits, or N / 2 components for all.
+    fp16 = 2 * layout.num_weights
     return {
         "size": layout.num_weights,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": parameters,
+        "mb_in_8_bits": shipped / 1e6,
         "step": step,
-        "generate": min(seconds(lambda: model.decode_task_vector(dataset.task_vectors[0])) for _ in range(5)),
+        "generate": generate,
+        "break_even_fp16": math.ceil(shipped / fp16),
+        "break_even_4_bits": math.ceil(4 * shipped / fp16),
+        "break_even_joint_svd": math.ceil(2 * shipped / fp16),
     }
 
 
@@ -118,7 +111,7 @@ def of_tasks(num_tasks: int) -> dict:
     opened = seconds(lambda: LoraZoo(path))
     zoo = LoraZoo(path)
     zoo.add_task_vectors(TaskVectors(TaskVectorSpec(template="{prompt}{completion}"), "0" * 64, banks))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    before = peak_gib()
     start = time.perf_counter()
     dataset = zoo.as_dataset()
     indexed = time.perf_counter() - start
@@ -136,14 +129,8 @@ def of_tasks(num_tasks: int) -> dict:
     return {
         "size": num_tasks, "apparent_gib": apparent / 2**30, "open": opened, "dataset": indexed,
         "statistics": statistics, "step": step,
-        "gib_more": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 - before,
+        "gib_more": peak_gib() - before,
     }  # fmt: skip
-
-
-def in_own_process(function: Callable[..., dict], *arguments) -> dict:
-    """Run a function where nothing is in memory yet."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
 
 
 def exponent(rows: list[dict], what: str) -> float:
@@ -152,23 +139,16 @@ def exponent(rows: list[dict], what: str) -> float:
     return math.log(last[what] / first[what]) / math.log(last["size"] / first["size"])
 
 
-def main() -> None:
-    (options,) = HfArgumentParser(GrowthOptions).parse_args_into_dataclasses()
+def growth(tasks: list[int], millions: list[float], ranks: list[int]) -> dict:
     WORK.mkdir(parents=True, exist_ok=True)
     tables = {
-        "tasks": [in_own_process(of_tasks, count) for count in options.tasks],
+        "tasks": [in_own_process(of_tasks, count) for count in tasks],
         # 60 matrices of rank 8: the width follows from the number of weights.
-        "weights": [in_own_process(of_size, 30, round(1e6 * millions / 480), 8) for millions in options.weights],
-        "ranks": [in_own_process(of_size, 30, 576, rank) for rank in options.ranks],
+        "weights": [in_own_process(of_size, 30, round(1e6 * count / 480), 8) for count in millions],
+        "ranks": [in_own_process(of_size, 30, 576, rank) for rank in ranks],
     }
     exponents = {
         name: {what: exponent(rows, what) for what in rows[0] if what in ("open", "statistics", "step", "generate")}
         for name, rows in tables.items()
     }
-    report = {**run_metadata(0), "batch_size": BATCH_SIZE, "tables": tables, "exponents": exponents}
-    write_json(Path(options.output), report)
-    print(growth(report))
-
-
-if __name__ == "__main__":
-    main()
+    return {"batch_size": BATCH_SIZE, "tables": tables, "exponents": exponents}

@@ -1,27 +1,25 @@
-"""How fast each job is: `python benchmarks/speed.py`, or some parts of it: `--parts generation vectors`.
+"""How fast each job is, part by part; `run.py` runs and keeps it.
 
     generation   an adapter from a known task vector into a live model, against `PeftModel.load_adapter` and a copy
-    training     samples per second of the generator and of the paper's network, at three sizes of adapters
-    collection   tokens per second of fine-tuning a LoRA, against a plain `Trainer` with PEFT
-    vectors      task vectors in batches, against one by one
+    training     samples per second and memory of the generator and of the paper's network, at three sizes of adapters
+    collection   tokens per second of fine-tuning LoRAs, against a plain `Trainer` with PEFT
+    vectors      task vectors in batches, against one call of the base model per prompt
 
-What is compared runs by turns in one process, so that a busy machine slows all of it alike; medians are told. No
-timing is a test. Written to `benchmarks/results/speed.json`, part by part.
+What is compared runs by turns, so that a busy machine slows all of it alike; medians are told. No timing is a test.
 """
 
-import json
+import multiprocessing
+import re
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments
-from transformers.utils import logging
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer, TrainingArguments
 
 from hf_icm_lora import (
     CollectionArguments,
@@ -37,42 +35,59 @@ from hf_icm_lora import (
     smollm2_generator_path,
     smollm2_path,
 )
-from hf_icm_lora.completion import fill_template
-from hf_icm_lora.files import write_json
+from hf_icm_lora.completion import fill_template, score_completions
 from hf_icm_lora.layout import LoraModule
-from hf_icm_lora.model_card import run_metadata
+from hf_icm_lora.task_vectors import MODES
 
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 
 
-@dataclass
-class SpeedOptions:
-    parts: list[str] = field(default_factory=lambda: ["generation", "training", "collection", "vectors"])
-    rounds: int = field(default=7, metadata={"help": "Turns of the short measurements; the long ones take 3."})
-    output: str = field(default="benchmarks/results/speed.json", metadata={"help": "Where the figures go."})
-
-
-def by_turns(work: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Return the median seconds of each, all of them run once in every round, after one round to warm up."""
+def by_turns(
+    work: dict[str, Callable[[], object]], rounds: int, repeats: int = 1, after=lambda: None
+) -> dict[str, float]:
+    """Return the median seconds of each, all of them run in every round, after one round to warm up."""
     times: dict[str, list[float]] = {name: [] for name in work}
     for number in range(rounds + 1):
         for name, function in work.items():
-            start = time.perf_counter()
-            function()
-            if number:
-                times[name].append(time.perf_counter() - start)
+            for _ in range(repeats):
+                start = time.perf_counter()
+                function()
+                if number:
+                    times[name].append(time.perf_counter() - start)
+                after()
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def in_own_process(function: Callable[..., dict], *arguments) -> dict:
+    """Run a function where nothing is in memory yet."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def peak_gib() -> float:
+    """Return the most memory that this process had so far; `ru_maxrss` would count its parent's, too."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**20
+
+
+def load_base() -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(smollm2_path(), dtype=fast_dtype())
 
 
 @torch.no_grad()
 def generation(rounds: int) -> dict:
-    base = AutoModelForCausalLM.from_pretrained(smollm2_path(), dtype=fast_dtype()).eval()
+    base = load_base().eval()
     generator = LoraGeneratorModel.from_pretrained(smollm2_generator_path()).to_float()
     vector = generator.zoo_normalizer.vector_mean[None]
     slot = generator.adapter_slot(base, "slot")
-    weights, loaded = generator.decode_task_vector(vector), iter(range(10**6))
+    weights = generator.decode_task_vector(vector)
     copy = torch.empty_like(weights)
     many = vector.expand(32, -1, -1)
+
+    def as_before() -> None:  # loading takes longer, the more adapters there are
+        for name in set(slot.model.peft_config) - {"slot"}:
+            slot.model.delete_adapter(name)
+
     with tempfile.TemporaryDirectory() as folder:
         generator.export_adapter(Path(folder) / "adapter", vector, dtype=fast_dtype())
         seconds = by_turns(
@@ -86,14 +101,15 @@ def generation(rounds: int) -> dict:
                     slot.model, task_vector=vector, adapter_name="slot"
                 ),
                 "generate_adapter under a new name": lambda: generator.generate_adapter(
-                    slot.model, task_vector=vector, adapter_name=f"new-{next(loaded)}"
+                    slot.model, task_vector=vector, adapter_name="new"
                 ),
-                "PeftModel.load_adapter": lambda: slot.model.load_adapter(f"{folder}/adapter", f"new-{next(loaded)}"),
+                "PeftModel.load_adapter": lambda: slot.model.load_adapter(f"{folder}/adapter", "new"),
             },
             rounds,
+            repeats=5,
+            after=as_before,
         )
-    ratio = seconds["PeftModel.load_adapter"] / seconds["generate into a slot"]
-    return {"seconds": seconds, "load_adapter_over_slot": ratio}
+    return {"seconds": seconds, "bytes": weights.numel() * weights.element_size()}
 
 
 class RandomAdapters(Dataset):
@@ -109,8 +125,8 @@ class RandomAdapters(Dataset):
         return iter(self.lora_weights)
 
 
-def training(rounds: int) -> dict:
-    """Steps of training on adapters, forward, backward and AdamW, with the same batch for both networks."""
+def layouts() -> dict[str, tuple[LoraLayout, int]]:
+    """Return three sizes of adapters, each with the samples of a batch."""
 
     def layers(count: int, rank: int, shapes: dict[str, tuple[int, int]], gauge: str) -> LoraLayout:
         names = ((f"model.layers.{i}.{name}", *sizes, rank) for i in range(count) for name, sizes in shapes.items())
@@ -120,112 +136,156 @@ def training(rounds: int) -> dict:
     linear = {**q, **v, "self_attn.k_proj": (576, 192), "self_attn.o_proj": (576, 576)}
     linear |= {"mlp.gate_proj": mlp, "mlp.up_proj": mlp, "mlp.down_proj": mlp[::-1]}
     llama = {"self_attn.q_proj": (4096, 4096), "self_attn.v_proj": (4096, 1024)}
-    layouts = {
-        "SmolLM2, q and v, rank 8": (layers(30, 8, q | v, "frozen_a"), 8),
-        "SmolLM2, all linear, rank 4": (layers(30, 4, linear, "shared_init"), 4),
+    return {
+        "SmolLM2, q and v, rank 8": (layers(30, 8, q | v, "shared_init"), 8),
+        "SmolLM2, all linear, rank 4": (layers(30, 4, linear, "shared_init"), 8),
         "Llama-3-8B, q and v, rank 16": (layers(32, 16, llama, "shared_init"), 2),
     }
+
+
+def training_step(name: str, architecture: str) -> tuple[Callable[[], None], int]:
+    """Return a step of training on adapters, forward, backward and AdamW, and the number of parameters."""
+    layout, batch_size = layouts()[name]
+    dataset = RandomAdapters(layout, batch_size)
+    batch = {"lora_weights": dataset.lora_weights, "task_vector": dataset.task_vectors}
+    config = LoraGeneratorConfig(
+        layout=layout.to_dict(), lora_config=LORA, task_vector_spec=TaskVectorSpec().to_dict(),
+        architecture=architecture, num_task_vectors=2, condition_size=64,
+    )  # fmt: skip
+    model = LoraGeneratorModel(config).train()
+    model.fit_normalizer(dataset)
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def step() -> None:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, sum(parameter.numel() for parameter in model.parameters())
+
+
+def training_times(name: str, rounds: int) -> dict:
+    steps = {architecture: training_step(name, architecture) for architecture in ("transformer", "conv1d")}
+    seconds = by_turns({architecture: step for architecture, (step, _) in steps.items()}, rounds)
+    return {"seconds": seconds, "parameters": {architecture: size for architecture, (_, size) in steps.items()}}
+
+
+def training_memory(name: str, architecture: str) -> float:
+    before = peak_gib()
+    step, _ = training_step(name, architecture)
+    step(), step()
+    return peak_gib() - before
+
+
+def training(rounds: int, names: list[str] | None = None) -> dict:
     report = {}
-    for name, (layout, batch_size) in layouts.items():
-        dataset = RandomAdapters(layout, batch_size)
-        batch = {"lora_weights": dataset.lora_weights, "task_vector": dataset.task_vectors}
-        work, sizes = {}, {}
-        for architecture in ("transformer", "conv1d"):
-            config = LoraGeneratorConfig(
-                layout=layout.to_dict(), lora_config=LORA, task_vector_spec=TaskVectorSpec().to_dict(),
-                architecture=architecture, num_task_vectors=2, condition_size=64,
-            )  # fmt: skip
-            model = LoraGeneratorModel(config).train()
-            model.fit_normalizer(dataset)
-            optimizer = torch.optim.AdamW(model.parameters())
-            sizes[architecture] = sum(parameter.numel() for parameter in model.parameters())
-
-            def step(model=model, optimizer=optimizer) -> None:
-                model(**batch).loss.backward()  # noqa: B023
-                optimizer.step()
-                optimizer.zero_grad()
-
-            work[architecture] = step
-        seconds = by_turns(work, min(rounds, 3))
+    for name in names or layouts():
+        layout, batch_size = layouts()[name]
+        measured = in_own_process(training_times, name, rounds)
+        seconds = measured.pop("seconds")
         report[name] = {
             "num_weights": layout.num_weights,
             "batch_size": batch_size,
-            "parameters": sizes,
+            **measured,
             "samples_per_second": {network: batch_size / value for network, value in seconds.items()},
+            "gib": {network: in_own_process(training_memory, name, network) for network in seconds},
             "ratio": seconds["conv1d"] / seconds["transformer"],
         }
     return report
 
 
-def collection(rounds: int) -> dict:
-    """The same steps on the same samples; the plain loop pads, and computes logits at every token."""
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_path())
-    task = next(task for task in built_in_tasks(["country_facts"]) if task.name == "country_facts/capital")
-    steps, batch_size, template = 16, 16, CollectionArguments("unused").template
-    samples = list(task.train[: steps * batch_size])
-    texts = ["".join(fill_template(sample, template)) for sample in samples]
-    num_tokens = sum(len(tokenizer(text)["input_ids"]) for text in texts)
-    common = {"max_steps": steps, "per_device_train_batch_size": batch_size, "learning_rate": 1e-2, "seed": 0}
-    losses: dict[str, float] = {}
+class Workers:
+    """Processes that have the base model and fine-tune LoRAs, with all of the machine's threads between them."""
 
-    def load():
-        return AutoModelForCausalLM.from_pretrained(smollm2_path(), dtype=fast_dtype())
+    def __init__(self, processes: int):
+        threads = max(1, torch.get_num_threads() // processes)
+        self.pool = multiprocessing.get_context("spawn").Pool(processes, self.start, (threads,))
 
-    plain_base, own_base = load(), load()
+    @staticmethod
+    def start(threads: int) -> None:
+        torch.set_num_threads(threads)
+        Workers.base, Workers.tokenizer = load_base(), AutoTokenizer.from_pretrained(smollm2_path())
 
-    def plain() -> None:
-        encode = CompletionCollator(tokenizer, template=template)  # labels on the completion, as in ours
-        model = get_peft_model(plain_base, LoraConfig(**LORA))
-        args = TrainingArguments("build/speed", report_to="none", save_strategy="no", disable_tqdm=True,
-                                 remove_unused_columns=False, logging_strategy="no", **common)  # fmt: skip
-        trainer = Trainer(model, args, data_collator=encode, train_dataset=samples)
-        losses["plain"] = trainer.train().training_loss
-        model.unload()
+    def run(self, function: Callable, names: list[str], steps: int) -> list[float]:
+        return self.pool.starmap(function, [(name, steps) for name in names], chunksize=1)
 
-    def ours() -> None:
-        args = CollectionArguments("build/speed", eval_steps=steps, **common)
-        with tempfile.TemporaryDirectory() as folder:
-            zoo = collect_zoo(f"{folder}/zoo", own_base, tokenizer, [task], LoraConfig(**LORA), args)
-            losses["collect_zoo"] = zoo.records[task.name]["validation_losses"][str(steps)]
 
-    seconds = by_turns({"plain Trainer": plain, "collect_zoo": ours}, min(rounds, 3))
+BATCH_SIZE, TEMPLATE = 16, CollectionArguments("unused").template
+COMMON = {"per_device_train_batch_size": BATCH_SIZE, "learning_rate": 1e-2, "warmup_steps": 4, "seed": 0}
+
+
+def task_of(name: str):
+    return next(task for task in built_in_tasks([name.split("/")[0]]) if task.name == name)
+
+
+def plain_trainer(name: str, steps: int) -> float:
+    """What one would write with transformers and PEFT alone: padded batches, and logits at every token."""
+    task, collate = task_of(name), CompletionCollator(Workers.tokenizer, template=TEMPLATE)
+    with tempfile.TemporaryDirectory() as folder:
+        args = TrainingArguments(folder, max_steps=steps, report_to="none", save_strategy="no", disable_tqdm=True,
+                                 remove_unused_columns=False, dataloader_pin_memory=False, **COMMON)  # fmt: skip
+        model = get_peft_model(Workers.base, LoraConfig(**LORA))
+        trainer = Trainer(model, args, data_collator=collate, train_dataset=list(task.train))
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    with torch.no_grad():
+        scores = score_completions(model.eval(), collate(task.demo))
+    Workers.base = model.unload()
+    return (scores.loss.sum() / scores.num_tokens.sum()).item()
+
+
+def collected(name: str, steps: int) -> float:
+    """The same with `collect_zoo`, which evaluates the task once more and writes it into a zoo."""
+    with tempfile.TemporaryDirectory() as folder:
+        args = CollectionArguments(folder, max_steps=steps, eval_steps=steps, **COMMON)
+        zoo = collect_zoo(f"{folder}/zoo", Workers.base, Workers.tokenizer, [task_of(name)], LoraConfig(**LORA), args)
+        return zoo.records[name]["validation_losses"][str(steps)]
+
+
+def collection(rounds: int, steps: int = 16) -> dict:
+    """The same number of steps on the same tasks, by one process with all threads and by two with half of them."""
+    names = ["country_facts/capital", "country_facts/continent"]
+    tokenizer, losses, work = AutoTokenizer.from_pretrained(smollm2_path()), {}, {}
+    texts = ["".join(fill_template(sample, TEMPLATE)) for name in names for sample in task_of(name).train]
+    tokens = sum(map(len, tokenizer(texts)["input_ids"])) / len(texts) * BATCH_SIZE * steps * len(names)
+    for processes in (1, 2):
+        workers = Workers(processes)
+        for label, function in (("plain Trainer", plain_trainer), ("collect_zoo", collected)):
+            label = f"{label}, {processes} process{'es' * (processes > 1)}"
+
+            def run(label=label, workers=workers, function=function) -> None:
+                losses[label] = statistics.mean(workers.run(function, names, steps))
+
+            work[label] = run
+    seconds = by_turns(work, rounds)
     return {
         "steps": steps,
-        "tokens_per_second": {name: num_tokens / value for name, value in seconds.items()},
-        "ratio": seconds["plain Trainer"] / seconds["collect_zoo"],
+        "tokens_per_second": {label: tokens / value for label, value in seconds.items()},
         "losses": losses,
     }
 
 
+@torch.no_grad()
+def plain_vectors(base: torch.nn.Module, tokenizer, prompts: list[str], layer: int) -> torch.Tensor:
+    """What one would write with transformers alone, here for the last token: a call per prompt."""
+    states = (base(**tokenizer(text, return_tensors="pt"), output_hidden_states=True) for text in prompts)
+    return torch.stack([state.hidden_states[layer][0, -1] for state in states])
+
+
 def vectors(rounds: int) -> dict:
-    base = AutoModelForCausalLM.from_pretrained(smollm2_path(), dtype=fast_dtype()).eval()
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_path())
-    tasks = built_in_tasks(["country_facts"])[:4]
-    spec = TaskVectorSpec(num_draws=8)
+    base, tokenizer = load_base().eval(), AutoTokenizer.from_pretrained(smollm2_path())
+    tasks, spec = built_in_tasks(["country_facts"])[:4], TaskVectorSpec(num_draws=8)
     one_by_one, batched = TaskVectorExtractor(spec, batch_size=1), TaskVectorExtractor(spec)
+    texts = [p.text for t in tasks for mode in MODES for p in batched.prompts(t.demo, t.description, mode, t.name)]
     seconds = by_turns(
         {
-            "one by one": lambda: one_by_one.extract(base, tokenizer, tasks),
-            "in batches": lambda: batched.extract(base, tokenizer, tasks),
+            "plain transformers, a call per prompt": lambda: plain_vectors(base, tokenizer, texts, -1),
+            "TaskVectorExtractor, one by one": lambda: one_by_one.extract(base, tokenizer, tasks),
+            "TaskVectorExtractor, in batches of 8": lambda: batched.extract(base, tokenizer, tasks),
         },
-        min(rounds, 3),
+        rounds,
     )
-    return {"seconds": seconds, "ratio": seconds["one by one"] / seconds["in batches"]}
+    return {"prompts": len(texts), "prompts_per_second": {name: len(texts) / value for name, value in seconds.items()}}
 
 
 PARTS = {"generation": generation, "training": training, "collection": collection, "vectors": vectors}
-
-
-def main() -> None:
-    (options,) = HfArgumentParser(SpeedOptions).parse_args_into_dataclasses()
-    logging.disable_progress_bar()
-    output = Path(options.output)
-    report = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
-    for part in options.parts:
-        report[part] = PARTS[part](options.rounds)
-        write_json(output, {**report, **run_metadata(0)})
-        print(json.dumps({part: report[part]}, indent=2))
-
-
-if __name__ == "__main__":
-    main()

@@ -304,7 +304,8 @@ def frozen_base(model: nn.Module) -> Iterator[nn.Module]:
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
     """After this context every module is in its old mode again, every parameter as frozen or free as it was."""
-    modes = {module: module.training for module in model.modules()}
+    flags = ("training", "gradient_checkpointing")
+    modes = [(m, flag, getattr(m, flag)) for m in model.modules() for flag in flags if hasattr(m, flag)]
     requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
     use_cache = getattr(model.config, "use_cache", None)  # Trainer turns it off
     try:
@@ -312,8 +313,8 @@ def restored(model: nn.Module) -> Iterator[None]:
     finally:
         if use_cache is not None:
             model.config.use_cache = use_cache
-        for module, training in modes.items():
-            module.training = training
+        for module, flag, value in modes:
+            setattr(module, flag, value)
         for parameter, flag in requires_grad.items():
             parameter.requires_grad_(flag)
 

@@ -212,11 +212,17 @@ def labelled_logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> Labelle
         cache.batch_repeat_interleave(len(labels))
         batch |= {"input_ids": batch["input_ids"][:, shared:], "past_key_values": cache}
         targets, mask = targets[:, shared:], mask[:, shared:]
-    # Flash attention on a CPU takes several times as long as plain products to run short bf16 rows backward.
-    plain = device.type == "cpu" and torch.is_grad_enabled()
+    # Flash attention on a CPU takes several times as long as plain products to run short bf16 rows backward. What is
+    # computed once more during the backward pass, outside of this context, must be the same.
+    plain = device.type == "cpu" and torch.is_grad_enabled() and not _recomputes(model)
     with logits_only_at(model, mask), sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
         logits = model(**batch, use_cache=False).logits[0].float()  # (labelled tokens, vocabulary)
     return LabelledLogits(logits, targets[mask], mask.nonzero()[:, 0])
+
+
+def _recomputes(model: nn.Module) -> bool:
+    """Return whether activation checkpointing is on, in any layer."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def _shared_prefix(input_ids: torch.Tensor, mask: torch.Tensor) -> int:

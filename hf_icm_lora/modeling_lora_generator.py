@@ -181,8 +181,15 @@ class ZooNormalizer(nn.Module):
         return normalized.flatten(1) @ self.vector_directions.float().T  # also where all of the model was cast
 
     def _scale_of_each_weight(self) -> torch.Tensor:
-        sizes = torch.tensor(self.sizes, device=self.weight_scale.device)
-        return self.weight_scale.repeat_interleave(sizes, output_size=self.weight_mean.numel())
+        blocks = self.layout.blocks
+        scales = self.weight_scale.split([block.count for block in blocks])
+        # By copies of whole rows: `repeat_interleave` takes as long as the decoder's matrix products do.
+        return torch.cat(
+            [
+                scale[:, None].expand(-1, block.rank * block.width).flatten()
+                for scale, block in zip(scales, blocks, strict=True)
+            ]
+        )
 
 
 class TaskMap(nn.Module):
@@ -597,7 +604,8 @@ class LoraGeneratorModel(PreTrainedModel):
     @torch.no_grad()
     def _decode(self, condition: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         training = self.training
-        self.eval()
+        if training:  # the walk over all modules is not free
+            self.eval()
         try:
             mean, logvar = self._prior(condition)
             if generator is not None and self.config.prior != "none":
@@ -605,7 +613,8 @@ class LoraGeneratorModel(PreTrainedModel):
                 mean = mean + noise.to(mean) * (0.5 * logvar).exp()
             return self.zoo_normalizer.denormalize(self.network.decode(mean, condition)).mean(0)
         finally:
-            self.train(training)
+            if training:
+                self.train()
 
     def without_encoder(self) -> "LoraGeneratorModel":
         """Return a copy without encoder: all that generation and behavioural training need, in about half the size.

@@ -326,3 +326,19 @@ def test_given_configuration_is_not_changed(tmp_path, tokenizer):
     args = arguments(tmp_path, max_steps=4)
     collect_zoo(tmp_path / "zoo", make_llama(), tokenizer, make_tasks(1), config, args)
     assert config.to_dict() == before
+
+
+def test_activation_checkpointing_gives_the_same_adapters_and_is_off_again(tmp_path, tokenizer):
+    zoos = []
+    for checkpointing in (False, True):
+        base = odd_base()
+        before, flags = snapshot(base), [getattr(module, "gradient_checkpointing", None) for module in base.modules()]
+        args = arguments(tmp_path, max_steps=4, activation_checkpointing=checkpointing)
+        zoos.append(
+            collect_zoo(tmp_path / f"zoo-{checkpointing}", base, tokenizer, make_tasks(1), lora_config(), args)
+        )
+        assert_as_before(base, before)
+        assert [getattr(module, "gradient_checkpointing", None) for module in base.modules()] == flags
+    plain, checkpointed = (matrices(zoo, "B")["shift/1"] for zoo in zoos)
+    assert torch.allclose(plain, checkpointed, atol=1e-5)
+    assert plain.abs().max() > 0.01

@@ -169,9 +169,56 @@ def growth(report: Report) -> str:
     return "\n\n".join(parts)
 
 
+def generation(report: Report) -> str:
+    """Milliseconds of each way to get one adapter into a live model."""
+    head = ["an adapter from a known task vector", "milliseconds"]
+    return lines(head, [[label, number(1000 * value)] for label, value in report["seconds"].items()])
+
+
+def training(report: Report) -> str:
+    """Speed and memory of both networks at each size of adapters."""
+    rows = []
+    for name, row in report.items():
+        size = f"{row['num_weights'] / 1e6:.2f} million"
+        speeds, memory = ([number(row[kind][n]) for n in row["gib"]] for kind in ("samples_per_second", "gib"))
+        rows.append([name, size, str(row["batch_size"]), *speeds, number(row["ratio"], 1), *memory])
+    paper = "the paper's network"
+    return lines(["adapters", "weights", "batch", "samples / s", paper, "ratio", "GiB", paper], rows)
+
+
+def collection(report: Report) -> str:
+    """Speed of fine-tuning LoRAs, and the loss that it ends at."""
+    return lines(["fine-tuning LoRAs by", "tokens / s", "loss at the end"], [
+        [name, number(value, 0), number(report["losses"][name])] for name, value in report["tokens_per_second"].items()
+    ])  # fmt: skip
+
+
+def vectors(report: Report) -> str:
+    """Speed of making task vectors."""
+    rows = [[name, number(value, 1)] for name, value in report["prompts_per_second"].items()]
+    return lines(["task vectors by", "prompts / s"], rows)
+
+
+def performance(report: Report) -> str:
+    """All tables of speed, memory and growth that a report has."""
+    tables = (generation, vectors, training, collection, growth)
+    return "\n\n".join(table(report[table.__name__]) for table in tables if table.__name__ in report)
+
+
 TABLES = {
     function.__name__: function
-    for function in (ablations, refine, describe, storage, cost, gauge, llama_cpp, many_adapters, composition, growth)
+    for function in (
+        ablations,
+        refine,
+        describe,
+        storage,
+        cost,
+        gauge,
+        llama_cpp,
+        many_adapters,
+        composition,
+        performance,
+    )  # fmt: skip
 }
 
 
