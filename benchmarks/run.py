@@ -32,9 +32,9 @@ def ratios(report: dict) -> dict:
     told = {}
     if "generation" in report:
         seconds = report["generation"]["seconds"]
-        told["in_place_generation_over_disk_load"] = (
-            seconds["generate into a slot"] / seconds["PeftModel.load_adapter"]
-        )
+        for kind, label in (("", ""), ("compiled_", ", compiled")):
+            ratio = seconds[f"generate into a slot{label}"] / seconds["PeftModel.load_adapter"]
+            told[f"{kind}in_place_generation_over_disk_load"] = ratio
     if "training" in report:
         told["training_speed_over_paper_cvae"] = report["training"][SMALLEST]["ratio"]
     if "collection" in report:

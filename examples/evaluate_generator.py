@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from hf_icm_lora import (
@@ -76,6 +77,8 @@ def main() -> None:
         other_generators=others,
         output_dir=script_args.output_dir,
     )
+    if not PartialState().is_main_process:  # of several that shared the tasks, under `accelerate launch`
+        return
     print(format_report(report))
 
     if script_args.push_to_hub:

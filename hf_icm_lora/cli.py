@@ -42,6 +42,7 @@ from .importing import adapter_folder
 from .model_card import add_evaluation, addressed, format_report, is_local
 from .modeling_lora_generator import LoraGeneratorModel
 from .plots import require_matplotlib, write_plots
+from .processes import state
 from .serving import check_serving_compatibility, export_gguf, plain_adapter
 from .smollm2 import smollm2_generator_path, smollm2_path
 from .suite import built_in_tasks
@@ -216,7 +217,9 @@ def vectors(options: VectorsOptions) -> Result:
         layers=tuple(options.layers),
         pooling=tuple(options.pooling),
     )
-    zoo.add_task_vectors(TaskVectorExtractor(spec).extract(base, tokenizer, tasks))
+    extracted = TaskVectorExtractor(spec).extract(base, tokenizer, tasks)
+    if state().is_main_process:
+        zoo.add_task_vectors(extracted)
     told = {"zoo": str(zoo.path), "tasks": [task.name for task in tasks], "spec": spec.to_dict()}
     return f"{zoo}: task vectors of {len(tasks)} tasks", told
 
@@ -317,7 +320,9 @@ def evaluate(options: EvaluateOptions) -> Result:
         refine_steps=options.refine_steps,
         output_dir=options.output_dir,
     )
-    pictures = write_plots(options.output_dir, generator, zoo, report, options.generator) if options.plots else []
+    pictures = []
+    if options.plots and state().is_main_process:
+        pictures = write_plots(options.output_dir, generator, zoo, report, options.generator)
     told = report | {"pictures": [str(picture) for picture in pictures]}
     return "\n".join([format_report(report), *map(str, pictures)]), told
 
@@ -522,7 +527,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"unknown arguments: {' '.join(unknown)}")  # exits
         with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):  # the Trainer prints its logs
             text, result = function(*options)
-        print(json.dumps(as_plain(result), ensure_ascii=False, allow_nan=False) if as_json else text)
+        if state().is_main_process:
+            print(json.dumps(as_plain(result), ensure_ascii=False, allow_nan=False) if as_json else text)
     except (IcmLoraError, OSError, ImportError, ValueError, StrictDataclassError, SafetensorError) as error:
         if show_traceback:
             raise
@@ -542,3 +548,7 @@ def named_arguments(argv: Sequence[str]) -> list[str]:
             break
         named += [f"--{name}", rest.pop(0)]
     return named + rest
+
+
+if __name__ == "__main__":  # for `accelerate launch -m hf_icm_lora.cli collect ...`
+    sys.exit(main())

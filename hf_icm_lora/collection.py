@@ -25,6 +25,7 @@ from .completion import DEFAULT_TEMPLATE, CompletionCollator, score_completions
 from .errors import IcmLoraError, ZooError
 from .files import sweep_temporary
 from .layout import LoraLayout, check_plain_lora
+from .processes import leave_group
 from .tasks import Task, check_unique_names
 from .zoo import LoraZoo
 
@@ -77,6 +78,7 @@ class CollectionArguments(TrainingArguments):
             raise ValueError(f"on_error: expected 'stop' or 'skip', found {self.on_error!r}.")
         self.eval_strategy, self.save_strategy, self.report_to = "steps", "no", []
         self.remove_unused_columns, self.disable_tqdm, self.logging_strategy = False, True, "no"
+        leave_group()  # a group would average the gradients of different tasks; see collect_zoo
         super().__post_init__()
 
 
@@ -91,8 +93,9 @@ def collect_zoo(
     """Fine-tune one LoRA per task and keep the last snapshots of each in a zoo.
 
     Tasks that the zoo already holds are skipped, so an interrupted collection is resumed by the same call; several
-    processes may collect into one zoo, on one machine or on several that share its file system: they share the tasks,
-    and what one leaves unfinished when it dies another one takes up. `collection.log` in it says what happened.
+    processes may collect into one zoo, on one machine or on several that share its file system, started by
+    `accelerate launch` or one by one: they share the tasks, and what one leaves unfinished when it dies another one
+    takes up. `collection.log` in it says what happened.
 
     Args:
         output_dir (`str` or `Path`): The zoo's directory.

@@ -50,6 +50,7 @@ from .errors import IncompatibleAdapterError, NotFittedError, TaskError, ZooErro
 from .files import commit_file, write_json
 from .model_card import format_report, run_metadata, stored_bytes
 from .modeling_lora_generator import UNFAMILIAR, LoraGeneratorModel
+from .processes import gathered, own_part, state
 from .task_vectors import TaskVectorExtractor, TaskVectorSpec
 from .tasks import Task, check_unique_names
 from .zoo import LoraZoo
@@ -110,6 +111,8 @@ def evaluate_generator(
         batch_size (`int`, *optional*, defaults to 32): Samples per forward pass.
         output_dir (`str` or `Path`, *optional*): Where to write `evaluation.json` and `evaluation.md`.
 
+    Under `accelerate launch` all processes must call it; they share the tasks, and all get the report.
+
     Returns:
         `dict`: The report, as written to `evaluation.json`; [`format_report`] makes a table of it.
 
@@ -162,16 +165,18 @@ def evaluate_generator(
         TaskVectorExtractor(TaskVectorSpec(**one.config.task_vector_spec)) for one in (generator, *others.values())
     )
     vectors = {}  # task name -> (num_draws, num_task_vectors, task_vector_size)
-    for task in tasks:
+    for task in own_part(tasks):
         with _timed(seconds["task_vector"]):
             vectors[task.name] = extractor.vector(base_model, processing_class, task.demo[:num_examples])
+    vectors = gathered(vectors)
     rivals = _Rivals(zoo.subset(seen_in_zoo))
     rows: dict[str, dict[str, dict[str, dict]]] = {split: {row: {} for row in chosen_rows} for split in splits}
-    total = len(tasks) * len(chosen_rows)
+    own_parts = {split: own_part(members) for split, members in splits.items()}
+    total = sum(map(len, own_parts.values())) * len(chosen_rows)
     progress = tqdm(total=total, desc="Evaluating", disable=not logging.is_progress_bar_enabled())
     with _attachable(base_model, zoo) as (model, attach):
         for split, members in splits.items():
-            for task in members:
+            for task in own_parts[split]:
                 own, other = vectors[task.name], vectors[_another(task, members, tasks).name]
                 with _timed(seconds["generation"]):
                     generated = generator.decode_task_vector(own).cpu()
@@ -233,6 +238,10 @@ def evaluate_generator(
                 for row, own_weights in weights.items():
                     rows[split][row][task.name]["nearest_seen_distance"] = rivals.distance(own_weights, task.name)
     progress.close()
+    for split, members in splits.items():
+        for row in chosen_rows:
+            scores = gathered(rows[split][row])
+            rows[split][row] = {task.name: scores[task.name] for task in members}
 
     report = {
         **run_metadata(generator.config.task_vector_spec["seed"]),
@@ -240,12 +249,12 @@ def evaluate_generator(
         "splits": {split: _summarize(tables) for split, tables in rows.items() if tables["base"]},
         "storage": storage(generator, zoo),
         "seconds": {
-            **{name: round(statistics.median(times), 4) for name, times in seconds.items()},
+            **{name: round(statistics.median(times), 4) for name, times in seconds.items() if times},
             "fine_tuning": round(statistics.mean(zoo.records[task.name].get("seconds", 0.0) for task in tasks), 2),
             "evaluation": round(time.perf_counter() - started, 1),
         },
     }
-    if output_dir is not None:
+    if output_dir is not None and state().is_main_process:
         write_report(report, output_dir)
     return report
 

@@ -23,6 +23,7 @@ from .adapter import base_model_fingerprint, frozen_base
 from .completion import DEFAULT_TEMPLATE, fill_template
 from .errors import TaskError, TaskVectorError
 from .files import sha256_of
+from .processes import gathered, own_part
 from .tasks import Sample, Task, check_unique_names, to_sample
 
 logger = logging.get_logger(__name__)
@@ -150,7 +151,7 @@ class TaskVectorExtractor:
 
     Args:
         spec (`TaskVectorSpec`, *optional*): How; by default as its own defaults say.
-        batch_size (`int`, *optional*, defaults to 8): Prompts per forward pass; the vectors do not depend on it.
+        batch_size (`int`, *optional*, defaults to 16): Prompts per forward pass; the vectors do not depend on it.
 
     Example:
         >>> extractor = TaskVectorExtractor(TaskVectorSpec(num_demonstrations=8))
@@ -159,7 +160,7 @@ class TaskVectorExtractor:
         torch.Size([16, 1, 576])
     """
 
-    def __init__(self, spec: TaskVectorSpec | None = None, batch_size: int = 8):
+    def __init__(self, spec: TaskVectorSpec | None = None, batch_size: int = 16):
         self.spec = spec or TaskVectorSpec()
         self.batch_size = batch_size
 
@@ -175,6 +176,8 @@ class TaskVectorExtractor:
             modes (`Sequence[str]`, *optional*): What to make them from: `"demonstrations"`, which evaluation needs,
                 and of a task with a description also `"both"` and the `"description"` alone.
 
+        Under `accelerate launch` all processes must call it; they share the tasks, and all get the vectors.
+
         Raises:
             TaskError: if a task has fewer than two `demo` samples, or a name stands twice.
             TaskVectorError: if the base model lacks one of the layers.
@@ -182,6 +185,7 @@ class TaskVectorExtractor:
         prompts: list[tuple[str, str, Prompt]] = []  # task, mode, prompt
         for task in check_unique_names(tasks):
             task.require("demo", 2, "a task vector (demonstrations and a prompt to answer)")
+        for task in own_part(tasks):
             for mode in modes if task.description else MODES[:1]:
                 prompts += [
                     (task.name, mode, prompt) for prompt in self.prompts(task.demo, task.description, mode, task.name)
@@ -190,8 +194,11 @@ class TaskVectorExtractor:
         banks: dict[str, dict[str, list]] = {}
         for (name, mode, _), vector in zip(prompts, vectors, strict=True):
             banks.setdefault(name, {}).setdefault(mode, []).append(vector)
-        stacked = {name: {mode: torch.stack(rows) for mode, rows in bank.items()} for name, bank in banks.items()}
-        return TaskVectors(self.spec, base_model_fingerprint(base_model), stacked)
+        stacked = gathered(
+            {name: {mode: torch.stack(rows) for mode, rows in bank.items()} for name, bank in banks.items()}
+        )
+        in_order = {task.name: stacked[task.name] for task in tasks}
+        return TaskVectors(self.spec, base_model_fingerprint(base_model), in_order)
 
     def vector(
         self, base_model: nn.Module, processing_class, examples: Sequence | None = None, description: str | None = None
@@ -276,6 +283,8 @@ class TaskVectorExtractor:
     def _hidden_states(self, base_model: nn.Module, processing_class, prompts: Sequence[Prompt]) -> torch.Tensor:
         config = base_model.config
         max_length = min(self.spec.max_length, getattr(config, "max_position_embeddings", self.spec.max_length))
+        if not prompts:  # of more processes than tasks
+            return torch.empty(0)
         rows, positions = zip(*(self._tokens(processing_class, prompt, max_length) for prompt in prompts), strict=True)
         by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # little padding in a batch
         vectors: list[torch.Tensor | None] = [None] * len(rows)

@@ -100,13 +100,24 @@ def check_command(words: Sequence[str]) -> None:
         case ["python", "-m", "pytest", *files]:
             for file in files:
                 read(file)
+        case ["accelerate", "launch", "--config_file", config, "-m", "hf_icm_lora.cli", command, *rest]:
+            read(config)
+            unknown = options_of(rest) - {
+                f.name for kind in cli.COMMANDS[command][1] for f in dataclasses.fields(kind)
+            }
+            assert not unknown, f"{command} has no options {unknown}."
+        case ["python", "-m", module, *rest]:
+            check_command(["python", f"{module.replace('.', '/')}.py", *rest])
         case ["python", script, *rest]:
             source = read(script)
-            options = [word.removeprefix("--") for word in rest if word.startswith("--")]
-            unknown = [option for option in options if not re.search(rf"^    {option}: ", source, re.MULTILINE)]
+            unknown = {name for name in options_of(rest) if not re.search(rf"^    {name}: ", source, re.MULTILINE)}
             assert not unknown, f"{script} has no options {unknown}."
         case _:
             raise AssertionError(f"Nobody knows how to check {shlex.join(words)!r}.")
+
+
+def options_of(words: Sequence[str]) -> set[str]:
+    return {word.removeprefix("--") for word in words if word.startswith("--")}
 
 
 def check_requirement(requirement: str) -> None:

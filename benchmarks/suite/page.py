@@ -73,6 +73,16 @@ def ablations(report: Report) -> str:
     return lines(["arm", "mean G", "largest difference of seeds", "loss", "seeds", "seconds"], rows)
 
 
+def seeds(report: Report) -> str:
+    """G of the same recipe from several seeds, and their mean."""
+    runs, kinds = report["seeds"], ("mean", "median", "min")
+    splits = list(next(iter(runs.values())))
+    rows = [[f"seed {seed}", *(run[s][kind] for s in splits for kind in kinds)] for seed, run in runs.items()]
+    rows.append(["*mean*", *map(statistics.mean, zip(*(row[1:] for row in rows), strict=True))])
+    head = ["generator", *(f"{TITLES[s]}: mean G" if kind == "mean" else kind for s in splits for kind in kinds)]
+    return lines(head, [[name, *map(number, values)] for name, *values in rows])
+
+
 def refine(report: Report) -> str:
     """Both curves of G against gradient steps."""
     curves = report["curves"]

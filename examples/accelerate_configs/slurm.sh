@@ -1,5 +1,7 @@
 #!/bin/bash
 # sbatch examples/accelerate_configs/slurm.sh --zoo zoo --tasks tasks.jsonl --behaviour_steps 2000 --output_dir generator
+# Trains on all devices of both machines. To collect, start processes that share the tasks of one folder, each on its own:
+#     srun --ntasks=16 --gpus-per-task=1 hf-icm-lora collect --output_dir zoo
 #SBATCH --job-name=lora-generator
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
