@@ -26,7 +26,7 @@ from hf_icm_lora.layout import PREFIX, LoraModule
 from hf_icm_lora.model_card import stored_bytes
 
 WORK = Path("build/growth")
-BATCH_SIZE, STEPS = 16, 5
+TASKS_BATCH_SIZE, BATCH_SIZE, STEPS = 16, 4, 5
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "condition_size": 64}
 
 
@@ -117,10 +117,10 @@ def of_tasks(num_tasks: int) -> dict:
     indexed = time.perf_counter() - start
     model = LoraGeneratorModel(config_of(layout, 8))
     statistics = seconds(lambda: model.fit_normalizer(dataset))
-    order = iter(torch.randint(len(dataset), (BATCH_SIZE * (STEPS + 1),), generator=rng).tolist())
+    order = iter(torch.randint(len(dataset), (TASKS_BATCH_SIZE * (STEPS + 1),), generator=rng).tolist())
 
     def batch() -> dict:
-        items = [dataset[next(order)] for _ in range(BATCH_SIZE)]
+        items = [dataset[next(order)] for _ in range(TASKS_BATCH_SIZE)]
         return {name: torch.stack([item[name] for item in items]) for name in items[0]}
 
     step = trained(model, batch)
@@ -151,4 +151,8 @@ def growth(tasks: list[int], millions: list[float], ranks: list[int]) -> dict:
         name: {what: exponent(rows, what) for what in rows[0] if what in ("open", "statistics", "step", "generate")}
         for name, rows in tables.items()
     }
-    return {"batch_size": BATCH_SIZE, "tables": tables, "exponents": exponents}
+    return {
+        "batch_size": {"tasks": TASKS_BATCH_SIZE, "weights": BATCH_SIZE, "ranks": BATCH_SIZE},
+        "tables": tables,
+        "exponents": exponents,
+    }

@@ -316,3 +316,30 @@ def test_arguments_come_from_the_command_line(tmp_path):
     assert (defaults.kl_weight, defaults.kl_warmup_ratio, defaults.free_bits) == (0.01, 0.2, 0.05)
     assert (defaults.learning_rate, defaults.lr_scheduler_type.value) == (1e-3, "cosine")
     assert defaults.logging_nan_inf_filter is False
+
+
+def test_activation_checkpointing_is_refused(make_trainer):
+    """A generator has few activations beside its weights."""
+    with pytest.raises(ValueError, match="LoraGeneratorModel does not support activation checkpointing"):
+        make_trainer(activation_checkpointing=True).train()
+
+
+@pytest.mark.slow  # compiling takes half a minute
+@pytest.mark.filterwarnings("default")  # the compiler's own
+def test_compiled_training_and_generation_give_the_same(make_trainer, datasets):
+    plain, compiled = make_trainer(), make_trainer(torch_compile=True)
+    for trainer in (plain, compiled):
+        trainer.train()
+    told = [torch.tensor(logged(trainer, "loss", "reconstruction_loss", "kl")) for trainer in (plain, compiled)]
+    assert torch.allclose(*told, rtol=1e-4)
+    vector = datasets[1][0]["task_vector"]
+    expected = plain.model.decode_task_vector(vector)
+    assert torch.allclose(torch.compile(plain.model.decode_task_vector)(vector), expected, atol=1e-6)
+
+
+def test_training_in_bf16_learns_too(make_trainer):
+    trainer = make_trainer(bf16=True, max_steps=30)
+    trainer.train()
+    losses = [loss for (loss,) in logged(trainer, "loss")]
+    assert losses[-1] < 0.8 * losses[0]
+    assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
