@@ -26,6 +26,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     HfArgumentParser,
+    PreTrainedConfig,
     set_seed,
 )
 
@@ -388,7 +389,7 @@ def check(options: CheckOptions) -> Result:
     problems, notes = check_serving_compatibility(adapter_folder(options.adapter), options.server)
     if problems:
         raise IncompatibleAdapterError(f"{options.server}: {' '.join(problems)}")
-    lines = [f"{options.server} loads {options.adapter} as it is.", *notes]
+    lines = [f"{options.server} takes {options.adapter}{'.' if notes else ' as it is.'}", *notes]
     return "\n".join(lines), {"adapter": options.adapter, "server": options.server, "notes": notes}
 
 
@@ -402,8 +403,7 @@ def export(options: ExportOptions) -> Result:
         name = options.base_model or config.get("base_model_name_or_path")
         if not name:
             raise IncompatibleAdapterError(f"{options.adapter} names no base model: pass --base_model.")
-        base_config = AutoConfig.from_pretrained(smollm2_path() if name == "smollm2" else name)
-        export_gguf(options.output, config, plain, base_config, dtype=dtype)
+        export_gguf(options.output, config, plain, find_base_model(name)[1], dtype=dtype)
     else:
         save_adapter(options.output, config, plain)
     told = {"output": options.output, "rank": config["r"], "lost_energy": lost}
@@ -469,11 +469,19 @@ def load_generator(name: str) -> LoraGeneratorModel:
     return LoraGeneratorModel.from_pretrained(smollm2_generator_path() if name == "smollm2" else name)
 
 
+def find_base_model(name: str) -> tuple[str | Path, PreTrainedConfig]:
+    """Return where a base model is, and its configuration."""
+    path = smollm2_path() if name == "smollm2" else name
+    try:
+        return path, AutoConfig.from_pretrained(path)
+    except OSError as error:
+        raise OSError(f"Base model {name!r}: name another place of it with --base_model. {error}") from error
+
+
 def load_base_model(name: str, dtype: str):
     """Load a base model and its tokenizer; encoder-decoder models by their own class."""
-    path = smollm2_path() if name == "smollm2" else name
-    is_encoder_decoder = AutoConfig.from_pretrained(path).is_encoder_decoder
-    auto_class = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
+    path, config = find_base_model(name)
+    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     dtype = fast_dtype() if dtype == "fastest" else getattr(torch, dtype)
     base = auto_class.from_pretrained(path, dtype=dtype, use_safetensors=True)
     if torch.accelerator.is_available():

@@ -81,14 +81,16 @@ def main() -> None:
         generator = LoraGeneratorModel(LoraGeneratorConfig.from_zoo(zoo, **sizes))
         dataset = zoo.as_dataset(num_snapshots=1)
         generator.fit_normalizer(dataset, functional_dataset)
-        LoraGeneratorTrainer(
+        trainer = LoraGeneratorTrainer(
             generator,
             LoraGeneratorTrainingArguments(
                 output_dir=str(output_dir / "reconstruction"), max_steps=options.reconstruction_steps,
                 learning_rate=2e-3, logging_steps=50, save_strategy="no", **common,
             ),
             train_dataset=dataset,
-        ).train()  # fmt: skip
+        )  # fmt: skip
+        trainer.train()
+        trainer.save_state()
         generator = generator.without_encoder()  # reconstruction is over, and the encoder is half the size
 
     if options.functional_steps:
@@ -106,6 +108,7 @@ def main() -> None:
             data_collator=FunctionalCollator(CompletionCollator(tokenizer, template=SPEC.template, row_length=48)),
         )  # fmt: skip
         trainer.train(resume_from_checkpoint=last)
+        trainer.save_state()
     generator.map_tasks(vectors)
     generator.config.base_model_name_or_path = BASE_MODEL
     generator.save_pretrained(output_dir)
