@@ -117,6 +117,8 @@ class LoraGeneratorConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         # Not in a validator, whose errors @strict wraps in one of its own: these are ours to catch.
+        if self.dtype not in DTYPES:  # the next line looks its name up in torch
+            raise IncompatibleAdapterError(f"dtype: expected one of {DTYPES}, found {self.dtype!r:.300}.")
         super().__post_init__(**kwargs)
         if self.format_version < FORMAT_VERSION:
             raise IncompatibleAdapterError(
@@ -178,8 +180,6 @@ class LoraGeneratorConfig(PreTrainedConfig):
             most = MAX_LAYERS if field.endswith("layers") else 65536
             if not 1 <= getattr(self, field) <= most:
                 raise ValueError(f"{field}: expected a number from 1 to {most}, found {getattr(self, field)}.")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype: expected one of {DTYPES}, found {self.dtype!r}.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is no multiple of {self.num_attention_heads} heads.")
         if self.condition_noise < 0:

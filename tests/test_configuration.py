@@ -81,6 +81,12 @@ def test_sizes_out_of_range_are_rejected(field, value):
         LoraGeneratorConfig(**{field: value})
 
 
+@pytest.mark.parametrize("dtype", ["", "rand", "os", "int8", "complex64", ["float32"], {"a": 1}])
+def test_dtype_is_looked_up_nowhere(dtype):
+    with pytest.raises(IncompatibleAdapterError, match="dtype: expected one of"):
+        LoraGeneratorConfig.from_dict({"dtype": dtype})
+
+
 def test_heads_must_divide_the_hidden_size():
     with pytest.raises(StrictDataclassError, match="hidden_size 30 is no multiple of 4 heads"):
         LoraGeneratorConfig(hidden_size=30)
