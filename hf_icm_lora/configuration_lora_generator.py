@@ -147,7 +147,13 @@ class LoraGeneratorConfig(PreTrainedConfig):
         Raises:
             IncompatibleAdapterError: if it belongs to another kind of model.
         """
-        config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        try:
+            config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+            dict.get(config, "model_type")
+        except TypeError as error:  # transformers takes any JSON for an object
+            raise IncompatibleAdapterError(
+                f"{pretrained_model_name_or_path}: expected an object in config.json: {error}"
+            ) from error
         if config and config.get("model_type") != cls.model_type:
             raise IncompatibleAdapterError(
                 f"{pretrained_model_name_or_path} is no generator of adapters: expected model_type {cls.model_type!r} "

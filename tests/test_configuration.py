@@ -87,6 +87,14 @@ def test_dtype_is_looked_up_nowhere(dtype):
         LoraGeneratorConfig.from_dict({"dtype": dtype})
 
 
+@pytest.mark.parametrize("content", ["1", "[]", '"model_type"', "null", "true", '["model_type"]'])
+def test_a_file_that_holds_no_object_is_refused(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    for auto_class in (LoraGeneratorConfig, LoraGeneratorModel):
+        with pytest.raises(IncompatibleAdapterError, match="expected an object in config.json"):
+            auto_class.from_pretrained(tmp_path)
+
+
 def test_heads_must_divide_the_hidden_size():
     with pytest.raises(StrictDataclassError, match="hidden_size 30 is no multiple of 4 heads"):
         LoraGeneratorConfig(hidden_size=30)
