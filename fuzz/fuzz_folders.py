@@ -1,7 +1,8 @@
 """Folders with any bytes in them: they load as what they say, or end in an error of the package.
 
     pip install atheris
-    python fuzz/fuzz_folders.py build/fuzz -max_total_time=1800 -len_control=0 -max_len=256 -rss_limit_mb=2048 -timeout=60
+    python fuzz/fuzz_folders.py build/fuzz -max_total_time=1800 -len_control=0 -max_len=256 \\
+        -rss_limit_mb=2048 -timeout=60
 
 The first byte chooses between an adapter and a generator; the rest is what replaces a part of one of its files.
 """
