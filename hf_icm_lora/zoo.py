@@ -15,6 +15,8 @@ or a zoo could lead to files outside of it; files may, since the Hub's cache con
 import copy
 import dataclasses
 import json
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -22,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo, snapshot_download
+from huggingface_hub import CommitInfo, hf_hub_download, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -32,6 +34,7 @@ from transformers.utils import logging
 
 from .adapter import (
     CONFIG_FILE,
+    WEIGHTS_FILE,
     base_model_fingerprint,
     load_adapter,
     lora_config_to_dict,
@@ -112,6 +115,7 @@ class LoraZoo:
         if unknown := [name for name in names if name not in complete]:
             raise ZooError(f"{self.path} has no complete task {unknown[:3]}; it has {sorted(complete)[:10]}.")
         self.records: dict[str, dict[str, Any]] = {name: complete[name] for name in names}
+        self.remote: dict[str, Any] | None = None  # of a streamed zoo: where its adapters are
 
     @classmethod
     def create(
@@ -263,31 +267,44 @@ class LoraZoo:
         revision: str | None = None,
         token: bool | str | None = None,
         local_dir: str | Path | None = None,
+        streaming: bool = False,
     ) -> "LoraZoo":
         """Download a zoo that [`~LoraZoo.push_to_hub`] uploaded.
 
         Args:
             repo_id (`str`): A dataset repository on the Hub.
-            tasks (`Iterable[str]`, *optional*): As in `LoraZoo`.
+            tasks (`Iterable[str]`, *optional*): As in `LoraZoo`; only these are downloaded.
             revision (`str`, *optional*): Branch, tag or commit.
             token (`bool` or `str`, *optional*): As in `huggingface_hub`.
             local_dir (`str` or `Path`, *optional*): Where to put it, for a zoo that is to be changed; by default into
                 the Hub's cache.
+            streaming (`bool`, *optional*, defaults to `False`): Whether adapters stay on the Hub, each to be fetched
+                when it is read, and not kept: for zoos larger than the disk. It is then for reading only.
 
         Raises:
             ZooError: if the repository is no zoo.
+            ValueError: if a zoo is to be streamed and to have a `local_dir`.
             RepositoryNotFoundError, GatedRepoError, LocalEntryNotFoundError and others: from `huggingface_hub`.
 
         Example:
             >>> zoo = LoraZoo.from_hub("user/my-zoo")  # doctest: +SKIP
         """
-        files = [ZOO_FILE, VECTORS_FILE, REFERENCE_FILE, f"adapters/*/{TASK_FILE}", "adapters/*/step-*/adapter_*"]
+        if streaming and local_dir is not None:
+            raise ValueError("A zoo is either streamed or downloaded into a local_dir: pass one of the two.")
+        names = None if tasks is None else list(tasks)
+        files = [ZOO_FILE, VECTORS_FILE, REFERENCE_FILE]
+        for folder in ["*"] if names is None else map(safe_dirname, names):
+            files += [f"adapters/{folder}/{TASK_FILE}", f"adapters/{folder}/step-*/{CONFIG_FILE}"]
+            files += [] if streaming else [f"adapters/{folder}/step-*/{WEIGHTS_FILE}"]
         path = snapshot_download(
             repo_id, repo_type="dataset", revision=revision, token=token, local_dir=local_dir, allow_patterns=files
         )
         if not Path(path, ZOO_FILE).exists():
             raise ZooError(f"The dataset repository {repo_id!r} is no zoo: expected {ZOO_FILE} in it.")
-        return cls(path, tasks)
+        zoo = cls(path, names)
+        if streaming:  # a snapshot is named after its commit
+            zoo.remote = {"repo_id": repo_id, "repo_type": "dataset", "revision": Path(path).name, "token": token}
+        return zoo
 
     def push_to_hub(
         self,
@@ -320,6 +337,8 @@ class LoraZoo:
         """
         if not self.records:
             raise ZooError(f"{self.path}: no complete task to upload.")
+        if self.remote:
+            raise ZooError(f"{self.path}: a streamed zoo is for reading; without streaming it can be uploaded.")
         base = base_model_name_or_path or self.base_model_name_or_path
         require_hub_id(base, "pass its id as base_model_name_or_path")
         rename = {"base_model_name_or_path": base}
@@ -490,7 +509,14 @@ class LoraZoo:
             CorruptAdapterError, IncompatibleAdapterError: as `load_adapter`.
         """
         record = self.records[name]
-        return load_adapter(record["folder"] / f"step-{record['best_step'] if step is None else step}")[1]
+        folder = record["folder"] / f"step-{record['best_step'] if step is None else step}"
+        if self.remote is None:
+            return load_adapter(folder)[1]
+        with tempfile.TemporaryDirectory() as temporary:
+            file = f"{folder.relative_to(self.path).as_posix()}/{WEIGHTS_FILE}"
+            fetched = Path(hf_hub_download(filename=file, local_dir=temporary, tqdm_class=_NoBar, **self.remote))
+            shutil.copy(folder / CONFIG_FILE, fetched.parent)
+            return load_adapter(fetched.parent)[1]
 
     def lora_weights(self, name: str, step: int | None = None) -> torch.Tensor:
         """Read one snapshot as a packed vector `(num_weights,)`."""
@@ -617,6 +643,13 @@ class LoraZooDataset(Dataset):
         if self.lora_weights is not None:
             return self.lora_weights[snapshot]
         return self.zoo.lora_weights(*self.snapshots[snapshot])
+
+
+class _NoBar(tqdm):
+    """No progress bar for each of many files."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs | {"disable": True})
 
 
 def _as_json(content: Mapping[str, Any]) -> bytes:

@@ -331,6 +331,39 @@ def check_zoo_there_and_back(hub, world):
         LoraZoo.from_hub("user/part", ["shift/1"])
 
 
+def check_a_streamed_zoo(hub, world):
+    import shutil
+
+    import torch
+
+    from hf_icm_lora import LoraZoo, ZooError
+    from hf_icm_lora import zoo as module
+
+    world.zoo.push_to_hub("user/streamed", base_model_name_or_path="user/base")
+    hub.log.clear()
+    zoo = LoraZoo.from_hub("user/streamed", streaming=True)
+    assert not list(zoo.path.rglob("adapter_model.safetensors"))
+    assert not [path for _, path in hub.log if path.endswith("adapter_model.safetensors")]
+    tempfile.tempdir = tempfile.mkdtemp(dir=world.folder)
+    for name in zoo.subset(list(zoo)[::-1]):
+        assert torch.equal(zoo.lora_weights(name), world.zoo.lora_weights(name))
+    module.MOST_IN_MEMORY, most = 0, module.MOST_IN_MEMORY
+    streamed, local = zoo.as_dataset(), world.zoo.as_dataset()
+    module.MOST_IN_MEMORY = most
+    assert streamed.lora_weights is None
+    assert all(torch.equal(*pair) for pair in zip(streamed.each_adapter(), local.each_adapter(), strict=True))
+    assert not list(zoo.path.rglob("adapter_model.safetensors"))
+    assert not list(Path(tempfile.gettempdir()).iterdir())
+    tempfile.tempdir = None
+    with pytest.raises(ZooError, match="a streamed zoo is for reading"):
+        zoo.push_to_hub("user/again", base_model_name_or_path="user/base")
+    with pytest.raises(ValueError, match="either streamed or downloaded"):
+        LoraZoo.from_hub("user/streamed", streaming=True, local_dir=world.folder / "streamed")
+    shutil.rmtree(zoo.path.parent.parent)
+    assert list(LoraZoo.from_hub("user/streamed", ["shift/2"])) == ["shift/2"]
+    assert len(list(zoo.path.rglob("adapter_model.safetensors"))) == len(zoo.records["shift/2"]["snapshots"])
+
+
 def check_adapters_are_imported_by_id(hub, world):
     import torch
 
