@@ -341,6 +341,7 @@ def plot_losses(trainer_state: Mapping[str, Any] | str | Path) -> "Figure":
         ax.set_ylabel(LOSSES[title][0])
         ax.grid(axis="y", color=PALE, lw=0.7)
         ax.locator_params(nbins=6)
+        ax.margins(y=0.12)  # room for the last value
     if any(name.startswith("eval_") for terms in curves.values() for name in terms):
         for label, look in (("training", {"lw": 1.8}), ("evaluation", {"marker": "o", "ls": "", "ms": 4})):
             axes[0].plot([], [], color=GREY, label=label, **look)
