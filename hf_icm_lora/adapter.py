@@ -314,7 +314,8 @@ def restored(model: nn.Module) -> Iterator[None]:
         if use_cache is not None:
             model.config.use_cache = use_cache
         for module, flag, value in modes:
-            setattr(module, flag, value)
+            if getattr(module, flag) != value:  # or a class's attribute would become the module's own
+                setattr(module, flag, value)
         for parameter, flag in requires_grad.items():
             parameter.requires_grad_(flag)
 

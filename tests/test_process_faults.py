@@ -617,7 +617,7 @@ def generator(trained):
 def work_on(base, work, zoo, generator, tokenizer, folder):
     tasks = make_tasks(3)
     if work == "vectors":
-        TaskVectorExtractor(TaskVectorSpec(num_draws=2)).extract(base, tokenizer, tasks)
+        TaskVectorExtractor(TaskVectorSpec(num_draws=2), batch_size=8).extract(base, tokenizer, tasks)
     elif work == "evaluate":
         more = ["best_of_n", "refined"]
         evaluate_generator(generator, base, tokenizer, zoo, tasks, num_examples=3, more_rows=more)

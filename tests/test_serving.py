@@ -205,7 +205,7 @@ def test_command_line_checks_and_exports(adapter, tmp_path, llama, capsys):
     plain, file = str(tmp_path / "plain"), str(tmp_path / "adapter.gguf")
     assert main(["export", str(folder), "--out", plain]) == 0
     assert main(["check", plain, "--for", "vllm"]) == 0
-    assert "vllm loads" in capsys.readouterr().out
+    assert "vllm takes" in capsys.readouterr().out
     torch.testing.assert_close(logits(AutoPeftModelForCausalLM.from_pretrained(plain)), expected, atol=1e-4, rtol=1e-4)
     assert main(["export", str(folder), "--out", file, "--format", "gguf", "--dtype", "float16", "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"output": file, "rank": 6, "lost_energy": 0.0}
