@@ -610,18 +610,18 @@ class LoraZooDataset(Dataset):
         banks = zoo.task_vectors.banks
         self.zoo, self.shared_weights = zoo, zoo.shared_weights
         self.snapshots: list[tuple[str, int]] = []
-        vectors, pairs = [], []
+        vectors, pairs, first = [], [], 0
         for name, record in zoo.records.items():
             steps = sorted(step for step in record["snapshots"] if step <= record["best_step"])
             bank = [banks[name][mode] for mode in modes if mode in banks.get(name, {})]
             if not bank:
                 raise TaskError(f"Task {name!r} has no task vectors of the modes {tuple(modes)}.")
             most = max(map(len, bank))
-            first = sum(map(len, vectors))
             vectors.append(torch.cat([draws.repeat(most // len(draws), 1, 1) for draws in bank]))
             for step in steps[-num_snapshots:] if num_snapshots is not None else steps:
                 pairs += [(len(self.snapshots), first + draw) for draw in range(len(vectors[-1]))]
                 self.snapshots.append((name, step))
+            first += len(vectors[-1])
         self.lora_weights = None  # or (snapshots, num_weights)
         if 4 * len(self.snapshots) * zoo.layout.num_weights <= MOST_IN_MEMORY:
             self.lora_weights = torch.stack([zoo.lora_weights(*snapshot) for snapshot in self.snapshots])
