@@ -147,19 +147,23 @@ class LoraGeneratorConfig(PreTrainedConfig):
         Raises:
             IncompatibleAdapterError: if it belongs to another kind of model.
         """
-        try:
-            config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-            dict.get(config, "model_type")
-        except TypeError as error:  # transformers takes any JSON for an object
-            raise IncompatibleAdapterError(
-                f"{pretrained_model_name_or_path}: expected an object in config.json: {error}"
-            ) from error
+        config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if config and config.get("model_type") != cls.model_type:
             raise IncompatibleAdapterError(
                 f"{pretrained_model_name_or_path} is no generator of adapters: expected model_type {cls.model_type!r} "
                 f"in its config.json, found {config.get('model_type')!r}."
             )
         return config, kwargs
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file) -> dict:
+        # PreTrainedConfig's way to read a file; it would take any JSON for an object.
+        config = super()._dict_from_json_file(json_file)
+        if not isinstance(config, dict):
+            raise IncompatibleAdapterError(
+                f"{json_file}: expected an object in config.json, found {type(config).__name__}."
+            )
+        return config
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs) -> "LoraGeneratorConfig":
