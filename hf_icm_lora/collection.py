@@ -38,6 +38,9 @@ LOG_FILE = "collection.log"
 class CollectionArguments(TrainingArguments):
     r"""How each task's LoRA is fine-tuned: `TrainingArguments` with defaults for short runs, and a few fields more.
 
+    Made in a process of `accelerate launch`, it takes the process out of the group, by its environment and for good:
+    each then has one device and fine-tunes tasks of its own.
+
     Args:
         freeze_a (`bool`, *optional*, defaults to `True`): Whether all tasks share one untrained A, so that only B is
             trained and later generated. It reaches the loss of training both, with half the numbers.
@@ -49,6 +52,9 @@ class CollectionArguments(TrainingArguments):
         on_error (`str`, *optional*, defaults to `"stop"`): Whether an error in one task, such as too little memory,
             ends the collection, or with `"skip"` is reported and the other tasks go on. Errors of the file system
             always end it.
+
+    Raises:
+        ValueError: if `on_error` is neither, or a device or the process group is in use already.
 
     > Fields of `TrainingArguments` with other defaults:
 

@@ -93,6 +93,8 @@ def evaluate_generator(
 ) -> dict[str, Any]:
     """Score the generator and all plain rivals on tasks whose LoRAs are in the zoo.
 
+    Under `accelerate launch` all processes must call it; they share the tasks, and all get the report.
+
     Args:
         generator (`LoraGeneratorModel`): A trained generator. Its `config.training_tasks` are the seen tasks; all
             others are unseen.
@@ -110,8 +112,6 @@ def evaluate_generator(
             lora_A, scored on the same examples: row name -> generator.
         batch_size (`int`, *optional*, defaults to 32): Samples per forward pass.
         output_dir (`str` or `Path`, *optional*): Where to write `evaluation.json` and `evaluation.md`.
-
-    Under `accelerate launch` all processes must call it; they share the tasks, and all get the report.
 
     Returns:
         `dict`: The report, as written to `evaluation.json`; [`format_report`] makes a table of it.

@@ -169,14 +169,14 @@ class TaskVectorExtractor:
     ) -> TaskVectors:
         """Make a bank of vectors for every task, from its `demo` samples and its description.
 
+        Under `accelerate launch` all processes must call it; they share the tasks, and all get the vectors.
+
         Args:
             base_model (`PreTrainedModel`): The base. Its adapters, if any, are off meanwhile; its mode is restored.
             processing_class: Its tokenizer.
             tasks (`Sequence[Task]`): Tasks with `demo` samples.
             modes (`Sequence[str]`, *optional*): What to make them from: `"demonstrations"`, which evaluation needs,
                 and of a task with a description also `"both"` and the `"description"` alone.
-
-        Under `accelerate launch` all processes must call it; they share the tasks, and all get the vectors.
 
         Raises:
             TaskError: if a task has fewer than two `demo` samples, or a name stands twice.
