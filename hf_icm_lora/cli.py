@@ -536,7 +536,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):  # the Trainer prints its logs
             text, result = function(*options)
         if state().is_main_process:
-            print(json.dumps(as_plain(result), ensure_ascii=False, allow_nan=False) if as_json else text)
+            told = json.dumps(as_plain(result), ensure_ascii=False, allow_nan=False) if as_json else text
+            print(f"{told}\n", end="")  # in one piece: several collectors may write into one pipe
     except (IcmLoraError, OSError, ImportError, ValueError, StrictDataclassError, SafetensorError) as error:
         if show_traceback:
             raise

@@ -4,7 +4,9 @@ import os
 
 import pytest
 import torch
+from conftest import make_tasks
 
+from hf_icm_lora import TaskVectorExtractor, TaskVectorSpec, task_vectors
 from hf_icm_lora.processes import gathered, leave_group, own_part
 
 
@@ -43,3 +45,11 @@ def test_a_device_in_use_cannot_be_left(launched, monkeypatch):
 def test_one_process_does_everything():
     assert own_part(["a", "b", "c"]) == ["a", "b", "c"]
     assert gathered({"a": 1}) == {"a": 1}
+
+
+def test_a_process_without_a_task_gets_the_vectors_of_the_others(monkeypatch, llama, tokenizer):
+    tasks, extractor = make_tasks(1), TaskVectorExtractor(TaskVectorSpec(num_draws=2))
+    expected = extractor.extract(llama, tokenizer, tasks).banks
+    monkeypatch.setattr(task_vectors, "own_part", lambda items: [])
+    monkeypatch.setattr(task_vectors, "gathered", lambda part: {**part, **expected})
+    assert extractor.extract(llama, tokenizer, tasks).banks == expected

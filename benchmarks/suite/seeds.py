@@ -61,7 +61,7 @@ def main() -> None:
                 gains[name] = recovered_gain(bounds[0], loss, bounds[1])
                 base = model.unload()
             splits[split] = {
-                **{f"{kind.__name__}": kind(gains.values()) for kind in (statistics.mean, statistics.median, min)},
+                **{kind.__name__: kind(gains.values()) for kind in (statistics.mean, statistics.median, min)},
                 "recovered_gains": gains,
             }
         runs[str(seed)] = splits
