@@ -63,7 +63,7 @@ def streaming(report: dict) -> dict:
 def main() -> None:
     (options,) = HfArgumentParser(RunOptions).parse_args_into_dataclasses()
     logging.disable_progress_bar()
-    output = Path(options.output or ("build" if options.quick else "benchmarks/results")) / "performance.json"
+    output = Path(options.output or f"{'build' if options.quick else 'benchmarks/results'}/performance.json")
     report = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
     quick = options.quick
     parts = {

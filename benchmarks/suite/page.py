@@ -69,8 +69,8 @@ def ablations(report: Report) -> str:
         losses = [statistics.mean(run["losses"].values()) for run in runs]
         spread = number(max(gains) - min(gains), 3) if len(gains) > 1 else "-"
         figures = [number(statistics.mean(gains), 3), spread, number(statistics.mean(losses), 3)]
-        rows.append([arm, *figures, str(len(runs)), f"{statistics.mean(run['seconds'] for run in runs):.0f}"])
-    return lines(["arm", "mean G", "largest difference of seeds", "loss", "seeds", "seconds"], rows)
+        rows.append([arm, *figures, str(len(runs))])
+    return lines(["arm", "mean G", "largest difference of seeds", "loss", "seeds"], rows)
 
 
 def seeds(report: Report) -> str:
@@ -211,14 +211,15 @@ def vectors(report: Report) -> str:
 
 def performance(report: Report) -> str:
     """All tables of speed, memory and growth that a report has."""
-    tables = (generation, vectors, training, collection, growth)
-    return "\n\n".join(table(report[table.__name__]) for table in tables if table.__name__ in report)
+    parts = (generation, vectors, training, collection, growth)
+    return "\n\n".join(part(report[part.__name__]) for part in parts if part.__name__ in report)
 
 
 TABLES = {
     function.__name__: function
     for function in (
         ablations,
+        seeds,
         refine,
         describe,
         storage,
@@ -228,7 +229,7 @@ TABLES = {
         many_adapters,
         composition,
         performance,
-    )  # fmt: skip
+    )
 }
 
 
