@@ -4,7 +4,8 @@
     python fuzz/fuzz_folders.py build/fuzz -max_total_time=1800 -len_control=0 -max_len=256 \\
         -rss_limit_mb=2048 -timeout=60
 
-The first byte chooses between an adapter and a generator; the rest is what replaces a part of one of its files.
+The first number chooses between an adapter, a zoo and a generator; the rest is what replaces a part of one of its
+files.
 """
 
 import json
@@ -22,6 +23,7 @@ import peft  # noqa: F401  not instrumented: it and the rest below would make ea
 import torch
 import transformers  # noqa: F401
 from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import save_file
 from transformers.utils import logging as transformers_logging
 
 with atheris.instrument_imports(include=["hf_icm_lora"]):
@@ -29,7 +31,8 @@ with atheris.instrument_imports(include=["hf_icm_lora"]):
     from hf_icm_lora import adapter
 
 DATA = Path(__file__).parent.parent / "tests" / "data"
-ADAPTER, GENERATOR = next(DATA.glob("zoo-*/adapters/*/step-4")), sorted(DATA.glob("generator-*"))[-1]
+ZOO, GENERATOR = sorted(DATA.glob("zoo-*"))[-1], sorted(DATA.glob("generator-*"))[-1]
+ADAPTER = next(ZOO.glob("adapters/*/step-4"))
 # transformers' own: a wrong field, and tensors of other shapes or a file it cannot use.
 OF_TRANSFORMERS = (StrictDataclassError, OSError, RuntimeError)
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
@@ -101,6 +104,17 @@ def check_adapter(folder: Path) -> None:
     hf_icm_lora.plain_adapter(config, state_dict)
 
 
+def check_zoo(folder: Path) -> None:
+    zoo = hf_icm_lora.LoraZoo(folder)
+    for name in zoo:
+        zoo.lora_weights(name)
+    banks = zoo.task_vectors.banks
+    for name, array in read_plainly(folder / "task_vectors.safetensors").items():
+        index, mode = name.split(".")
+        assert np.array_equal(list(banks.values())[int(index)][mode].numpy(), array), name
+    zoo.as_dataset()[0]
+
+
 def check_generator(folder: Path) -> None:
     model = hf_icm_lora.LoraGeneratorModel.from_pretrained(folder)
     vector = torch.zeros(model.config.num_task_vectors, model.config.task_vector_size)
@@ -110,12 +124,16 @@ def check_generator(folder: Path) -> None:
 
 def test_one_input(raw: bytes) -> None:
     data = atheris.FuzzedDataProvider(raw)
-    is_adapter = data.ConsumeIntInRange(0, 3) > 0  # a generator takes ten times as long
-    source, check = (ADAPTER, check_adapter) if is_adapter else (GENERATOR, check_generator)
+    choice = data.ConsumeIntInRange(0, 7)  # a generator takes ten times as long
+    source, check = (
+        (ADAPTER, check_adapter) if choice > 3 else (ZOO, check_zoo) if choice else (GENERATOR, check_generator)
+    )
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder, "it")
         shutil.copytree(source, folder)
-        path = data.PickValueInList(sorted(folder.iterdir()))
+        if check is check_zoo:
+            save_file({"reference": torch.ones(192)}, folder / "reference.safetensors")
+        path = data.PickValueInList(sorted(path for path in folder.rglob("*") if path.is_file()))
         path.write_bytes(mutated(data, path.read_bytes()))
         try:
             check(folder)
@@ -123,7 +141,7 @@ def test_one_input(raw: bytes) -> None:
         except hf_icm_lora.IcmLoraError:
             counts["refused"] += 1
         except OF_TRANSFORMERS:
-            if is_adapter:
+            if check is not check_generator:
                 raise
             counts["refused"] += 1
     if sum(counts.values()) % 1000 == 0:

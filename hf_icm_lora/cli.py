@@ -252,7 +252,8 @@ def train(options: TrainOptions, args: LoraGeneratorTrainingArguments) -> Result
         train_dataset=seen.as_dataset(),
         eval_dataset=zoo.subset(unseen).as_dataset() if unseen else None,
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    checkpoint = args.resume_from_checkpoint  # a folder, or "True", which the Trainer wants as a truth value
+    trainer.train(resume_from_checkpoint=True if checkpoint == "True" else checkpoint)
     metrics = trainer.evaluate() if unseen else {}
     if behaviour is not None:
         functional = copy.copy(args)

@@ -3,7 +3,7 @@
 Decoder-only and encoder-decoder models differ here and nowhere else in the package.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
@@ -87,7 +87,7 @@ class CompletionCollator:
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
         if self.row_length is not None:
-            return self.collate_rows(self.fill_rows(samples))
+            return self.collate_rows(list(self.fill_rows(samples)))
         rows = [self._encode(sample) for sample in samples]
         if self.is_encoder_decoder:
             end = [self.processing_class.eos_token_id]
@@ -102,16 +102,18 @@ class CompletionCollator:
             "labels": _pad(labels, IGNORED),
         }
 
-    def fill_rows(self, samples: Sequence[Sample]) -> list[list[tuple[list[int], list[int]]]]:
-        """Encode samples and put them into rows of at most `row_length` tokens, in their order, one at least."""
-        rows, room = [], 0
+    def fill_rows(self, samples: Sequence[Sample]) -> Iterator[list[tuple[list[int], list[int]]]]:
+        """Encode samples and yield rows of at most `row_length` tokens, in their order, with one sample at least."""
+        row, room = [], self.row_length
         for prompt, completion in map(self._encode, samples):
             size = len(prompt) + len(completion)
-            if not rows or size > room:
-                rows, room = [*rows, []], self.row_length
-            rows[-1].append((prompt, completion))
+            if row and size > room:
+                yield row
+                row, room = [], self.row_length
+            row.append((prompt, completion))
             room -= size
-        return rows
+        if row:
+            yield row
 
     def collate_rows(self, rows: Sequence[Sequence[tuple[list[int], list[int]]]]) -> dict[str, torch.Tensor]:
         """Make a batch of rows as from `fill_rows`. Positions start anew at each sample, which keeps them apart."""

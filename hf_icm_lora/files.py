@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 
 try:
     import fcntl
@@ -21,6 +22,8 @@ except ImportError:  # on Windows
     fcntl = None
 
 TEMPORARY = ".tmp-"  # a path component that starts so is never part of a result
+DTYPES = ("F64", "F32", "F16", "BF16")  # of tensors that are read
+MAX_BYTES = 8 * 2**30  # of a file of tensors
 MAX_JSON = 2**26  # bytes of a JSON file or header: the largest that is written has a few
 
 
@@ -126,35 +129,51 @@ def read_json(path: str | Path) -> Any:
         raise ValueError("nested too deeply") from error
 
 
-def read_safetensors_header(path: str | Path, max_bytes: int) -> dict[str, Any]:
-    """Read what a safetensors file says of its tensors, with the checks that the library leaves out.
+def read_safetensors(path: str | Path, max_bytes: int = MAX_BYTES) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Read finite floating-point tensors, with the checks that the library leaves out.
 
     Args:
         path (`str` or `Path`): The file.
-        max_bytes (`int`): Most bytes that it may have: as much will be allocated.
+        max_bytes (`int`, *optional*, defaults to 8 GiB): Most bytes that it may have: as much will be allocated.
 
     Returns:
-        `dict[str, Any]`: name -> `dtype`, `shape` and `data_offsets`.
+        `tuple[dict[str, torch.Tensor], dict[str, str]]`: the tensors as stored, and the file's metadata.
 
     Raises:
-        ValueError: if the file is larger, its header is malformed, or a name stands twice in it.
-        OSError: if it cannot be read.
+        ValueError: if it is no ordinary file, is larger, malformed, has a name twice, another dtype, or a value that
+            is not finite.
+        OSError: if there is no such file, or it cannot be read.
     """
+    path = Path(path)
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ValueError("not a file")
+    try:
+        _check_header(path, max_bytes)
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():
+                if (dtype := file.get_slice(key).get_dtype()) not in DTYPES:
+                    raise ValueError(f"{key!r:.300}: expected one of {DTYPES}, found {dtype}")
+            tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"not a whole safetensors file: {error}") from error
+    if broken := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{broken[0]} holds values that are not finite")
+    return tensors, metadata
+
+
+def _check_header(path: Path, max_bytes: int) -> None:
+    """Refuse a file by its size, and names that stand twice, before anything is allocated."""
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > max_bytes:
             raise ValueError(f"expected up to {max_bytes} bytes, found {size}; a larger max_bytes reads it")
         length = int.from_bytes(file.read(8), "little")
         if not 0 < length <= min(size - 8, MAX_JSON):
-            raise ValueError(f"its header would have {length} bytes, of {size} in the file")
+            raise ValueError(f"not a whole safetensors file: its header would have {length} bytes, of {size} in all")
         try:
-            header = json.loads(file.read(length), object_pairs_hook=_unique)
-        except RecursionError as error:
-            raise ValueError("its header is nested too deeply") from error
-    if not isinstance(header, dict):
-        raise ValueError(f"expected a JSON object as its header, found {type(header).__name__}")
-    header.pop("__metadata__", None)
-    return header
+            json.loads(file.read(length), object_pairs_hook=_unique)
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"not a whole safetensors file: its header: {error}") from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -109,7 +109,7 @@ class FunctionalCollator:
         if collate.row_length is None:
             batch = collate([sample for item in items for sample in item["samples"]])
         else:
-            batch = collate.collate_rows([collate.fill_rows(item["samples"])[0] for item in items])
+            batch = collate.collate_rows([next(collate.fill_rows(item["samples"])) for item in items])
         batch = {"task_vector": torch.stack([item["task_vector"] for item in items]), **batch}
         if "beside" in items[0]:
             batch["beside"] = default_collate([item["beside"] for item in items])

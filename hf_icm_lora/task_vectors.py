@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
@@ -22,7 +21,7 @@ from transformers.utils import logging
 from .adapter import base_model_fingerprint, frozen_base
 from .completion import DEFAULT_TEMPLATE, fill_template
 from .errors import TaskError, TaskVectorError
-from .files import sha256_of
+from .files import commit_file, read_safetensors, sha256_of
 from .processes import gathered, own_part
 from .tasks import Sample, Task, check_unique_names, to_sample
 
@@ -80,6 +79,8 @@ class TaskVectorSpec:
             )
         if self.max_length < 1:
             raise TaskVectorError(f"Expected max_length >= 1, found {self.max_length}.")
+        if not all(isinstance(layer, int) for layer in self.layers):
+            raise TaskVectorError(f"Expected layers by their numbers, found {self.layers}.")
         if not self.pooling or not set(self.pooling) <= set(POOLINGS):
             raise TaskVectorError(f"Expected the pooling to be some of {POOLINGS}, found {self.pooling}.")
         fill_template(Sample("x", "y"), self.template)
@@ -124,7 +125,9 @@ class TaskVectors:
         names = list(self.banks)
         tensors = {f"{i}.{mode}": bank for i, name in enumerate(names) for mode, bank in self.banks[name].items()}
         metadata = {"tasks": json.dumps(names), "spec": json.dumps(self.spec.to_dict())}
-        save_file(tensors, path, metadata=metadata | {"base_model_fingerprint": self.base_model_fingerprint})
+        metadata["base_model_fingerprint"] = self.base_model_fingerprint
+        with commit_file(path) as temporary:
+            save_file(tensors, temporary, metadata=metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> "TaskVectors":
@@ -134,16 +137,20 @@ class TaskVectors:
             TaskVectorError: if the file is no such file.
         """
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata()
-                banks: dict[str, dict[str, torch.Tensor]] = {name: {} for name in json.loads(metadata["tasks"])}
-                names = list(banks)
-                for key in file.keys():
-                    index, mode = key.split(".")
-                    banks[names[int(index)]][mode] = file.get_tensor(key)
-                return cls(TaskVectorSpec(**json.loads(metadata["spec"])), metadata["base_model_fingerprint"], banks)
-        except Exception as error:  # SafetensorError is a plain Exception
-            raise TaskVectorError(f"{path}: not a file of task vectors: {error}") from error
+            tensors, metadata = read_safetensors(path)
+            spec, fingerprint = TaskVectorSpec(**json.loads(metadata["spec"])), metadata["base_model_fingerprint"]
+            banks: dict[str, dict[str, torch.Tensor]] = {name: {} for name in json.loads(metadata["tasks"])}
+            names, size = list(banks), len(spec.pooling) * len(spec.layers)
+            for key, bank in tensors.items():
+                index, mode = key.split(".")
+                if mode not in MODES or bank.ndim != 3 or not len(bank) or bank.shape[1] != size:
+                    raise ValueError(f"{key}: expected draws of {size} vectors, found {tuple(bank.shape)}")
+                banks[names[int(index)]][mode] = bank.float()
+            if len({bank.shape[2] for bank in tensors.values()}) > 1:
+                raise ValueError("its vectors differ in size")
+        except (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
+            raise TaskVectorError(f"{path}: not a file of task vectors: {error!r}") from error
+        return cls(spec, fingerprint, banks)
 
 
 class TaskVectorExtractor:

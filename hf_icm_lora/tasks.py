@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .errors import TaskError
+from .files import commit_file
 
 
 class Sample(NamedTuple):
@@ -195,4 +196,5 @@ def load_tasks(path: str | Path) -> list[Task]:
 def save_tasks(tasks: Iterable[Task], path: str | Path) -> None:
     """Write tasks as JSON Lines, one per line, so that [`load_tasks`] gives them back."""
     lines = [json.dumps(task.__dict__, ensure_ascii=False) + "\n" for task in check_unique_names(tasks)]
-    Path(path).write_text("".join(lines), encoding="utf-8")
+    with commit_file(path) as temporary:
+        temporary.write_text("".join(lines), encoding="utf-8")

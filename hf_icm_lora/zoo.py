@@ -25,8 +25,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo, hf_hub_download, snapshot_download
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
@@ -51,6 +50,7 @@ from .files import (
     discard_directory,
     locked,
     read_json,
+    read_safetensors,
     safe_dirname,
     write_json,
 )
@@ -90,10 +90,11 @@ class LoraZoo:
         self.path = Path(path)
         _refuse_links(self.path, self.path / "adapters")
         self.about = _read_json(self.path / ZOO_FILE, "a zoo")
-        if self.about.get("format_version", 0) > FORMAT_VERSION:
+        version = self.about.get("format_version", 0)
+        if not isinstance(version, int) or version > FORMAT_VERSION:
             raise ZooError(
-                f"{self.path}: format version {self.about['format_version']}, this package reads up to "
-                f"{FORMAT_VERSION}: upgrade hf_icm_lora."
+                f"{self.path}: format version {version!r:.200}, this package reads up to {FORMAT_VERSION}: upgrade "
+                "hf_icm_lora."
             )
         if missing := [field for field in FIELDS if field not in self.about]:
             raise ZooError(f"{self.path / ZOO_FILE}: expected the fields {FIELDS}, found no {missing}.")
@@ -491,8 +492,8 @@ class LoraZoo:
         if not file.exists():
             return None
         try:
-            reference = load_file(file)["reference"]
-        except (SafetensorError, KeyError) as error:
+            reference = read_safetensors(file)[0]["reference"]
+        except (OSError, ValueError, KeyError) as error:
             raise CorruptAdapterError(f"{file}: not a reference of a zoo: {error}") from error
         if reference.shape != (self.layout.num_weights,):
             raise CorruptAdapterError(f"{file}: expected {self.layout.num_weights} weights, found {reference.shape}.")
@@ -555,8 +556,7 @@ class LoraZoo:
                     f"{self.path} holds vectors of {lost[:3]} that were made with {stored.spec}; found new ones "
                     f"without these tasks, made with {vectors.spec}. Extract the vectors of all tasks of the zoo."
                 )
-        with commit_file(self.path / VECTORS_FILE) as temporary:
-            vectors.save(temporary)
+        vectors.save(self.path / VECTORS_FILE)
 
     @property
     def has_task_vectors(self) -> bool:

@@ -451,6 +451,11 @@ def test_frozen_base_leaves_disabled_adapters_disabled(llama):
         assert torch.equal(logits(model), plain)
 
 
+def test_fast_dtype_of_an_accelerator(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert fast_dtype.__wrapped__() == torch.bfloat16
+
+
 @pytest.mark.parametrize(("slow", "expected"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
 def test_fast_dtype_is_the_one_that_this_machine_multiplies_faster(monkeypatch, slow, expected):
     clock = [0.0]

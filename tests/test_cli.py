@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -129,6 +131,7 @@ def test_training_reports_unseen_tasks_and_resumes(folder, tmp_path, capsys):
     assert "eval_generation_loss" in metrics
     checkpoint = str(tmp_path / "out" / "checkpoint-2")
     assert train(folder, tmp_path / "resumed", *more, "--resume_from_checkpoint", checkpoint) == 0
+    assert train(folder, tmp_path / "out", *more, "--resume_from_checkpoint", "True") == 0  # the last one
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "resumed"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -185,6 +188,40 @@ def test_env_names_versions(capsys):
     assert main(["env"]) == 0
     out = capsys.readouterr().out
     assert all(f"- {name}: " in out for name in ("platform", "python", "hf_icm_lora", "torch", "peft", "device"))
+
+
+def test_env_says_what_is_missing(capsys, monkeypatch):
+    def version(name):
+        if name == "peft":
+            raise PackageNotFoundError
+        return "1.2.3"
+
+    monkeypatch.setattr("hf_icm_lora.cli.version", version)
+    assert main(["env"]) == 0
+    out = capsys.readouterr().out
+    assert "- peft: not installed\n" in out
+    assert "- transformers: 1.2.3\n" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["ev"], {"evaluate"}),
+        ([""], set(COMMANDS)),
+        (["generate", "--exa"], {"--examples"}),
+        (["train", "--zoo", "x", "--prio"], {"--prior"}),
+        (["vectors", "--exa"], set()),
+    ],
+)
+def test_completion_in_bash(capsys, words, found):
+    assert main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    typed = " ".join(f"'{word}'" for word in ["hf-icm-lora", *words])
+    ask = f"COMP_WORDS=({typed}); COMP_CWORD={len(words)}; _hf_icm_lora; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+    ran = subprocess.run(["bash", "--norc", "-c", f"{script}\n{ask}"], capture_output=True, text=True, check=True)
+    assert set(ran.stdout.split()) == found
+    assert main(["completion", "zsh"]) == 0
+    assert capsys.readouterr().out == f"autoload -U +X bashcompinit && bashcompinit\n{script}"
 
 
 # Wrong command lines
@@ -285,6 +322,25 @@ def test_adapter_is_never_overwritten(folder, capsys):
     argv = ("--generator", folder / "generator", "--description", "Shift.", "--output_dir", folder / "adapter")
     assert "exists already" in fails(capsys, "generate", *argv)
     assert (folder / "adapter" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_what_cannot_be_pushed_is_said_before_anything_is_uploaded(folder, tmp_path, capsys):
+    evaluation = ("--evaluation", folder / "evaluation")
+    assert "no folder of a generator" in fails(capsys, "push", tmp_path, "user/it")
+    assert "--evaluation goes with a generator" in fails(capsys, "push", folder / "zoo", "user/it", *evaluation)
+    bare = shutil.copytree(folder / "generator", tmp_path / "bare")
+    (bare / "README.md").unlink()
+    error = fails(capsys, "push", bare, "user/it", "--base_model", "user/base", *evaluation)
+    assert "has no README.md to put the evaluation into: save the generator again" in error
+
+
+def test_gguf_of_an_adapter_that_names_no_base_model(folder, tmp_path, capsys):
+    nameless = shutil.copytree(folder / "adapter", tmp_path / "nameless")
+    config = json.loads((nameless / "adapter_config.json").read_text())
+    (nameless / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    error = fails(capsys, "export", nameless, "--format", "gguf", "--output", tmp_path / "it.gguf")
+    assert "names no base model: pass --base_model" in error
+    assert not (tmp_path / "it.gguf").exists()
 
 
 def test_traceback_on_demand(tmp_path):

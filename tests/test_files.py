@@ -1,22 +1,33 @@
 """Files: whole or not at all, readable by others, and one safe directory name per task name."""
 
+import errno
 import json
+import math
 import os
 import re
 import stat
+import struct
 import unicodedata
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from hf_icm_lora import files
 from hf_icm_lora.files import (
     TEMPORARY,
     commit_directory,
     commit_file,
+    discard_directory,
+    locked,
+    read_json,
+    read_safetensors,
     safe_dirname,
     sha256_of,
     sweep_temporary,
@@ -225,3 +236,143 @@ def test_hash_knows_where_parts_end():
 @given(st.lists(st.binary(max_size=4), max_size=4), st.lists(st.binary(max_size=4), max_size=4))
 def test_hash_is_unambiguous(one, other):
     assert (sha256_of(*one) == sha256_of(*other)) == (one == other)
+
+
+# Reading what may come from elsewhere
+
+
+def refused(read, path, message):
+    with pytest.raises(ValueError, match=message):
+        read(path)
+
+
+def test_json_is_read_from_ordinary_files_of_a_bounded_size(tmp_path, monkeypatch):
+    file, pipe = tmp_path / "about.json", tmp_path / "pipe.json"
+    file.write_text('{"a": "ü"}', encoding="utf-8")
+    assert read_json(file) == {"a": "ü"}
+    monkeypatch.setattr(files, "MAX_JSON", 11)
+    assert read_json(str(file)) == {"a": "ü"}
+    monkeypatch.setattr(files, "MAX_JSON", 10)
+    refused(read_json, file, "expected up to 10 bytes, found 11")
+    monkeypatch.undo()
+    file.write_text("[" * 100_000)
+    refused(read_json, file, "nested too deeply")
+    os.mkfifo(pipe)
+    refused(read_json, pipe, "not a file")
+    refused(read_json, tmp_path, "not a file")
+    with pytest.raises(FileNotFoundError):
+        read_json(tmp_path / "none.json")
+
+
+def entry(name, numbers=1, start=0):
+    return f'"{name}":{{"dtype":"F32","shape":[{numbers}],"data_offsets":[{start},{start + 4 * numbers}]}}'
+
+
+def write_tensors(path, header, data=b""):
+    path.write_bytes(struct.pack("<Q", len(header)) + header.encode() + data)
+
+
+def test_tensors_are_read_as_stored(tmp_path):
+    file, ones = tmp_path / "x.safetensors", torch.ones(2, 3, dtype=torch.float16)
+    save_file({"a": ones, "b": torch.zeros(0)}, file, metadata={"about": "it"})
+    tensors, metadata = read_safetensors(file, max_bytes=file.stat().st_size)
+    assert tensors.keys() == {"a", "b"}
+    assert tensors["a"].dtype == torch.float16
+    assert torch.equal(tensors["a"], ones)
+    assert metadata == {"about": "it"}
+    refused(
+        lambda path: read_safetensors(path, max_bytes=path.stat().st_size - 1), file, "a larger max_bytes reads it"
+    )
+    write_tensors(file, f"{{{entry('a')}}}", struct.pack("<f", 2.5))
+    tensors, metadata = read_safetensors(str(file))
+    assert (tensors["a"].item(), metadata) == (2.5, {})
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (f"{{{entry('a')},{entry('a', start=4)}}}", "its header has 'a' twice"),
+        (f"{{{entry('b', start=4)},{entry('a')},{entry('b')}}}", "its header has 'b' twice"),
+        ('{"__metadata__":{"x":"1","x":"2"}}', "its header has 'x' twice"),
+        ("[" * 100_000, "its header: maximum recursion depth"),
+        ("{", "its header: Expecting"),
+        ("[1]", "not a whole safetensors file"),
+        (f"{{{entry('a', 3)}}}", "not a whole safetensors file"),
+        ("{" + entry("a").replace("F32", "I32") + "}", r"'a': expected one of \('F64', .*\), found I32"),
+    ],
+)
+def test_headers_that_lie_are_refused(tmp_path, header, message):
+    file = tmp_path / "x.safetensors"
+    write_tensors(file, header, b"\0" * 8 if "twice" in message else b"\0" * 4)
+    refused(read_safetensors, file, message)
+
+
+def test_headers_that_leave_the_file_are_refused_before_they_are_read(tmp_path, monkeypatch):
+    file = tmp_path / "x.safetensors"
+    for content in (b"", b"\0" * 8, struct.pack("<Q", 3) + b"{}", struct.pack("<Q", 2**63) + b"{}"):
+        file.write_bytes(content)
+        length = int.from_bytes(content[:8], "little")
+        refused(read_safetensors, file, f"its header would have {length} bytes, of {len(content)} in all")
+    file.write_bytes(struct.pack("<Q", 2) + b"{}")
+    assert read_safetensors(file) == ({}, {})
+    monkeypatch.setattr(files, "MAX_JSON", 1)
+    refused(read_safetensors, file, "its header would have 2 bytes, of 10 in all")
+    os.mkfifo(tmp_path / "pipe")
+    refused(read_safetensors, tmp_path / "pipe", "not a file")
+    with pytest.raises(FileNotFoundError):
+        read_safetensors(tmp_path / "none")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_values_that_are_not_finite_are_named(tmp_path, value):
+    save_file({"a": torch.ones(2), "b": torch.tensor([1, value])}, tmp_path / "x")
+    refused(read_safetensors, tmp_path / "x", "^b holds values that are not finite$")
+
+
+# Locks and leftovers
+
+
+def test_a_lock_is_held_by_one_and_goes_with_its_holder(tmp_path):
+    with locked(tmp_path / "lock", wait=True) as got:
+        assert got
+        with locked(tmp_path / "lock", wait=False) as other:
+            assert not other
+        assert (tmp_path / "lock").exists()  # who was refused does not remove it
+    assert not (tmp_path / "lock").exists()
+    with pytest.raises(Crash), locked(tmp_path / "lock", wait=False):
+        raise Crash
+    with locked(tmp_path / "lock", wait=False) as got:
+        assert got
+
+
+@pytest.mark.parametrize("lock", [None, SimpleNamespace(flock=throw(OSError(errno.ENOLCK, "No locks")), LOCK_EX=1)])
+def test_where_there_are_no_locks_everybody_gets_them(tmp_path, monkeypatch, lock):
+    monkeypatch.setattr(files, "fcntl", lock)
+    with locked(tmp_path / "lock", wait=True) as got, locked(tmp_path / "lock", wait=True) as other:
+        assert (got, other) == (True, True)
+
+
+def test_a_discarded_directory_is_gone_or_swept_later(tmp_path, monkeypatch):
+    (tmp_path / "task").mkdir()
+    discard_directory(tmp_path / "task")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "task").mkdir()
+    monkeypatch.setattr(files.shutil, "rmtree", lambda *_, **__: None)
+    discard_directory(str(tmp_path / "task"))
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(TEMPORARY)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (SafetensorError("no room"), r"it\.json could not be written: no room"),
+        (OSError(errno.ENOSPC, "No space left"), r"\[Errno 28\] No space left: '.*it\.json'"),
+        (OSError(errno.EACCES, "Denied", "other"), r"\[Errno 13\] Denied: 'other'"),
+        (OSError("of its own"), "^of its own$"),
+    ],
+)
+def test_errors_of_writing_name_the_file(tmp_path, error, message):
+    with pytest.raises(OSError, match=message), commit_file(tmp_path / "it.json"):
+        raise error
+    assert not list(tmp_path.iterdir())

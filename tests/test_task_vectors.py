@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 
 import pytest
 import torch
@@ -388,7 +389,52 @@ def _bad_spec(path):
     save_file({}, path, metadata=metadata)
 
 
-@pytest.mark.parametrize("write", [_missing, _html, _other_safetensors, _truncated, _bad_spec])
+def _pipe(path):
+    os.mkfifo(path)
+
+
+def _deep(path):
+    save_file({}, path, metadata={"tasks": "[" * 100_000, "spec": "{}", "base_model_fingerprint": "f"})
+
+
+STORED = {
+    "as it should be": ({"0.both": torch.ones(2, 1, 3).double(), "0.description": torch.ones(1, 1, 3)}, {}),
+    "whole numbers": ({"0.both": torch.ones(2, 1, 3, dtype=torch.int32)}, {}),
+    "not finite": ({"0.both": torch.full((2, 1, 3), torch.nan)}, {}),
+    "unknown mode": ({"0.evil": torch.ones(2, 1, 3)}, {}),
+    "task that is not named": ({"7.both": torch.ones(2, 1, 3)}, {}),
+    "another name": ({"both": torch.ones(2, 1, 3)}, {}),
+    "two dimensions": ({"0.both": torch.ones(2, 3)}, {}),
+    "no draws": ({"0.both": torch.ones(0, 1, 3)}, {}),
+    "more vectors than layers": ({"0.both": torch.ones(2, 3, 3)}, {}),
+    "sizes that differ": ({"0.both": torch.ones(2, 1, 3), "0.description": torch.ones(1, 1, 4)}, {}),
+    "names that are none": ({}, {"tasks": "[[]]"}),
+    "no specification": ({}, {"spec": "[]"}),
+    "no fingerprint": ({}, {"base_model_fingerprint": None}),
+}
+
+
+def _stored(what):
+    def write(path):
+        tensors, changes = STORED[what]
+        about = {"tasks": '["a"]', "spec": json.dumps(SPEC.to_dict()), "base_model_fingerprint": "f"} | changes
+        save_file(tensors, path, metadata={name: text for name, text in about.items() if text is not None})
+
+    write.__name__ = what
+    return write
+
+
+def test_file_as_it_should_be(tmp_path):
+    _stored("as it should be")(tmp_path / "vectors")
+    banks = TaskVectors.load(tmp_path / "vectors").banks
+    assert torch.equal(banks["a"]["both"], torch.ones(2, 1, 3))  # in fp32, whatever is stored
+    assert torch.equal(banks["a"]["description"], torch.ones(1, 1, 3))
+
+
+WRONG = [_missing, _html, _other_safetensors, _truncated, _bad_spec, _pipe, _deep, *map(_stored, list(STORED)[1:])]
+
+
+@pytest.mark.parametrize("write", WRONG)
 def test_wrong_files_are_refused_with_their_path(tmp_path, write):
     path = tmp_path / "vectors.safetensors"
     write(path)
@@ -410,6 +456,7 @@ def test_spec_survives_json():
         ({"num_demonstrations": 2}, TaskVectorError, "min_demonstrations <= num_demonstrations.* found 3, 2"),
         ({"num_draws": 0}, TaskVectorError, "num_draws >= 1"),
         ({"layers": ()}, TaskVectorError, "at least one layer"),
+        ({"layers": ("last",)}, TaskVectorError, r"by their numbers, found \('last',\)"),
         ({"max_length": 0}, TaskVectorError, "max_length"),
         ({"max_length": -1}, TaskVectorError, "max_length"),
         ({"pooling": "max"}, TaskVectorError, r"some of \('last', .*\), found \('max',\)"),

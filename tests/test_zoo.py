@@ -249,6 +249,14 @@ def test_snapshots_that_an_older_version_left_without_a_record_are_replaced(zoo)
     assert list((zoo.path / "adapters").iterdir()) == [zoo.task_folder("a")]
 
 
+def test_zoo_that_cannot_be_uploaded_says_so(full):
+    with pytest.raises(ZooError, match="no complete task to upload"):
+        full.subset([]).push_to_hub("user/it")
+    full.remote = {"repo_id": "user/it"}
+    with pytest.raises(ZooError, match="a streamed zoo is for reading"):
+        full.push_to_hub("user/it")
+
+
 def test_task_is_added_once(full):
     before = files(full.path)
     for opened in (full, LoraZoo(full.path)):
