@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 export MALLOC_MMAP_THRESHOLD_ := 4294967296
 export MALLOC_TRIM_THRESHOLD_ := 8589934592
 
-.PHONY: demo test slow-test quality style clean
+.PHONY: demo test slow-test coverage quality style clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py --output_dir build/demo
@@ -18,6 +18,11 @@ test: $(VENV)/.test
 
 slow-test: $(VENV)/.test $(VENV)/.demo
 	$(BIN)/python -m pytest -m slow
+
+coverage: $(VENV)/.test $(VENV)/.quality
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 quality: $(VENV)/.quality
 	$(BIN)/ruff check .

@@ -24,7 +24,7 @@ EXTRAS = {
     "plots": ["matplotlib>=3.9"],
     "trackers": ["tensorboard>=2.18", "trackio>=0.43"],
     "test": ["hypothesis>=6.100", "pytest>=8.0"],
-    "quality": ["ruff==0.17.6"],
+    "quality": ["coverage>=7.10", "ruff==0.17.6"],
     "llama": ["llama-cpp-python>=0.3.16"],  # benchmarks/serving.py
     "space": ["gradio>=6.0", "selenium>=4.20"],  # examples/space, and its test in a browser
     "docs": ["pytest>=8.0"],  # docs are Markdown; their code blocks run as tests
@@ -53,6 +53,7 @@ setup(
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
 )

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import stat
 import struct
 import unicodedata
@@ -109,6 +110,26 @@ def test_what_a_killed_writer_leaves_is_not_the_target_and_can_be_swept(tmp_path
         os.utime(path, (0, 0))
     sweep_temporary(tmp_path)
     assert tree(tmp_path) == {"adapters": b"", "adapters/kept.tmp-not-a-prefix": b"a"}
+
+
+def test_sweeping_goes_on_where_others_sweep_too(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / f"{TEMPORARY}{name}").mkdir()
+    ages = {
+        f"{TEMPORARY}a": throw(FileNotFoundError("swept by another")),
+        f"{TEMPORARY}b": lambda: os.stat_result([0] * 10),
+    }
+    monkeypatch.setattr(Path, "lstat", lambda path: ages[path.name]())
+    busy = shutil.rmtree
+
+    def rmtree(path, ignore_errors=False):
+        busy(path)
+        if not ignore_errors:
+            raise OSError("something in it is in use")
+
+    monkeypatch.setattr(files.shutil, "rmtree", rmtree)
+    sweep_temporary(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [f"{TEMPORARY}a"]
 
 
 def test_sweeping_does_not_disturb_another_process_that_is_writing(tmp_path):

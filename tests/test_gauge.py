@@ -5,7 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_icm_lora import LoraLayout
 from hf_icm_lora.gauge import align, balance, mean_reference, product_error
+from hf_icm_lora.layout import LoraModule
 
 shapes = st.tuples(st.integers(1, 4), st.integers(4, 9), st.integers(4, 9))  # rank, in_features, out_features
 seeds = st.integers(0, 2**32 - 1)
@@ -171,3 +173,21 @@ def test_product_error_is_that_of_the_products(seed, shape):
     expected = (product(*one) - product(*other)).square().sum((-1, -2))
     torch.testing.assert_close(product_error(*one, *other), expected)
     torch.testing.assert_close(product_error(*one, *one), torch.zeros_like(expected), atol=1e-9, rtol=0)
+
+
+def test_layout_treats_every_module_as_the_functions_do():
+    modules = [("x.a", 6, 5, 3), ("y", 4, 7, 2), ("x.b", 6, 5, 3), ("x.c", 5, 6, 3)]  # two of one size, the rest apart
+    layout, nothing = LoraLayout(tuple(LoraModule(*module) for module in modules), "canonical"), torch.zeros(0)
+    vectors, reference = drawn(0, 2, layout.num_weights), drawn(1, layout.num_weights)
+    given, towards = layout.factors(vectors, nothing), layout.factors(reference, nothing)
+    bare, turned_to = layout.canonical(vectors), layout.canonical(vectors, reference)
+    mean = layout.mean_reference(vectors)
+    assert [v.shape for v in (bare, turned_to, mean)] == [vectors.shape, vectors.shape, reference.shape]
+    for name, *_ in modules:
+        a, b, _ = balance(*given[name])
+        for found, wanted in (
+            (layout.factors(bare, nothing)[name], (a, b)),
+            (layout.factors(turned_to, nothing)[name], align(a, b, *towards[name])),
+            (layout.factors(mean, nothing)[name], mean_reference(a, b)),
+        ):
+            torch.testing.assert_close(found, wanted)

@@ -395,3 +395,34 @@ def test_packing_does_not_change_the_state_dict(llama):
     before = {key: tensor.clone() for key, tensor in state_dict.items()}
     LoraLayout.from_state_dict(state_dict, config, "canonical").pack(state_dict, config)
     assert all(torch.equal(before[key], state_dict[key]) for key in before)
+
+
+@pytest.mark.parametrize(
+    ("widths", "message"),
+    [
+        ([9, 8, 8, 8], "m0: expected rank 2, 8 -> 4, found rank 2, 9 -> 4."),
+        (
+            [9, 9, 9, 8],
+            "m0: expected rank 2, 8 -> 4, found rank 2, 9 -> 4; m1: expected rank 2, 8 -> 4, found rank 2, 9 -> 4; "
+            "m2: expected rank 2, 8 -> 4, found rank 2, 9 -> 4.",
+        ),
+        (
+            [9, 9, 9, 9],
+            "m0: expected rank 2, 8 -> 4, found rank 2, 9 -> 4; m1: expected rank 2, 8 -> 4, found rank 2, 9 -> 4; "
+            "m2: expected rank 2, 8 -> 4, found rank 2, 9 -> 4; and 1 more.",
+        ),
+        ([8, 8, 8], "m3: expected rank 2, 8 -> 4, found no such module."),
+        ([8, 8, 8, 8, 8], "m4: expected no such module, found rank 2, 8 -> 4."),
+    ],
+)
+def test_three_differences_of_a_layout_are_named(widths, message):
+    def state_dict(widths):
+        sizes = {f"m{i}": width for i, width in enumerate(widths)}
+        halves = {f"{PREFIX}{name}.lora_A.weight": torch.ones(2, width) for name, width in sizes.items()}
+        return halves | {f"{PREFIX}{name}.lora_B.weight": torch.ones(4, 2) for name in sizes}
+
+    config = {"r": 2, "lora_alpha": 2}
+    layout = LoraLayout.from_state_dict(state_dict([8] * 4), config, "frozen_a")
+    layout.pack(state_dict([8] * 4), config)
+    with pytest.raises(IncompatibleAdapterError, match=f"^The adapter has another layout. {re.escape(message)}$"):
+        layout.pack(state_dict(widths), config)

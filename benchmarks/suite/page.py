@@ -74,13 +74,18 @@ def ablations(report: Report) -> str:
 
 
 def seeds(report: Report) -> str:
-    """G of the same recipe from several seeds, and their mean."""
-    runs, kinds = report["seeds"], ("mean", "median", "min")
-    splits = list(next(iter(runs.values())))
-    rows = [[f"seed {seed}", *(run[s][kind] for s in splits for kind in kinds)] for seed, run in runs.items()]
-    rows.append(["*mean*", *map(statistics.mean, zip(*(row[1:] for row in rows), strict=True))])
-    head = ["generator", *(f"{TITLES[s]}: mean G" if kind == "mean" else kind for s in splits for kind in kinds)]
-    return lines(head, [[name, *map(number, values)] for name, *values in rows])
+    """G of the same recipe from several seeds, their mean, G of their adapters' mean, and G of fine-tuning again."""
+    splits, kinds = report["splits"], ("mean", "median", "min")
+    figures = {
+        row: [rows[row][kind] for rows in splits.values() for kind in kinds] for row in next(iter(splits.values()))
+    }
+    again, averaged = figures.pop("task_lora"), figures.pop("averaged")
+    num_again = sum(len(rows["task_lora"]["recovered_gains"]) for rows in splits.values())
+    rows = {f"generator, seed {seed}": values for seed, values in figures.items()}
+    rows["*mean of these*"] = [statistics.mean(values) for values in zip(*figures.values(), strict=True)]
+    rows |= {"their adapters averaged": averaged, f"fine-tuned again ({num_again} tasks)": again}
+    head = ["adapters", *(f"{TITLES[s]}: mean G" if kind == "mean" else kind for s in splits for kind in kinds)]
+    return lines(head, [[name, *map(number, values)] for name, values in rows.items()])
 
 
 def refine(report: Report) -> str:
