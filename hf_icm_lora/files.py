@@ -5,11 +5,12 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import time
 import unicodedata
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ except ImportError:  # on Windows
 TEMPORARY = ".tmp-"  # a path component that starts so is never part of a result
 DTYPES = ("F64", "F32", "F16", "BF16")  # of tensors that are read
 MAX_BYTES = 8 * 2**30  # of a file of tensors
+MODEL_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")  # as transformers names them
 MAX_JSON = 2**26  # bytes of a JSON file or header: the largest that is written has a few
 
 
@@ -68,6 +70,8 @@ def commit_directory(path: str | Path) -> Iterator[Path]:
 def commit_files(path: str | Path, last: str) -> Iterator[Path]:
     """Fill a temporary directory inside `path`, then move its files there, each by one rename.
 
+    A model's weights that lie there under names that the new ones do not have are removed.
+
     Args:
         path (`str` or `Path`): The directory, made if there is none. Files that it holds are replaced one by one.
         last (`str`): The file without which readers take the others for nothing; it is moved after them.
@@ -78,15 +82,29 @@ def commit_files(path: str | Path, last: str) -> Iterator[Path]:
     try:
         with _named(path):
             yield temporary
-            files = sorted(temporary.iterdir(), key=lambda file: file.name == last)
-            for file in files:
+            *files, final = sorted(temporary.iterdir(), key=lambda file: (file.name == last, file.name))
+            for file in (*files, final):
                 _respect_umask(file)
                 _fsync(file)
             for file in files:
                 os.replace(file, path / file.name)
+            for name in stale_weights(os.listdir(path), [file.name for file in files]):
+                (path / name).unlink()
+            os.replace(final, path / final.name)
             _fsync(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def stale_weights(there: Iterable[str], new: Iterable[str]) -> list[str]:
+    """Return which files of a model's weights the new ones leave behind: one file, or the shards of another number.
+
+    transformers would go on reading `model.safetensors` beside new shards.
+    """
+    new = set(new)
+    if not any(map(MODEL_WEIGHTS.fullmatch, new)):
+        return []
+    return sorted(name for name in there if MODEL_WEIGHTS.fullmatch(name) and name not in new)
 
 
 @contextlib.contextmanager

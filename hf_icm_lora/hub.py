@@ -4,10 +4,11 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from peft import PeftModel
 
 from .errors import IcmLoraError
+from .files import stale_weights
 from .model_card import LIBRARY, adapter_card, is_local
 
 CARD_FILE = "README.md"
@@ -28,6 +29,8 @@ def push_files(
 ) -> CommitInfo:
     """Put files into a repository, made if there is none, in one commit.
 
+    A model's weights that it holds under names that the new ones do not have are removed.
+
     Args:
         files (`Mapping`): Path in the repository -> a file, or its content.
         repo_id, repo_type, commit_message, commit_description, private, token, revision, create_pr: As in
@@ -44,11 +47,13 @@ def push_files(
     repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
     if revision and not revision.startswith("refs/pr/") and not create_pr:
         api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
-    if keep_card and api.file_exists(repo_id, CARD_FILE, repo_type=repo_type, revision=revision):
+    there = {entry.path for entry in api.list_repo_tree(repo_id, repo_type=repo_type, revision=revision)}
+    if keep_card and CARD_FILE in there:
         files = {path: content for path, content in files.items() if path != CARD_FILE}
+    stale = [CommitOperationDelete(path) for path in stale_weights(there, files)]
     return api.create_commit(
         repo_id,
-        [CommitOperationAdd(path, content) for path, content in files.items()],
+        [*(CommitOperationAdd(path, content) for path, content in files.items()), *stale],
         commit_message=commit_message or "Upload with hf_icm_lora",
         commit_description=commit_description,
         repo_type=repo_type,

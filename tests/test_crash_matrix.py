@@ -281,6 +281,27 @@ def test_generator_over_an_older_one(tmp_path, zoo, mode):
     assert faults >= 8
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("sizes", [("50GB", "3KB"), ("3KB", "50GB")], ids=["into shards", "out of shards"])
+def test_generator_in_other_files_than_before(tmp_path, zoo, mode, sizes):
+    """The older weights are read until all new ones are there, and are gone in the end."""
+    old_one, new_one = make_generator(zoo, 1), make_generator(zoo, 2)
+
+    def check(root, _, done):
+        loaded = LoraGeneratorModel.from_pretrained(root / "generator")
+        is_new = torch.equal(next(loaded.parameters()), next(new_one.parameters()))
+        assert_same(loaded, new_one if is_new else old_one)
+        names = {path.name for path in (root / "generator").glob("*.safetensors*")}
+        assert not done or is_new
+        assert not done or ("model.safetensors" in names) is (len(names) == 1) is (sizes[1] == "50GB")
+
+    faults = matrix(
+        tmp_path, lambda root: new_one.save_pretrained(root / "generator", max_shard_size=sizes[1]), check, mode,
+        lambda root: old_one.save_pretrained(root / "generator", max_shard_size=sizes[0]),
+    )  # fmt: skip
+    assert faults >= 10
+
+
 def test_generator_of_another_size_is_an_error_and_no_mixture(tmp_path, zoo):
     make_generator(zoo, 1).save_pretrained(tmp_path / "generator")
     other = make_generator(zoo, 2, hidden_size=32)

@@ -93,7 +93,7 @@ def make_zoo(path, names, gauge="frozen_a", vectors_of=None):
         zoo.add(name, {1: make_weights(seed, gauge)}, family=name.split("/")[0])
     generator = torch.Generator().manual_seed(0)
     banks = {name: {"demonstrations": torch.randn(2, 1, 8, generator=generator)} for name in vectors_of or names}
-    TaskVectors(TaskVectorSpec(), "f" * 64, banks).save(zoo.path / "task_vectors.safetensors")
+    TaskVectors(TaskVectorSpec(pooling="prompts"), "f" * 64, banks).save(zoo.path / "task_vectors.safetensors")
     return zoo
 
 
@@ -444,7 +444,7 @@ def test_modules_of_other_depths_and_without_a_lora_are_blank(tmp_path):
     for name in ("a", "b"):
         zoo.add(name, {1: state})
     banks = {name: {"demonstrations": torch.randn(2, 1, 8)} for name in zoo}
-    zoo.add_task_vectors(TaskVectors(TaskVectorSpec(), "f" * 64, banks))
+    zoo.add_task_vectors(TaskVectors(TaskVectorSpec(pooling="prompts"), "f" * 64, banks))
     figure = plot_module_errors(make_generator(zoo), zoo)
     cells = figure.axes[0].collections[0].get_array()
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["decoder.*.*.q", "encoder.*.q", "head"]

@@ -79,6 +79,8 @@ def one_line(error):
 
 
 def check_generator_there_and_back(hub, world):
+    import copy
+
     from huggingface_hub import HfApi, ModelCard
     from transformers import AutoModel
 
@@ -103,6 +105,17 @@ def check_generator_there_and_back(hub, world):
     assert set(card.data.tags) >= {"hf_icm_lora", "lora", "shifting"}
     assert 'LoraGeneratorModel.from_pretrained("user/generator")' in card.text
     assert "shift: 1, 2" in card.text
+
+    # Weights in other files than before leave none behind, which readers would prefer.
+    bigger = copy.deepcopy(world.generator)
+    bigger.zoo_normalizer.weight_mean += 1
+    for size, more in (("20KB", True), ("50GB", False)):
+        bigger.push_to_hub("user/generator", max_shard_size=size)
+        names = set(files(hub, "user/generator"))
+        assert ("model.safetensors.index.json" in names) is more
+        assert ("model.safetensors" in names) is not more
+        assert any("-of-" in name for name in names) is more
+        assert same_weights(LoraGeneratorModel.from_pretrained("user/generator"), bigger)
 
     # A card that somebody has written stays; an own one is taken where there is none.
     card.text += "\nWritten by hand.\n"

@@ -69,7 +69,7 @@ def banks(names, draws=4, size=3, modes=("demonstrations", "both", "description"
 
 
 def vectors(names, **kwargs):
-    return TaskVectors(TaskVectorSpec(), ABOUT["base_model_fingerprint"], banks(names, **kwargs))
+    return TaskVectors(TaskVectorSpec(pooling="prompts"), ABOUT["base_model_fingerprint"], banks(names, **kwargs))
 
 
 def files(root):
@@ -351,7 +351,7 @@ def test_task_vectors_are_stored_and_replaced(full):
     assert list(LoraZoo(full.path).task_vectors.banks) == NAMES
     full.add_task_vectors(vectors(NAMES, draws=2))
     again = LoraZoo(full.path).task_vectors
-    assert again.spec == TaskVectorSpec()
+    assert again.spec == TaskVectorSpec(pooling="prompts")
     assert again.banks["capital"]["both"].shape == (2, 1, 3)
 
 
@@ -479,7 +479,7 @@ def test_task_without_description_lacks_that_mode_only(zoo):
         zoo.add(name, {4: weights(i)})
     both = banks("ab")
     del both["b"]["both"], both["b"]["description"]
-    zoo.add_task_vectors(TaskVectors(TaskVectorSpec(), ABOUT["base_model_fingerprint"], both))
+    zoo.add_task_vectors(TaskVectors(TaskVectorSpec(pooling="prompts"), ABOUT["base_model_fingerprint"], both))
     assert len(zoo.as_dataset()) == 3 * 4 + 4
     with pytest.raises(TaskError, match="'b' has no task vectors of the modes"):
         zoo.as_dataset(["description"])
