@@ -25,12 +25,14 @@ from hf_icm_lora.files import (
     TEMPORARY,
     commit_directory,
     commit_file,
+    commit_files,
     discard_directory,
     locked,
     read_json,
     read_safetensors,
     safe_dirname,
     sha256_of,
+    stale_weights,
     sweep_temporary,
     write_json,
 )
@@ -257,6 +259,65 @@ def test_hash_knows_where_parts_end():
 @given(st.lists(st.binary(max_size=4), max_size=4), st.lists(st.binary(max_size=4), max_size=4))
 def test_hash_is_unambiguous(one, other):
     assert (sha256_of(*one) == sha256_of(*other)) == (one == other)
+
+
+# Several files at once
+
+
+def test_files_are_moved_with_the_last_one_last(tmp_path, monkeypatch):
+    moved, folder = [], tmp_path / "deep" / "generator"
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda source, target: (moved.append(target.name), replace(source, target)))
+    for text in ("old", "new"):
+        with umask(0o027), commit_files(str(folder), last="config.json") as temporary:
+            for name in ("z.safetensors", "config.json", "a.txt"):
+                (temporary / name).write_text(text)
+                (temporary / name).chmod(0o600)
+            assert tree(folder).get("a.txt") == (b"old" if text == "new" else None)
+        assert tree(folder) == dict.fromkeys(("a.txt", "config.json", "z.safetensors"), text.encode())
+        assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o640}
+    assert moved == ["a.txt", "z.safetensors", "config.json"] * 2
+
+
+def test_no_file_is_moved_when_one_cannot_be_written(tmp_path):
+    def write():
+        with commit_files(tmp_path, "config.json") as folder:
+            (folder / "a.txt").write_text("new")
+            raise OSError(errno.ENOSPC, "No space left")
+
+    (tmp_path / "config.json").write_text("old")
+    with pytest.raises(OSError, match=r"\[Errno 28\] No space left: '.*'"):
+        write()
+    assert tree(tmp_path) == {"config.json": b"old"}
+
+
+ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
+TWO, THREE = ([f"model-{i + 1:05}-of-{n:05}.safetensors" for i in range(n)] for n in (2, 3))
+
+
+@pytest.mark.parametrize(
+    ("there", "new", "stale"),
+    [
+        ([ONE], [*TWO, INDEX], [ONE]),
+        ([*TWO, INDEX], [ONE], [*TWO, INDEX]),
+        ([*TWO, INDEX], [*THREE, INDEX], TWO),
+        ([ONE], [ONE], []),
+        ([ONE, INDEX], ["README.md"], []),  # a card alone replaces no weights
+        (
+            ["adapter_model.safetensors", "my-model.safetensors", "model.safetensors.txt", "model-1.safetensors"],
+            [ONE],
+            [],
+        ),
+    ],
+)
+def test_weights_in_other_files_leave_none_of_the_older_ones(tmp_path, there, new, stale):
+    assert stale_weights(iter(there), iter(new)) == stale
+    for name in there:
+        (tmp_path / name).touch()
+    with commit_files(tmp_path, "config.json") as folder:
+        for name in [*new, "config.json"]:
+            (folder / name).touch()
+    assert set(tree(tmp_path)) == {"config.json", *new, *there} - set(stale)
 
 
 # Reading what may come from elsewhere
