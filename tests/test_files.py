@@ -439,7 +439,12 @@ def test_a_discarded_directory_is_gone_or_swept_later(tmp_path, monkeypatch):
     discard_directory(tmp_path / "task")
     assert not list(tmp_path.iterdir())
     (tmp_path / "task").mkdir()
-    monkeypatch.setattr(files.shutil, "rmtree", lambda *_, **__: None)
+
+    def rmtree(path, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError("something in it is in use")
+
+    monkeypatch.setattr(files.shutil, "rmtree", rmtree)
     discard_directory(str(tmp_path / "task"))
     (left,) = tmp_path.iterdir()
     assert left.name.startswith(TEMPORARY)
