@@ -427,7 +427,10 @@ def test_a_lock_is_held_by_one_and_goes_with_its_holder(tmp_path):
         assert got
 
 
-@pytest.mark.parametrize("lock", [None, SimpleNamespace(flock=throw(OSError(errno.ENOLCK, "No locks")), LOCK_EX=1)])
+BROKEN = SimpleNamespace(flock=throw(OSError(errno.ENOLCK, "No locks")), LOCK_EX=1)
+
+
+@pytest.mark.parametrize("lock", [None, BROKEN], ids=["Windows", "network"])
 def test_where_there_are_no_locks_everybody_gets_them(tmp_path, monkeypatch, lock):
     monkeypatch.setattr(files, "fcntl", lock)
     with locked(tmp_path / "lock", wait=True) as got, locked(tmp_path / "lock", wait=True) as other:
