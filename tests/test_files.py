@@ -76,7 +76,13 @@ def test_directory_appears_with_all_files_at_once(tmp_path):
         (folder / "sub" / "a.txt").write_text("a")
         assert not target.exists()
         assert folder.parent == target.parent  # one file system, so that the rename is atomic
-    assert tree(tmp_path) == {"deep": b"", "deep/zoo": b"", "deep/zoo/sub": b"", "deep/zoo/sub/a.txt": b"a"}
+    assert tree(tmp_path) == {
+        "deep": b"",
+        "deep/er": b"",
+        "deep/er/zoo": b"",
+        "deep/er/zoo/sub": b"",
+        "deep/er/zoo/sub/a.txt": b"a",
+    }
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, Crash])
