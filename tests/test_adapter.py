@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -217,7 +218,10 @@ def test_plain_configuration_survives_json_and_peft():
 
 def test_canonical_configuration_scales_by_one():
     config = canonical_lora_config(
-        CONFIG | {"use_rslora": True, "alpha_pattern": {"q": 2}, "rank_pattern": {"q": 2}, "lora_dropout": 0.1}, rank=8
+        CONFIG
+        | {"use_rslora": True, "alpha_pattern": {"q": 2}, "rank_pattern": {"q": 2}, "lora_dropout": 0.1}
+        | {"init_lora_weights": "olora", "inference_mode": False},
+        rank=8,
     )
     assert config == CONFIG | {"r": 8, "lora_alpha": 8, "inference_mode": True}
 
@@ -369,6 +373,21 @@ def test_failed_overwriting_leaves_the_adapter_as_it_was(llama, fields, weights,
     assert_as_before(model, before)
 
 
+def test_overwriting_names_the_first_tensor_that_differs(llama):
+    model = attach_adapter(llama, CONFIG, random_weights(), "one")
+    with pytest.raises(IncompatibleAdapterError, match=re.escape(f"{V1}.lora_A.weight is (4, 32) in the model, None")):
+        attach_adapter(model, CONFIG, _without("layers.1.self_attn.v_proj"), "one")
+
+
+def test_ranks_may_differ_from_module_to_module(llama):
+    weights = {key: t if "q_proj" in key else t[:2] if "lora_A" in key else t[:, :2]
+               for key, t in random_weights().items()}  # fmt: skip
+    model = attach_adapter(llama, CONFIG | {"rank_pattern": {"v_proj": 2}}, weights)
+    assert all(torch.equal(tensor, weights[key]) for key, tensor in adapter_state_dict(model).items())
+    with pytest.raises(IncompatibleAdapterError, match="v_proj.lora_A.weight: found rank 2, but LoraConfig says 4"):
+        attach_adapter(make_llama(), CONFIG, weights)
+
+
 def test_adapter_of_another_architecture_is_refused(llama):
     gpt2 = make_gpt2()
     before = snapshot(gpt2)
@@ -402,6 +421,14 @@ def test_fingerprint_is_of_the_base_and_not_of_its_dtype_or_adapters(any_model):
     assert base_model_fingerprint(model) == fingerprint
     assert base_model_fingerprint(base) == fingerprint  # which get_peft_model changed in place
     assert base_model_fingerprint(model.unload()) == fingerprint
+
+
+def test_fingerprint_is_the_one_that_zoos_and_generators_hold():
+    model = torch.nn.Linear(40, 40)
+    with torch.no_grad():
+        model.weight.copy_(torch.arange(1600.0).reshape(40, 40) / 16)
+        model.bias.copy_(torch.arange(40.0))
+    assert base_model_fingerprint(model) == "272d1e0d0c13267d0b86122d746f8b8a51ea6b97e8237d9d8f5cac98ee4da673"
 
 
 def test_fingerprint_tells_bases_apart(any_model):

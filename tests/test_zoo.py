@@ -101,6 +101,7 @@ def test_created_zoo_is_opened_with_all_it_is_about(zoo):
         assert len(opened) == 0
         assert list(opened) == []
     assert list(files(zoo.path)) == ["zoo.json"]
+    assert json.loads((zoo.path / "zoo.json").read_text()).keys() == {"format_version", *ABOUT}
 
 
 @pytest.mark.parametrize(
