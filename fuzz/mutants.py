@@ -53,7 +53,8 @@ def copy_repository(folder: Path, modules: list[str]) -> None:
         path = folder / "hf_icm_lora" / f"{module}.py"
         path.write_text(without_decorators(path.read_text(encoding="utf-8")), encoding="utf-8")
     for path in (folder / "tests").glob("test_*.py"):
-        source = re.sub(r",\s*ids=(str|ascii|[A-Z]{5,}|lambda [^,\n]*?\])(?=[,)])", "", path.read_text(encoding="utf-8"))
+        source = path.read_text(encoding="utf-8")
+        source = re.sub(r",\s*ids=(str|ascii|[A-Z]{5,}|lambda [^,\n]*?\])(?=[,)])", "", source)
         path.write_text(source, encoding="utf-8")
     with (folder / "tests" / "conftest.py").open("a", encoding="utf-8") as file:
         file.write(IDS)
