@@ -97,9 +97,10 @@ def check_command(words: Sequence[str]) -> None:
         case ["pip", "install", *rest]:
             for requirement in rest:
                 check_requirement(requirement)
-        case ["python", "-m", "pytest", *files]:
-            for file in files:
-                read(file)
+        case ["python", "-m", "pytest", *rest]:
+            for file in rest:
+                if not file.startswith("-"):
+                    read(file)
         case ["accelerate", "launch", "--config_file", config, "-m", "hf_icm_lora.cli", command, *rest]:
             read(config)
             unknown = options_of(rest) - {

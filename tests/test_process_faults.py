@@ -438,15 +438,18 @@ def test_P6_ctrl_c_while_collecting(tmp_path, tokenizer):  # noqa: N802
     code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
     code += "from hf_icm_lora.cli import main; sys.exit(main())"
     child = subprocess.Popen(
-        [sys.executable, "-c", code, *argv, "--max_steps", "1000"],
+        [sys.executable, "-c", code, *argv, "--max_steps", "200"],
         env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     deadline = time.time() + 300
-    while not (path / "zoo.json").exists() and child.poll() is None and time.time() < deadline:
+    # Into the second task: libraries that are still being imported may swallow the interrupt.
+    while not list(path.glob("adapters/*/task.json")) and child.poll() is None and time.time() < deadline:
         time.sleep(0.05)
-    time.sleep(0.5)  # into the first task
     child.send_signal(signal.SIGINT)
-    _, stderr = child.communicate(timeout=300)
+    try:
+        _, stderr = child.communicate(timeout=100)
+    finally:
+        child.kill()
     assert child.returncode == 130
     assert "Traceback" not in stderr
     assert len(assert_whole(path)) < 4
