@@ -31,6 +31,8 @@ EXTRAS = {
 }
 EXTRAS["test"] += EXTRAS["demo"] + EXTRAS["plots"] + EXTRAS["trackers"]
 EXTRAS["dev"] = sorted(set().union(*(EXTRAS[name] for name in EXTRAS if name != "llama")))  # it compiles for long
+# The lower bounds themselves, for an environment of their own: `pip install -e .[compat_tests]`, `pytest -W default`.
+EXTRAS["compat_tests"] = [name.replace(">=", "==") for name in INSTALL_REQUIRES + EXTRAS["test"]]
 
 setup(
     name="hf_icm_lora",
