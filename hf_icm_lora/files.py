@@ -136,9 +136,7 @@ def read_json(path: str | Path) -> Any:
         ValueError: if it is no JSON, or too large, or nested too deeply.
         OSError: if there is no such file, or it cannot be read.
     """
-    path = Path(path)
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise ValueError("not a file")
+    path = _ordinary(path)
     if (size := path.stat().st_size) > MAX_JSON:
         raise ValueError(f"expected up to {MAX_JSON} bytes, found {size}")
     try:
@@ -162,9 +160,7 @@ def read_safetensors(path: str | Path, max_bytes: int = MAX_BYTES) -> tuple[dict
             is not finite.
         OSError: if there is no such file, or it cannot be read.
     """
-    path = Path(path)
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise ValueError("not a file")
+    path = _ordinary(path)
     try:
         _check_header(path, max_bytes)
         with safe_open(path, framework="pt") as file:
@@ -177,6 +173,14 @@ def read_safetensors(path: str | Path, max_bytes: int = MAX_BYTES) -> tuple[dict
     if broken := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise ValueError(f"{broken[0]} holds values that are not finite")
     return tensors, metadata
+
+
+def _ordinary(path: str | Path) -> Path:
+    """Refuse a folder, and a pipe, which would be waited for."""
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError("not a file")
+    return path
 
 
 def _check_header(path: Path, max_bytes: int) -> None:
