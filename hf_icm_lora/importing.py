@@ -22,9 +22,8 @@ from .gauge import product_error, with_rank
 from .layout import PREFIX, LoraLayout, LoraModule
 from .model_card import is_local
 
-SHARED_ROWS = (
-    1e-3  # relative error of B @ A below which an adapter lies in the row space of a shared A: fp16's rounding
-)
+# Relative error of B @ A below which an adapter lies in the row space of a shared A: fp16's rounding.
+SHARED_ROWS = 1e-3
 KEPT_FIELDS = ("task_type", "fan_in_fan_out")
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]  # module -> A (rank, in_features), B transposed (rank, out)
 

@@ -479,9 +479,8 @@ class LoraGeneratorModel(PreTrainedModel):
         elif isinstance(module, TokenwiseLinear):
             init.normal_(module.weight, std=0.02)
             init.zeros_(module.bias)
-        elif isinstance(
-            module, (ZooNormalizer, TaskMap)
-        ):  # or a checkpoint without statistics would come up with garbage
+        elif isinstance(module, (ZooNormalizer, TaskMap)):
+            # Or a checkpoint without statistics would come up with garbage.
             for name, buffer in module.named_buffers():
                 (init.ones_ if name.endswith("_scale") else init.zeros_)(buffer)
         else:
