@@ -2,7 +2,8 @@
 
 Every arm gets the same budget: steps on the LoRAs of 48 seen tasks, then steps through the base model. It is scored on
 the validation tasks of `splits.json`, by mean recovered gain, and its seconds are kept. Finished runs are kept in the
-output and not repeated, so an interrupted call goes on and `--arms` adds to it.
+output and not repeated, so an interrupted call goes on and `--arms` adds to it. Calls side by side need an `--output`
+each: it names their work folder, too.
 
 The arms with 24 LoRAs compare A shared with A trained; the second needs a zoo of its own:
 `python benchmarks/suite/collect.py --train_a --zoo build/suite/zoo-train-a --splits seen --per_split 24`.

@@ -34,9 +34,9 @@ TITLES = {
 Report = Mapping[str, Any]
 
 
-def number(value: float | None, digits: int = 2) -> str:
-    """Format a figure, without a minus before nothing."""
-    return "-" if value is None else re.sub(r"^-(0\.0+)$", r"\1", f"{value:.{digits}f}")
+def number(value: float | None, digits: int = 2, sign: str = "-") -> str:
+    """Format a figure, without a sign before nothing. With `sign="+"` it has one also where it is positive."""
+    return "-" if value is None else re.sub(r"^[-+](0\.0+)$", r"\1", f"{value:{sign}.{digits}f}")
 
 
 def lines(head: list[str], rows: list[list[str]]) -> str:
@@ -62,15 +62,20 @@ def evaluation(report: Report) -> str:
 
 
 def ablations(report: Report) -> str:
-    """Each arm's mean over seeds, with the largest difference between seeds."""
-    rows = []
+    """Each arm's mean over seeds; and how far it is from the default's, on average and seed by seed."""
+
+    def gains(runs: list[dict]) -> dict[int, float]:
+        return {run["seed"]: statistics.mean(run["recovered_gains"].values()) for run in runs}
+
+    rows, default = [], gains(report["arms"].get("default", []))
     for arm, runs in report["arms"].items():
-        gains = [statistics.mean(run["recovered_gains"].values()) for run in runs]
-        losses = [statistics.mean(run["losses"].values()) for run in runs]
-        spread = number(max(gains) - min(gains), 3) if len(gains) > 1 else "-"
-        figures = [number(statistics.mean(gains), 3), spread, number(statistics.mean(losses), 3)]
-        rows.append([arm, *figures, str(len(runs))])
-    return lines(["arm", "mean G", "largest difference of seeds", "loss", "seeds"], rows)
+        own = gains(runs)
+        apart = [gain - default[seed] for seed, gain in own.items() if seed in default and arm != "default"]
+        loss = statistics.mean(statistics.mean(run["losses"].values()) for run in runs)
+        differences = (statistics.mean(apart), min(apart), max(apart)) if apart else (None,) * 3
+        signed = [number(value, 3, "+") for value in differences]
+        rows.append([arm, number(statistics.mean(own.values()), 3), *signed, number(loss, 3), str(len(runs))])
+    return lines(["arm", "mean G", "less the default's", "least seed", "largest seed", "loss", "seeds"], rows)
 
 
 def seeds(report: Report) -> str:
@@ -107,6 +112,17 @@ def describe(report: Report) -> str:
         [f"{TITLES[split]} ({len(summary['tasks'])})", row,
          *(number(summary[f"{kind}_recovered_gain"]) for kind in ("mean", "median", "min"))]
         for split, rows in report["splits"].items() for row, summary in rows.items()
+    ])  # fmt: skip
+
+
+def examples(report: Report) -> str:
+    """G against the number of examples, and against how many of them are wrong."""
+    rows = ("generated", "few_shot_prompt")
+    head = ["examples", "wrong ones", *(f"{row}: {kind} G" for row in rows for kind in ("mean", "min"))]
+    return lines(head, [
+        [str(setting["num_examples"]), str(setting["num_wrong"]),
+         *(number(setting[row][f"{kind}_recovered_gain"]) for row in rows for kind in ("mean", "min"))]
+        for setting in report["settings"]
     ])  # fmt: skip
 
 
@@ -227,6 +243,7 @@ TABLES = {
         seeds,
         refine,
         describe,
+        examples,
         storage,
         cost,
         gauge,

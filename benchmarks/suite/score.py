@@ -35,7 +35,7 @@ class ScoreOptions:
     zoo: str = field(default="build/suite/zoo", metadata={"help": "The zoo of collect.py."})
     splits: list[str] = field(default_factory=lambda: ["seen", "unseen", "unseen_family"])
     more_rows: list[str] = field(default_factory=lambda: list(MORE_ROWS))
-    paper: str | None = field(default=None, metadata={"help": "A generator for the row paper_cvae, of paper.py."})
+    paper: str | None = field(default=None, metadata={"help": "A generator for the row paper_cvae."})
     refine_steps: int = field(default=20, metadata={"help": "Of the rows refined and fine_tuned."})
     output: str = field(default="benchmarks/results/suite.json", metadata={"help": "Where the report goes."})
     plots: str | None = field(default=None, metadata={"help": "A folder for pictures of the report (PNG)."})
