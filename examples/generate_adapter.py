@@ -43,6 +43,7 @@ class ScriptArguments:
         default="generate", metadata={"help": "What to do for a task that is far from the training tasks."}
     )
     num_samples: int = field(default=1, metadata={"help": "Adapters to write; the best on the examples is kept."})
+    fit_scale: bool = field(default=False, metadata={"help": "Whether to weaken it to what suits the examples."})
     refine_steps: int = field(default=0, metadata={"help": "Gradient steps on the examples after that."})
     push_to_hub: bool = field(default=False, metadata={"help": "Upload the adapter as well."})
     hub_model_id: str | None = field(default=None, metadata={"help": "Where to; by default the name of output_dir."})
@@ -77,6 +78,7 @@ def main() -> None:
         examples=examples,
         description=script_args.description,
         num_samples=script_args.num_samples,
+        fit_scale=script_args.fit_scale,
         refine_steps=script_args.refine_steps,
         on_unfamiliar=script_args.on_unfamiliar,
     )

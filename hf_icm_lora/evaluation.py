@@ -16,6 +16,8 @@ early on validation samples; clipped to [-1, 1] per task. 1 is as good as fine-t
 and, when asked for,
 
     description       generated from the task's description alone
+    both              generated from the description and the same examples
+    scaled            the generated adapter at the scale from 0 to 1 that has the least loss on the examples
     best_of_n         of `num_samples` generated adapters, the one with the least loss on the examples
     refined           the generated adapter after `refine_steps` gradient steps on the examples
     fine_tuned        as many steps on the same examples from no adapter at all
@@ -58,7 +60,7 @@ from .zoo import LoraZoo
 PLAIN_RIVALS = ("mean_lora", "nearest_lora", "top_k_merge", "ridge")  # made of the seen tasks' LoRAs alone
 ROWS = ("base", "task_lora", "generated", "wrong_condition", *PLAIN_RIVALS, "few_shot_prompt")
 FINE_TUNE_RATE = 1e-2  # of the row fine_tuned: from B = 0 it has farther to go than from a generated adapter
-MORE_ROWS = ("description", "best_of_n", "refined", "fine_tuned", "fallback", "noisy_nearest")
+MORE_ROWS = ("description", "both", "scaled", "best_of_n", "refined", "fine_tuned", "fallback", "noisy_nearest")
 
 
 def recovered_gain(base_loss: float, loss: float, task_lora_loss: float) -> float | None:
@@ -104,8 +106,8 @@ def evaluate_generator(
         tasks (`Sequence[Task]`): The tasks to score, with `demo` and `test` samples.
         num_examples (`int`, *optional*, defaults to 12): `demo` samples that the generator, the rivals that need a
             task vector, and the few-shot prompt are given, the same for all.
-        more_rows (`Sequence[str]`, *optional*): Further rows, out of `"description"`, `"best_of_n"`, `"refined"`,
-            `"fine_tuned"`, `"fallback"` and `"noisy_nearest"`.
+        more_rows (`Sequence[str]`, *optional*): Further rows, out of `"description"`, `"both"`, `"scaled"`,
+            `"best_of_n"`, `"refined"`, `"fine_tuned"`, `"fallback"` and `"noisy_nearest"`.
         num_samples (`int`, *optional*, defaults to 8): Adapters of the row `best_of_n`.
         refine_steps (`int`, *optional*, defaults to 20): Gradient steps of the rows `refined` and `fine_tuned`.
         other_generators (`Mapping[str, LoraGeneratorModel]`, *optional*): More generators of the same layout and
@@ -119,7 +121,8 @@ def evaluate_generator(
     Raises:
         IncompatibleAdapterError: if zoo, generators and base model do not belong together.
         NotFittedError: if the row `"fallback"` is asked for and the generator has no map of its training tasks.
-        TaskError: if there is no task, or one lacks samples or, for the row `"description"`, a description.
+        TaskError: if there is no task, or one lacks samples or, for the rows `"description"` and `"both"`, a
+            description.
         ValueError: if a further row is unknown, or another generator has the name of a row.
         ZooError: if a task has no LoRA in the zoo.
     """
@@ -150,7 +153,7 @@ def evaluate_generator(
     for task in tasks:
         task.require("demo", 2, "a task vector")
         task.require("test", 1, "a score")
-        if "description" in more_rows and not task.description:
+        if not {"description", "both"}.isdisjoint(more_rows) and not task.description:
             raise TaskError(f"Task {task.name!r} has no description to generate an adapter from.")
     zoo.subset([task.name for task in tasks])  # or ZooError now, and not after minutes
     seen = set(generator.config.training_tasks or ())
@@ -191,9 +194,14 @@ def evaluate_generator(
                 }
                 examples = task.demo[:num_examples]
                 gain = generator.gain_on_examples(examples, generated, model, processing_class)
-                if "description" in more_rows:
-                    vector = extractor.vector(model, processing_class, description=task.description)
-                    weights["description"] = generator.decode_task_vector(vector).cpu()
+                for row, given in (("description", None), ("both", examples)):
+                    if row in more_rows:
+                        vector = extractor.vector(model, processing_class, given, task.description)
+                        weights[row] = generator.decode_task_vector(vector).cpu()
+                if "scaled" in more_rows:
+                    with _timed(seconds.setdefault("scaled", [])):
+                        scale = generator.best_scale(examples, generated, model, processing_class)
+                        weights["scaled"] = zoo.layout.scaled(generated, scale)
                 for name, other_extractor in zip(others, other_extractors, strict=True):
                     vector = other_extractor.vector(model, processing_class, examples)
                     weights[name] = others[name].decode_task_vector(vector).cpu()

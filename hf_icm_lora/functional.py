@@ -20,7 +20,7 @@ from .completion import CompletionCollator, labelled_logits, score_completions
 from .errors import TaskError, TaskVectorError
 from .files import sha256_of
 from .layout import LoraLayout
-from .task_vectors import MODES, TaskVectors
+from .task_vectors import MODES, TaskVectors, joined
 from .tasks import Sample, Task, check_unique_names
 
 
@@ -69,8 +69,7 @@ class FunctionalDataset(Dataset):
             bank = [banks[mode] for mode in modes if mode in banks]
             if not bank:
                 raise TaskVectorError(f"Task {task.name!r} has no task vectors of the modes {tuple(modes)}.")
-            most = max(map(len, bank))  # a description has one vector: repeated, every mode counts alike
-            draws = torch.cat([vectors.repeat(most // len(vectors), 1, 1) for vectors in bank])
+            draws = joined(bank)
             first = sum(map(len, vectors))
             vectors.append(draws)
             rng = torch.Generator().manual_seed(int(sha256_of(task.name)[:12], 16))

@@ -300,6 +300,12 @@ class LoraLayout:
             for names in groups.values()
         }
 
+    def scaled(self, lora_weights: torch.Tensor, scale: float) -> torch.Tensor:
+        """Return vectors `(..., num_weights)` with each B, and so each B @ A, multiplied by a number."""
+        parts = lora_weights.split([block.size for block in self.blocks], dim=-1)
+        pairs = zip(parts, self.blocks, strict=True)
+        return torch.cat([scale * part if block.factor == "lora_B" else part for part, block in pairs], dim=-1)
+
     def canonical(self, lora_weights: torch.Tensor, reference: torch.Tensor | None = None) -> torch.Tensor:
         """Bring vectors of the gauge `"canonical"` into the form that depends on each product B @ A alone.
 

@@ -59,12 +59,13 @@ from .hub import CARD_FILE, carry_card, files_below, push_files, require_hub_id
 from .layout import LoraLayout, MatrixBlock, split
 from .model_card import generator_card
 from .serving import plain_adapter
-from .task_vectors import TaskVectorExtractor, TaskVectors, TaskVectorSpec
+from .task_vectors import MODES, TaskVectorExtractor, TaskVectors, TaskVectorSpec
 from .tasks import to_sample
 
 MAX_MISSING = 2**25  # numbers that a checkpoint may lack, for instance an encoder's
 UNFAMILIAR = 0.99  # novelty above which a task counts as unfamiliar
 FALLBACKS = ("generate", "base", "nearest", "mean", "raise")
+SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of B @ A; a stronger adapter than the generated one gained nothing
 
 
 @dataclass
@@ -687,6 +688,7 @@ class LoraGeneratorModel(PreTrainedModel):
         adapter_name: str = "default",
         generator: torch.Generator | None = None,
         num_samples: int = 1,
+        fit_scale: bool = False,
         refine_steps: int = 0,
         on_unfamiliar: str = "generate",
         check_base_model: bool = True,
@@ -706,6 +708,8 @@ class LoraGeneratorModel(PreTrainedModel):
             generator (`torch.Generator`, *optional*): If given, the latent is drawn instead of being its mean.
             num_samples (`int`, *optional*, defaults to 1): Adapters to generate, from the latent's mean and from
                 draws; the one with the least loss on the examples is kept.
+            fit_scale (`bool`, *optional*, defaults to `False`): Whether to weaken the adapter to what suits the
+                examples: to 0, 1/4, 1/2 or 3/4 of itself, if the loss on them is least then.
             refine_steps (`int`, *optional*, defaults to 0): Gradient steps on the examples, starting from the
                 generated adapter: fine-tuning with a head start.
             on_unfamiliar (`str`, *optional*, defaults to `"generate"`): What to do for a task that is less familiar
@@ -754,8 +758,8 @@ class LoraGeneratorModel(PreTrainedModel):
             raise TaskError("Expected either a task_vector, or examples and/or a description; found both.")
         if num_samples < 1 or refine_steps < 0:
             raise TaskError(f"Expected num_samples >= 1 and refine_steps >= 0, found {num_samples}, {refine_steps}.")
-        if (num_samples > 1 or refine_steps) and not examples:
-            raise TaskError("Adapters are chosen and refined by examples of the task: pass examples too.")
+        if (num_samples > 1 or fit_scale or refine_steps) and not examples:
+            raise TaskError("Adapters are chosen, scaled and refined by examples of the task: pass examples too.")
         if on_unfamiliar not in FALLBACKS:
             raise TaskError(f"on_unfamiliar: expected one of {FALLBACKS}, found {on_unfamiliar!r}.")
         about, told = self._origin(generator, num_samples, refine_steps), bool(examples) or not description
@@ -763,7 +767,8 @@ class LoraGeneratorModel(PreTrainedModel):
             raise TaskError("A description alone does not tell how familiar a task is: pass examples too.")
         if told and (self.task_map is not None or on_unfamiliar != "generate"):
             # The map is of demonstrations, from which descriptions lie far away.
-            about["novelty"], about["nearest_task"] = self.novelty(task_vector)
+            known = task_vector[: len(task_vector) // len(MODES)] if examples and description else task_vector
+            about["novelty"], about["nearest_task"] = self.novelty(known)
         given = (base_model, processing_class)
         if num_samples == 1:
             lora_weights = self.decode_task_vector(task_vector, generator)
@@ -779,9 +784,12 @@ class LoraGeneratorModel(PreTrainedModel):
                 )
             about["fallback"] = on_unfamiliar
             lora_weights = self._fallback(on_unfamiliar, about["nearest_task"])
+        elif fit_scale:
+            about["scale"] = self.best_scale(examples, lora_weights, *given)
+            lora_weights = self.layout.scaled(lora_weights, about["scale"])
         if refine_steps:
             lora_weights = self.fit_to_examples(examples, [lora_weights], *given, refine_steps)
-        if examples and (refine_steps or "fallback" in about):
+        if examples and (refine_steps or not {"scale", "fallback"}.isdisjoint(about)):
             about["gain_on_examples"] = self.gain_on_examples(examples, lora_weights, *given)
         state_dict = self.layout.unpack(lora_weights, self.zoo_normalizer.shared_weights)
         if describe_task and description:
@@ -958,6 +966,32 @@ class LoraGeneratorModel(PreTrainedModel):
             if not num_steps:
                 return best
             return refine_lora_weights(base, self.layout, best, shared_weights, batch, num_steps, learning_rate)
+
+    @torch.no_grad()
+    def best_scale(
+        self, examples: Sequence, lora_weights: torch.Tensor, base_model: nn.Module, processing_class
+    ) -> float:
+        """Return the scale of an adapter, from 0 to 1 in steps of 1/4, that has the least loss on examples.
+
+        Where a generator is wrong, it is wrong at full strength. That shows on the examples that it wrote from, since
+        it was not fitted to them.
+
+        Args:
+            examples (`Sequence`): Samples of the task.
+            lora_weights (`torch.Tensor` of shape `(num_weights,)`): As from `decode_task_vector`. What
+                [`LoraLayout.scaled`] makes of them has the scale.
+            base_model, processing_class: As in `fit_to_examples`.
+        """
+        with frozen_base(base_model) as base:
+            batch, shared_weights = self._examples_batch(examples, base, processing_class)
+            own = lora_weights.to(shared_weights.device)
+            losses = {
+                scale: functional_loss(
+                    base, self.layout, self.layout.scaled(own, scale)[None], shared_weights, batch
+                ).item()
+                for scale in SCALES
+            }
+        return min(losses, key=losses.get)
 
     @torch.no_grad()
     def gain_on_examples(

@@ -9,6 +9,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -153,6 +154,16 @@ class TaskVectors:
         return cls(spec, fingerprint, banks)
 
 
+def joined(bank: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the draws of several modes as one, a description's one vector repeated, so that every mode counts alike.
+
+    Args:
+        bank (`Sequence[torch.Tensor]`): Of each mode, `(num_draws, num_vectors, hidden_size)`.
+    """
+    most = max(map(len, bank))
+    return torch.cat([draws.repeat(most // len(draws), 1, 1) for draws in bank])
+
+
 class TaskVectorExtractor:
     """Make task vectors with a frozen base model.
 
@@ -212,6 +223,10 @@ class TaskVectorExtractor:
     ) -> torch.Tensor:
         """Make the vectors of one new task from examples, a description, or both.
 
+        From both there are draws of every mode, of which each counts alike: those of demonstrations first, then those
+        of description and demonstrations, then the description's. The mean of adapters from all of them is better than
+        that of one mode.
+
         Args:
             examples (`Sequence`, *optional*): Samples in any form that [`Task`] takes.
             description (`str`, *optional*): The task in a sentence.
@@ -226,8 +241,10 @@ class TaskVectorExtractor:
         samples = [to_sample(raw, f"examples[{index}]") for index, raw in enumerate(examples or ())]
         if not samples and not description:
             raise TaskError("A task vector needs examples, a description, or both; found neither.")
-        mode = "both" if samples and description else "demonstrations" if samples else "description"
-        return self._hidden_states(base_model, processing_class, self.prompts(samples, description, mode))
+        modes = MODES if samples and description else ("demonstrations",) if samples else ("description",)
+        prompts = [self.prompts(samples, description, mode) for mode in modes]
+        vectors = self._hidden_states(base_model, processing_class, list(chain(*prompts)))
+        return joined(vectors.split([len(draws) for draws in prompts]))
 
     def prompts(self, samples: Sequence[Sample], description: str | None, mode: str, name: str = "") -> list[Prompt]:
         """Write what the base model reads to make the task vector, one prompt per draw.

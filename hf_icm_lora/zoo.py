@@ -58,7 +58,7 @@ from .hub import push_files, require_hub_id
 from .importing import common_layout, convert, inspect, shared_rows
 from .layout import LoraLayout, check_plain_lora
 from .model_card import zoo_card
-from .task_vectors import MODES, TaskVectors
+from .task_vectors import MODES, TaskVectors, joined
 
 FORMAT_VERSION = 1
 FIELDS = ("layout", "lora_config", "template", "base_model_name_or_path", "base_model_fingerprint")  # of zoo.json
@@ -616,8 +616,7 @@ class LoraZooDataset(Dataset):
             bank = [banks[name][mode] for mode in modes if mode in banks.get(name, {})]
             if not bank:
                 raise TaskError(f"Task {name!r} has no task vectors of the modes {tuple(modes)}.")
-            most = max(map(len, bank))
-            vectors.append(torch.cat([draws.repeat(most // len(draws), 1, 1) for draws in bank]))
+            vectors.append(joined(bank))
             for step in steps[-num_snapshots:] if num_snapshots is not None else steps:
                 pairs += [(len(self.snapshots), first + draw) for draw in range(len(vectors[-1]))]
                 self.snapshots.append((name, step))

@@ -197,16 +197,22 @@ def test_losses_do_not_depend_on_the_batch_size(report, zoo, generator, tokenize
 
 
 def test_further_rows(zoo, generator, tokenizer):
-    tasks, rows = make_tasks()[:2], ["fine_tuned", "description", "refined"]
+    tasks, rows = make_tasks()[:2], ["fine_tuned", "scaled", "both", "description", "refined"]
     report = evaluate_generator(generator, make_llama(), tokenizer, zoo, tasks, more_rows=rows, refine_steps=4)
     (table,) = report["splits"].values()
-    assert list(table) == [*ROWS, "description", "refined", "fine_tuned"]
-    assert {"refined", "fine_tuned"} <= report["seconds"].keys()
+    assert list(table) == [*ROWS, "description", "both", "scaled", "refined", "fine_tuned"]
+    assert {"scaled", "refined", "fine_tuned"} <= report["seconds"].keys()
     examples = tasks[0].demo[:12]
     base = make_llama()
     alone = {
         "description": generator.generate_adapter(
             make_llama(), processing_class=tokenizer, description=tasks[0].description
+        ),
+        "both": generator.generate_adapter(
+            make_llama(), processing_class=tokenizer, examples=examples, description=tasks[0].description
+        ),
+        "scaled": generator.generate_adapter(
+            make_llama(), processing_class=tokenizer, examples=examples, fit_scale=True
         ),
         "refined": generator.generate_adapter(
             make_llama(), processing_class=tokenizer, examples=examples, refine_steps=4
@@ -223,8 +229,9 @@ def test_further_rows(zoo, generator, tokenizer):
     with pytest.raises(ValueError, match=r"more_rows: expected some of .*, found \['paper'\]"):
         evaluate_generator(generator, make_llama(), tokenizer, zoo, tasks, more_rows=["paper"])
     silent = [Task(tasks[0].name, demo=tasks[0].demo, test=tasks[0].test)]
-    with pytest.raises(TaskError, match="'shift/1' has no description"):
-        evaluate_generator(generator, make_llama(), tokenizer, zoo, silent, more_rows=["description"])
+    for row in ("description", "both"):
+        with pytest.raises(TaskError, match="'shift/1' has no description"):
+            evaluate_generator(generator, make_llama(), tokenizer, zoo, silent, more_rows=[row])
 
 
 def loss_of(model, tokenizer, task):

@@ -561,10 +561,45 @@ def test_refinement_of_an_encoder_decoder(tmp_path, tokenizer):
     assert losses[1] < losses[0]
 
 
+@pytest.mark.parametrize("factor", [0.3, 20.0, -50.0])  # too weak, too strong, harmful
+def test_fitted_scale_is_the_one_with_the_least_loss(generator, load_base, tokenizer, monkeypatch, factor):
+    given = {"processing_class": tokenizer, "examples": EXAMPLES}
+    trained = generator.generate_adapter(load_base(), **given, refine_steps=20)
+    good, _ = generator.layout.pack(adapter_state_dict(trained), generator.adapter_config())
+    monkeypatch.setattr(generator, "decode_task_vector", lambda *_: factor * good)
+    base, losses = load_base(), {}
+    for scale in (0.0, 0.25, 0.5, 0.75, 1.0):
+        weights = generator.layout.unpack(scale * factor * good, generator.zoo_normalizer.shared_weights)
+        model = attach_adapter(load_base(), generator.adapter_config(), weights)
+        losses[scale] = example_loss(model, tokenizer)
+    model = generator.generate_adapter(base, **given, fit_scale=True)
+    told = model.lora_generation["default"]
+    assert told["scale"] == min(losses, key=losses.get)
+    assert {0.3: told["scale"] == 1, 20.0: 0 < told["scale"] < 1, -50.0: told["scale"] == 0}[factor]
+    packed, _ = generator.layout.pack(adapter_state_dict(model), generator.adapter_config())
+    torch.testing.assert_close(packed, told["scale"] * factor * good)
+    gain = (losses[0.0] - losses[told["scale"]]) / losses[0.0]
+    assert told["gain_on_examples"] == pytest.approx(gain, rel=1e-3, abs=1e-5)
+    assert "scale" not in generator.generate_adapter(load_base(), **given).lora_generation["default"]
+
+
+def test_refinement_starts_from_the_scaled_adapter(mapped, load_base, tokenizer, monkeypatch):
+    given = {"processing_class": tokenizer, "examples": EXAMPLES, "fit_scale": True}
+    wrong = -50 * mapped.decode_task_vector(mapped.task_vectors.banks["shift/2"]["demonstrations"])
+    monkeypatch.setattr(mapped, "decode_task_vector", lambda *_: wrong)
+    refined = mapped.generate_adapter(load_base(), **given, refine_steps=5)
+    assert refined.lora_generation["default"]["scale"] == 0
+    assert refined.lora_generation["default"]["gain_on_examples"] > 0
+    fallback = mapped.generate_adapter(load_base(), **given, on_unfamiliar="mean")
+    assert fallback.lora_generation["default"]["fallback"] == "mean"  # and not weakened
+    assert "scale" not in fallback.lora_generation["default"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"refine_steps": 1}, "pass examples too"),
+        ({"fit_scale": True}, "pass examples too"),
         ({"num_samples": 2}, "pass examples too"),
         ({"num_samples": 0}, "num_samples >= 1 .* found 0, 0"),
         ({"refine_steps": -1}, "refine_steps >= 0, found 1, -1"),
@@ -639,8 +674,12 @@ def test_a_description_alone_does_not_tell_how_familiar_a_task_is(mapped, load_b
     assert "novelty" not in mapped.generate_adapter(load_base(), **task).lora_generation["default"]
     with pytest.raises(TaskError, match="A description alone does not tell"):
         mapped.generate_adapter(load_base(), **task, on_unfamiliar="raise")
-    model = mapped.generate_adapter(load_base(), **task, examples=EXAMPLES)
-    assert 0 <= model.lora_generation["default"]["novelty"] <= 1
+    told = [
+        mapped.generate_adapter(load_base(), **given, examples=EXAMPLES).lora_generation["default"]
+        for given in (task, {"processing_class": tokenizer})
+    ]
+    assert 0 <= told[0]["novelty"] <= 1
+    assert all(told[0][key] == told[1][key] for key in ("novelty", "nearest_task"))
 
 
 def test_the_card_forgets_deleted_adapters(generator, load_base, tokenizer, tmp_path):

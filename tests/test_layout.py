@@ -65,6 +65,20 @@ def test_round_trip_keeps_each_product_and_the_logits(any_model, gauge):
     torch.testing.assert_close(logits(ours), logits(theirs), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("gauge", ["frozen_a", "shared_init", "canonical"])
+def test_scaled_weights_are_the_scaled_product(any_model, gauge):
+    base, targets = any_model
+    _, config, state_dict = peft_adapter(base, targets)
+    layout = LoraLayout.from_state_dict(state_dict, config, gauge)
+    lora_weights, shared_weights = layout.pack(state_dict, config)
+    before = products(layout.unpack(lora_weights, shared_weights))
+    half, nothing = layout.scaled(torch.stack([lora_weights, lora_weights]), 0.5), layout.scaled(lora_weights, 0.0)
+    assert half.shape == (2, layout.num_weights)
+    for weights, scale in ((half[0], 0.5), (half[1], 0.5), (nothing, 0.0)):
+        for name, product in products(layout.unpack(weights, shared_weights)).items():
+            torch.testing.assert_close(product, scale * before[name])
+
+
 def _without_adapter(model):
     with model.disable_adapter():
         return logits(model)

@@ -149,7 +149,8 @@ def test_completions_pooling_averages_the_answers_that_are_shown(any_model, toke
     model, _ = any_model
     spec = TaskVectorSpec(num_draws=2, min_demonstrations=2, layers=(0, -1), pooling=("completions", "last"))
     extractor = TaskVectorExtractor(spec)
-    bank = extractor.vector(model, tokenizer, EXAMPLES, "Do it.")  # (2, 4, 32): poolings, then layers
+    of_each_mode = extractor.vector(model, tokenizer, EXAMPLES, "Do it.").unflatten(0, (3, 2))
+    bank = of_each_mode[1]  # (2, 4, 32): poolings, then layers
     prompts = extractor.prompts([Sample(*e) for e in EXAMPLES], "Do it.", "both")
     for (text, _, answers), vector in zip(prompts, bank, strict=True):
         assert {text[start:end] for start, end in answers} <= {completion for _, completion in EXAMPLES}
@@ -263,7 +264,7 @@ def test_extraction_needs_two_demonstrations(llama, tokenizer, demo, message):
     ("examples", "description", "draws"),
     [
         (EXAMPLES, None, range(2, 7)),
-        (EXAMPLES, "Do it.", range(2, 7)),
+        (EXAMPLES, "Do it.", range(6, 19)),
         (None, "Do it.", [1]),
         (EXAMPLES[:1], None, [1]),
         (["some plain text", "more of it", "and more"], None, range(2, 7)),
@@ -278,6 +279,17 @@ def test_vector_of_a_new_task(llama, tokenizer, examples, description, draws):
     assert vector.dtype == torch.float32
     assert vector.isfinite().all()
     assert not vector.requires_grad
+
+
+def test_from_examples_and_a_description_there_are_draws_of_every_mode(llama, tokenizer):
+    extractor = TaskVectorExtractor(SPEC)
+    demonstrations = extractor.vector(llama, tokenizer, EXAMPLES)
+    description = extractor.vector(llama, tokenizer, description="Do it.")
+    found = extractor.vector(llama, tokenizer, EXAMPLES, "Do it.").unflatten(0, (3, len(demonstrations)))
+    assert len(demonstrations) > len(description) == 1
+    torch.testing.assert_close(found[0], demonstrations, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found[2], description.expand_as(found[2]), atol=1e-5, rtol=1e-5)
+    assert not any(torch.allclose(found[1], found[i], atol=1e-2) for i in (0, 2))
 
 
 def test_one_example_is_demonstration_and_query(llama, tokenizer):

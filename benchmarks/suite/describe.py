@@ -1,7 +1,8 @@
 """Adapters from a sentence: `python benchmarks/suite/describe.py` scores descriptions, other words for them, and both.
 
 Mean recovered gain of adapters generated from the suite's description of each task, from the same description in other
-words (fixed rules, below), from 12 examples, and from 12 examples and the description together.
+words (fixed rules, below), from 12 examples, and from 12 examples and the description together; the last two also with
+`fit_scale`. While settings are still being chosen, score `--splits validation` only, into another file.
 """
 
 import re
@@ -48,7 +49,9 @@ RULES = (
 class DescribeOptions:
     generator: str | None = field(default=None, metadata={"help": "By default the shipped one."})
     zoo: str = field(default="build/suite/zoo", metadata={"help": "The zoo of collect.py, for the oracles."})
-    splits: list[str] = field(default_factory=lambda: ["seen", "validation"], metadata={"help": "Of splits.json."})
+    splits: list[str] = field(
+        default_factory=lambda: ["validation", "seen", "unseen", "unseen_family"], metadata={"help": "Of splits.json."}
+    )
     output: str = field(default="benchmarks/results/describe.json", metadata={"help": "Where the figures go."})
 
 
@@ -93,9 +96,14 @@ def main() -> None:
                 "both": {"examples": examples, "description": task.description},
             }.items():
                 weights = generator.decode_task_vector(extractor.vector(base, tokenizer, **given))
-                gain = recovered_gain(bounds[0], loss(weights), bounds[1])
-                if gain is not None:
-                    rows.setdefault(row, {})[name] = gain
+                made = {row: weights}
+                if "examples" in given:
+                    scale = generator.best_scale(examples, weights, base, tokenizer)
+                    made[f"{row}, scaled"] = zoo.layout.scaled(weights, scale)
+                for label, own in made.items():
+                    gain = recovered_gain(bounds[0], loss(own), bounds[1])
+                    if gain is not None:
+                        rows.setdefault(label, {})[name] = gain
         report["splits"][split] = {
             row: {
                 "mean_recovered_gain": statistics.mean(gains.values()),
