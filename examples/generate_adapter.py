@@ -43,7 +43,7 @@ class ScriptArguments:
         default="generate", metadata={"help": "What to do for a task that is far from the training tasks."}
     )
     num_samples: int = field(default=1, metadata={"help": "Adapters to write; the best on the examples is kept."})
-    fit_scale: bool = field(default=False, metadata={"help": "Whether to weaken it to what suits the examples."})
+    fit_scale: bool = field(default=True, metadata={"help": "Whether to weaken it to what suits the examples."})
     refine_steps: int = field(default=0, metadata={"help": "Gradient steps on the examples after that."})
     push_to_hub: bool = field(default=False, metadata={"help": "Upload the adapter as well."})
     hub_model_id: str | None = field(default=None, metadata={"help": "Where to; by default the name of output_dir."})
@@ -83,7 +83,7 @@ def main() -> None:
         on_unfamiliar=script_args.on_unfamiliar,
     )
     known = model.lora_generation["default"]  # what the generator says of its own work
-    for name in ("novelty", "nearest_task", "gain_on_examples"):  # a description alone tells none of them
+    for name in ("novelty", "nearest_task", "scale", "gain_on_examples"):  # a description alone tells none of them
         if name in known:
             print(f"{name}: {known[name]}")
     if held_out:

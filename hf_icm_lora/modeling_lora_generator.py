@@ -688,7 +688,7 @@ class LoraGeneratorModel(PreTrainedModel):
         adapter_name: str = "default",
         generator: torch.Generator | None = None,
         num_samples: int = 1,
-        fit_scale: bool = False,
+        fit_scale: bool = True,
         refine_steps: int = 0,
         on_unfamiliar: str = "generate",
         check_base_model: bool = True,
@@ -708,8 +708,8 @@ class LoraGeneratorModel(PreTrainedModel):
             generator (`torch.Generator`, *optional*): If given, the latent is drawn instead of being its mean.
             num_samples (`int`, *optional*, defaults to 1): Adapters to generate, from the latent's mean and from
                 draws; the one with the least loss on the examples is kept.
-            fit_scale (`bool`, *optional*, defaults to `False`): Whether to weaken the adapter to what suits the
-                examples: to 0, 1/4, 1/2 or 3/4 of itself, if the loss on them is least then.
+            fit_scale (`bool`, *optional*, defaults to `True`): Whether to weaken the adapter to what suits the
+                examples, if there are any: to 0, 1/4, 1/2 or 3/4 of itself, if the loss on them is least then.
             refine_steps (`int`, *optional*, defaults to 0): Gradient steps on the examples, starting from the
                 generated adapter: fine-tuning with a head start.
             on_unfamiliar (`str`, *optional*, defaults to `"generate"`): What to do for a task that is less familiar
@@ -758,8 +758,8 @@ class LoraGeneratorModel(PreTrainedModel):
             raise TaskError("Expected either a task_vector, or examples and/or a description; found both.")
         if num_samples < 1 or refine_steps < 0:
             raise TaskError(f"Expected num_samples >= 1 and refine_steps >= 0, found {num_samples}, {refine_steps}.")
-        if (num_samples > 1 or fit_scale or refine_steps) and not examples:
-            raise TaskError("Adapters are chosen, scaled and refined by examples of the task: pass examples too.")
+        if (num_samples > 1 or refine_steps) and not examples:
+            raise TaskError("Adapters are chosen and refined by examples of the task: pass examples too.")
         if on_unfamiliar not in FALLBACKS:
             raise TaskError(f"on_unfamiliar: expected one of {FALLBACKS}, found {on_unfamiliar!r}.")
         about, told = self._origin(generator, num_samples, refine_steps), bool(examples) or not description
@@ -776,7 +776,10 @@ class LoraGeneratorModel(PreTrainedModel):
             candidates = self.candidates(task_vector, num_samples, generator)
             lora_weights = self.fit_to_examples(examples, candidates, *given)
         if examples:
-            about["gain_on_examples"] = self.gain_on_examples(examples, lora_weights, *given)
+            scales = SCALES if fit_scale else (0.0, 1.0)
+            scaled = [self.layout.scaled(lora_weights, scale) for scale in scales]
+            losses = dict(zip(scales, self._losses(examples, scaled, *given), strict=True))
+            about["gain_on_examples"] = 1 - losses[1.0] / losses[0.0]
         if on_unfamiliar != "generate" and (reason := self._unfamiliar(about)):
             if on_unfamiliar == "raise":
                 raise UnfamiliarTaskError(
@@ -784,12 +787,13 @@ class LoraGeneratorModel(PreTrainedModel):
                 )
             about["fallback"] = on_unfamiliar
             lora_weights = self._fallback(on_unfamiliar, about["nearest_task"])
-        elif fit_scale:
-            about["scale"] = self.best_scale(examples, lora_weights, *given)
+        elif fit_scale and examples:
+            about["scale"] = min(losses, key=losses.get)
+            about["gain_on_examples"] = 1 - losses[about["scale"]] / losses[0.0]
             lora_weights = self.layout.scaled(lora_weights, about["scale"])
         if refine_steps:
             lora_weights = self.fit_to_examples(examples, [lora_weights], *given, refine_steps)
-        if examples and (refine_steps or not {"scale", "fallback"}.isdisjoint(about)):
+        if examples and (refine_steps or "fallback" in about):
             about["gain_on_examples"] = self.gain_on_examples(examples, lora_weights, *given)
         state_dict = self.layout.unpack(lora_weights, self.zoo_normalizer.shared_weights)
         if describe_task and description:
@@ -954,20 +958,18 @@ class LoraGeneratorModel(PreTrainedModel):
         Returns:
             `torch.Tensor` of shape `(num_weights,)`.
         """
+        best = candidates[0]
+        if len(candidates) > 1:
+            losses = self._losses(examples, candidates, base_model, processing_class)
+            best = candidates[losses.index(min(losses))]
+        if not num_steps:
+            return best
         with frozen_base(base_model) as base:
             base.requires_grad_(False)
             batch, shared_weights = self._examples_batch(examples, base, processing_class)
-
-            def loss(lora_weights: torch.Tensor) -> float:
-                return functional_loss(base, self.layout, lora_weights[None], shared_weights, batch).item()
-
-            candidates = [lora_weights.to(shared_weights.device) for lora_weights in candidates]
-            best = min(candidates, key=loss) if len(candidates) > 1 else candidates[0]
-            if not num_steps:
-                return best
+            best = best.to(shared_weights.device)
             return refine_lora_weights(base, self.layout, best, shared_weights, batch, num_steps, learning_rate)
 
-    @torch.no_grad()
     def best_scale(
         self, examples: Sequence, lora_weights: torch.Tensor, base_model: nn.Module, processing_class
     ) -> float:
@@ -982,18 +984,10 @@ class LoraGeneratorModel(PreTrainedModel):
                 [`LoraLayout.scaled`] makes of them has the scale.
             base_model, processing_class: As in `fit_to_examples`.
         """
-        with frozen_base(base_model) as base:
-            batch, shared_weights = self._examples_batch(examples, base, processing_class)
-            own = lora_weights.to(shared_weights.device)
-            losses = {
-                scale: functional_loss(
-                    base, self.layout, self.layout.scaled(own, scale)[None], shared_weights, batch
-                ).item()
-                for scale in SCALES
-            }
-        return min(losses, key=losses.get)
+        scaled = [self.layout.scaled(lora_weights, scale) for scale in SCALES]
+        losses = self._losses(examples, scaled, base_model, processing_class)
+        return SCALES[losses.index(min(losses))]
 
-    @torch.no_grad()
     def gain_on_examples(
         self, examples: Sequence, lora_weights: torch.Tensor, base_model: nn.Module, processing_class
     ) -> float:
@@ -1010,14 +1004,21 @@ class LoraGeneratorModel(PreTrainedModel):
         Returns:
             `float`: 1 if nothing is left of the loss, 0 if the adapter changes nothing, below if it does harm.
         """
+        both = [torch.zeros_like(lora_weights), lora_weights]
+        before, after = self._losses(examples, both, base_model, processing_class)
+        return (before - after) / before
+
+    @torch.no_grad()
+    def _losses(
+        self, examples: Sequence, candidates: Sequence[torch.Tensor], base_model: nn.Module, processing_class
+    ) -> list[float]:
+        """Return the loss on examples of each packed adapter."""
         with frozen_base(base_model) as base:
             batch, shared_weights = self._examples_batch(examples, base, processing_class)
-            own = lora_weights.to(shared_weights.device)
-            before, after = (
-                functional_loss(base, self.layout, weights[None], shared_weights, batch).item()
-                for weights in (torch.zeros_like(own), own)
-            )
-        return (before - after) / before
+            return [
+                functional_loss(base, self.layout, own.to(shared_weights.device)[None], shared_weights, batch).item()
+                for own in candidates
+            ]
 
     def _examples_batch(
         self, examples: Sequence, base: nn.Module, processing_class

@@ -138,7 +138,7 @@ def test_training_reports_unseen_tasks_and_resumes(folder, tmp_path, capsys):
 
 def test_generated_adapter_is_chosen_and_refined_on_the_examples(folder, tmp_path):
     argv = ["generate", "--generator", str(folder / "generator"), "--examples", str(folder / "examples.jsonl")]
-    more = ["--num_samples", "2", "--fit_scale", "--refine_steps", "2", "--dtype", "float32"]
+    more = ["--num_samples", "2", "--no_fit_scale", "--refine_steps", "2", "--dtype", "float32"]
     assert main([*argv, *more, "--out", str(tmp_path / "adapter")]) == 0
     base = AutoModelForCausalLM.from_pretrained(folder / "base")
     model = LoraGeneratorModel.from_pretrained(folder / "generator").generate_adapter(
@@ -146,7 +146,7 @@ def test_generated_adapter_is_chosen_and_refined_on_the_examples(folder, tmp_pat
         processing_class=AutoTokenizer.from_pretrained(folder / "base"),
         examples=[("ab", "bc"), ("xy", "yz")],
         num_samples=2,
-        fit_scale=True,
+        fit_scale=False,
         refine_steps=2,
     )
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)

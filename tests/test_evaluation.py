@@ -209,13 +209,15 @@ def test_further_rows(zoo, generator, tokenizer):
             make_llama(), processing_class=tokenizer, description=tasks[0].description
         ),
         "both": generator.generate_adapter(
-            make_llama(), processing_class=tokenizer, examples=examples, description=tasks[0].description
+            make_llama(),
+            processing_class=tokenizer,
+            examples=examples,
+            description=tasks[0].description,
+            fit_scale=False,
         ),
-        "scaled": generator.generate_adapter(
-            make_llama(), processing_class=tokenizer, examples=examples, fit_scale=True
-        ),
+        "scaled": generator.generate_adapter(make_llama(), processing_class=tokenizer, examples=examples),
         "refined": generator.generate_adapter(
-            make_llama(), processing_class=tokenizer, examples=examples, refine_steps=4
+            make_llama(), processing_class=tokenizer, examples=examples, fit_scale=False, refine_steps=4
         ),
     }
     for row, model in alone.items():
@@ -251,7 +253,7 @@ def test_best_of_n_is_the_adapter_that_num_samples_gives(zoo, generator, tokeniz
         generator, make_llama(), tokenizer, zoo, [task], more_rows=["best_of_n"], num_samples=3
     )
     model = generator.generate_adapter(
-        make_llama(), processing_class=tokenizer, examples=task.demo[:12], num_samples=3
+        make_llama(), processing_class=tokenizer, examples=task.demo[:12], num_samples=3, fit_scale=False
     )
     row = report["splits"]["seen"]["best_of_n"]["tasks"][task.name]
     assert row["loss"] == pytest.approx(loss_of(model, tokenizer, task), rel=1e-3)

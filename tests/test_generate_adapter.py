@@ -511,7 +511,7 @@ def example_loss(model, tokenizer):
 
 
 def test_best_of_several_samples_has_the_least_loss_on_the_examples(generator, load_base, tokenizer):
-    given = {"processing_class": tokenizer, "examples": EXAMPLES}
+    given = {"processing_class": tokenizer, "examples": EXAMPLES, "fit_scale": False}
     drawn = torch.Generator().manual_seed(3)
     alone = [generator.generate_adapter(load_base(), **given)]
     alone += [generator.generate_adapter(load_base(), **given, generator=drawn) for _ in range(4)]
@@ -572,7 +572,7 @@ def test_fitted_scale_is_the_one_with_the_least_loss(generator, load_base, token
         weights = generator.layout.unpack(scale * factor * good, generator.zoo_normalizer.shared_weights)
         model = attach_adapter(load_base(), generator.adapter_config(), weights)
         losses[scale] = example_loss(model, tokenizer)
-    model = generator.generate_adapter(base, **given, fit_scale=True)
+    model = generator.generate_adapter(base, **given)
     told = model.lora_generation["default"]
     assert told["scale"] == min(losses, key=losses.get)
     assert {0.3: told["scale"] == 1, 20.0: 0 < told["scale"] < 1, -50.0: told["scale"] == 0}[factor]
@@ -580,11 +580,16 @@ def test_fitted_scale_is_the_one_with_the_least_loss(generator, load_base, token
     torch.testing.assert_close(packed, told["scale"] * factor * good)
     gain = (losses[0.0] - losses[told["scale"]]) / losses[0.0]
     assert told["gain_on_examples"] == pytest.approx(gain, rel=1e-3, abs=1e-5)
-    assert "scale" not in generator.generate_adapter(load_base(), **given).lora_generation["default"]
+    full = generator.generate_adapter(load_base(), **given, fit_scale=False)
+    assert "scale" not in full.lora_generation["default"]
+    packed, _ = generator.layout.pack(adapter_state_dict(full), generator.adapter_config())
+    torch.testing.assert_close(packed, factor * good)
+    described = generator.generate_adapter(load_base(), processing_class=tokenizer, description=DESCRIPTION)
+    assert "scale" not in described.lora_generation["default"]  # there is nothing to fit it to
 
 
 def test_refinement_starts_from_the_scaled_adapter(mapped, load_base, tokenizer, monkeypatch):
-    given = {"processing_class": tokenizer, "examples": EXAMPLES, "fit_scale": True}
+    given = {"processing_class": tokenizer, "examples": EXAMPLES}
     wrong = -50 * mapped.decode_task_vector(mapped.task_vectors.banks["shift/2"]["demonstrations"])
     monkeypatch.setattr(mapped, "decode_task_vector", lambda *_: wrong)
     refined = mapped.generate_adapter(load_base(), **given, refine_steps=5)
@@ -599,7 +604,6 @@ def test_refinement_starts_from_the_scaled_adapter(mapped, load_base, tokenizer,
     ("arguments", "message"),
     [
         ({"refine_steps": 1}, "pass examples too"),
-        ({"fit_scale": True}, "pass examples too"),
         ({"num_samples": 2}, "pass examples too"),
         ({"num_samples": 0}, "num_samples >= 1 .* found 0, 0"),
         ({"refine_steps": -1}, "refine_steps >= 0, found 1, -1"),
@@ -727,9 +731,11 @@ def test_an_adapter_that_does_harm_on_its_examples_is_not_handed_out(mapped, loa
     monkeypatch.setattr(TaskVectorExtractor, "vector", lambda *_: known)  # familiar, for sure
     wrong = -50 * mapped.decode_task_vector(known)
     monkeypatch.setattr(mapped, "decode_task_vector", lambda *_: wrong)
-    told = mapped.generate_adapter(load_base(), **task).lora_generation["default"]
+    told = mapped.generate_adapter(load_base(), **task, fit_scale=False).lora_generation["default"]
     assert told["gain_on_examples"] < 0
     assert told["novelty"] == 0.0
+    told = mapped.generate_adapter(load_base(), **task).lora_generation["default"]
+    assert (told["gain_on_examples"], told["scale"]) == (0.0, 0.0)
     model = mapped.generate_adapter(load_base(), **task, on_unfamiliar="base")
     assert torch.equal(logits(model), logits(load_base()))
     assert model.lora_generation["default"]["gain_on_examples"] == 0.0

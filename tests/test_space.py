@@ -193,12 +193,15 @@ def test_after_a_failure_the_next_user_is_served(generation, models, tmp_path, m
 @pytest.mark.parametrize(
     ("about", "expected"),
     [
-        ({"novelty": 0.4, "nearest_task": "a/b", "gain_on_examples": 0.8}, ("`a/b`, of 3", "40% of", "it may still")),
         (
-            {"novelty": 1.0, "nearest_task": "a/b", "gain_on_examples": 0.1},
+            {"novelty": 0.4, "nearest_task": "a/b", "gain_on_examples": 0.8, "scale": 1.0},
+            ("`a/b`, of 3", "40% of", "it may still"),
+        ),
+        (
+            {"novelty": 1.0, "nearest_task": "a/b", "gain_on_examples": 0.1, "scale": 0.5},
             ("far from everything", "little elsewhere"),
         ),
-        ({"gain_on_examples": -0.3}, ("-0.30", "does harm")),
+        ({"gain_on_examples": 0.0, "scale": 0.0}, ("0.00", "would do harm")),
         ({"novelty": 1.0, "nearest_task": "a/b"}, ("not known",)),
         ({}, ("not known",)),
     ],
@@ -209,7 +212,7 @@ def test_what_is_known_is_said_in_words(generation, about, expected):
 
 
 def test_a_generator_without_a_map_still_tells_the_gain(generation):
-    told = generation.in_words({"gain_on_examples": 0.5}, None)
+    told = generation.in_words({"gain_on_examples": 0.5, "scale": 0.75}, None)
     assert "takes away 50%" in told
     assert "Novelty" not in told
 

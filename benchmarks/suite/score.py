@@ -1,8 +1,8 @@
 """Score a generator on the suite: `python benchmarks/suite/score.py`, after `collect.py` and `train.py`.
 
 Every split of `splits.json` is a split of the report, with those of its tasks whose LoRA is in the zoo. What the
-output has of the same generator is kept, so that an interrupted call goes on. While settings are still being chosen,
-score `--splits validation validation_family` only, into another file.
+output has of the same generator is kept, and only rows that it lacks are added, so that an interrupted call goes on.
+While settings are still being chosen, score `--splits validation validation_family` only, into another file.
 """
 
 import json
@@ -24,9 +24,11 @@ from hf_icm_lora import (
     smollm2_generator_path,
     smollm2_path,
 )
-from hf_icm_lora.evaluation import MORE_ROWS
+from hf_icm_lora.evaluation import MORE_ROWS, ROWS
 from hf_icm_lora.files import write_json
 from hf_icm_lora.plots import write_plots
+
+OF_SEEN = ("description", "both", "scaled")
 
 
 @dataclass
@@ -54,17 +56,22 @@ def main() -> None:
     before = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
     report = before if before.get("generator") == report["generator"] else report
     for split in options.splits:
-        if split in report.get("splits", {}):
-            continue
         # Nobody refines an adapter, or chooses among several, for a task that has a LoRA.
-        more_rows = [row for row in options.more_rows if split != "seen" or row == "description"]
+        more_rows = [row for row in options.more_rows if split != "seen" or row in OF_SEEN]
+        known = report.get("splits", {}).get(split, {})
+        missing = [row for row in more_rows if row not in known]
+        new = {name: other for name, other in others.items() if name not in known}
+        if known and not missing and not new:
+            continue
         tasks = [suite[name] for name in with_lora(split) if name in zoo]
         scored = evaluate_generator(
-            generator, base, tokenizer, zoo, tasks, more_rows=more_rows, refine_steps=options.refine_steps,
-            other_generators=others,
+            generator, base, tokenizer, zoo, tasks, more_rows=missing, refine_steps=options.refine_steps,
+            other_generators=new,
         )  # fmt: skip
         (rows,) = scored["splits"].values()
-        report = scored | report | {"splits": {**report.get("splits", {}), split: rows}}
+        rows |= known
+        ordered = {row: rows[row] for row in dict.fromkeys((*ROWS, *MORE_ROWS, *rows)) if row in rows}
+        report = scored | report | {"splits": {**report.get("splits", {}), split: ordered}}
         write_json(output, report)
     print(format_report(report))
     if options.plots:

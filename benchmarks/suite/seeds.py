@@ -68,7 +68,9 @@ def main() -> None:
             adapters = {}
             for seed, generator in generators.items():
                 examples = suite[name].demo[: options.num_examples]
-                model = generator.generate_adapter(base, processing_class=tokenizer, examples=examples)
+                model = generator.generate_adapter(
+                    base, processing_class=tokenizer, examples=examples, fit_scale=False
+                )
                 adapters[seed] = lora_config, adapter_state_dict(model)
                 base = model.unload()
             generated = [state_dict for _, state_dict in adapters.values()]

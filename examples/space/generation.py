@@ -135,10 +135,11 @@ def in_words(about: dict, mapped_tasks: list[str] | None) -> str:
             f"**Nearest known task:** `{about['nearest_task']}`, of {len(mapped_tasks)}.",
             f"**Novelty {novelty:.2f}:** {novelty:.0%} of them have a closer neighbour than your task{far}.",
         ]
-    if gain < 0:
-        worth = "the adapter does harm, the base model is better without it."
+    if about["scale"] == 0:
+        worth = "the adapter would do harm at any strength. It was weakened to nothing: the base model is better."
     else:
-        worth = f"the adapter takes away {gain:.0%} of the loss on your examples, to which it was not fitted. " + (
+        fitted = "it was not fitted" if about["scale"] == 1 else f"only its strength was fitted, {about['scale']:.0%}"
+        worth = f"the adapter takes away {gain:.0%} of the loss on your examples, to which {fitted}. " + (
             "That is little, and it will be little elsewhere."
             if gain < 0.25
             else "Much of that is the form of an answer; it may still be wrong."
