@@ -63,7 +63,9 @@ def main() -> None:
         new = {name: other for name, other in others.items() if name not in known}
         if known and not missing and not new:
             continue
-        tasks = [suite[name] for name in with_lora(split) if name in zoo]
+        # New rows are of the tasks of the old ones.
+        names = known["base"]["tasks"] if known else [name for name in with_lora(split) if name in zoo]
+        tasks = [suite[name] for name in names]
         scored = evaluate_generator(
             generator, base, tokenizer, zoo, tasks, more_rows=missing, refine_steps=options.refine_steps,
             other_generators=new,
