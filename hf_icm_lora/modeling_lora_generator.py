@@ -725,7 +725,7 @@ class LoraGeneratorModel(PreTrainedModel):
         Returns:
             `PeftModel`: in eval mode, the adapter frozen. `model.lora_generation[adapter_name]` holds what is known
             about it: generator and settings; of a generator with a map of its training tasks the task's `novelty` and
-            its `nearest_task`; with examples the `gain_on_examples`, see the method of that name.
+            its `nearest_task`; with examples the `scale` and the `gain_on_examples`, see the method of that name.
 
         Raises:
             TaskError: if there is neither a task vector, nor examples, nor a description; or no `processing_class`; or
