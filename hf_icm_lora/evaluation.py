@@ -19,6 +19,7 @@ and, when asked for,
     both              generated from the description and the same examples
     scaled            the generated adapter at the scale from 0 to 1 that has the least loss on the examples: what
                       `generate_adapter` does, where all other rows are at full strength
+    best_rival        of the four plain rivals at the same scales, the one with the least loss on the examples
     best_of_n         of `num_samples` generated adapters, the one with the least loss on the examples
     refined           the generated adapter after `refine_steps` gradient steps on the examples
     fine_tuned        as many steps on the same examples from no adapter at all
@@ -52,7 +53,7 @@ from .completion import CompletionCollator, fill_template, score_completions
 from .errors import IncompatibleAdapterError, NotFittedError, TaskError, ZooError
 from .files import commit_file, write_json
 from .model_card import format_report, run_metadata, stored_bytes
-from .modeling_lora_generator import UNFAMILIAR, LoraGeneratorModel
+from .modeling_lora_generator import SCALES, UNFAMILIAR, LoraGeneratorModel
 from .processes import gathered, own_part, state
 from .task_vectors import TaskVectorExtractor, TaskVectorSpec
 from .tasks import Task, check_unique_names
@@ -61,7 +62,9 @@ from .zoo import LoraZoo
 PLAIN_RIVALS = ("mean_lora", "nearest_lora", "top_k_merge", "ridge")  # made of the seen tasks' LoRAs alone
 ROWS = ("base", "task_lora", "generated", "wrong_condition", *PLAIN_RIVALS, "few_shot_prompt")
 FINE_TUNE_RATE = 1e-2  # of the row fine_tuned: from B = 0 it has farther to go than from a generated adapter
-MORE_ROWS = ("description", "both", "scaled", "best_of_n", "refined", "fine_tuned", "fallback", "noisy_nearest")
+MORE_ROWS = (
+    "description", "both", "scaled", "best_rival", "best_of_n", "refined", "fine_tuned", "fallback", "noisy_nearest"
+)  # fmt: skip
 
 
 def recovered_gain(base_loss: float, loss: float, task_lora_loss: float) -> float | None:
@@ -108,7 +111,7 @@ def evaluate_generator(
         num_examples (`int`, *optional*, defaults to 12): `demo` samples that the generator, the rivals that need a
             task vector, and the few-shot prompt are given, the same for all.
         more_rows (`Sequence[str]`, *optional*): Further rows, out of `"description"`, `"both"`, `"scaled"`,
-            `"best_of_n"`, `"refined"`, `"fine_tuned"`, `"fallback"` and `"noisy_nearest"`.
+            `"best_rival"`, `"best_of_n"`, `"refined"`, `"fine_tuned"`, `"fallback"` and `"noisy_nearest"`.
         num_samples (`int`, *optional*, defaults to 8): Adapters of the row `best_of_n`.
         refine_steps (`int`, *optional*, defaults to 20): Gradient steps of the rows `refined` and `fine_tuned`.
         other_generators (`Mapping[str, LoraGeneratorModel]`, *optional*): More generators of the same layout and
@@ -206,6 +209,9 @@ def evaluate_generator(
                 for name, other_extractor in zip(others, other_extractors, strict=True):
                     vector = other_extractor.vector(model, processing_class, examples)
                     weights[name] = others[name].decode_task_vector(vector).cpu()
+                if "best_rival" in more_rows:
+                    candidates = [zoo.layout.scaled(weights[row], s) for row in PLAIN_RIVALS for s in SCALES]
+                    weights["best_rival"] = generator.fit_to_examples(examples, candidates, model, processing_class)
                 if "best_of_n" in more_rows:
                     with _timed(seconds.setdefault("best_of_n", [])):
                         candidates = generator.candidates(own, num_samples)

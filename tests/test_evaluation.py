@@ -260,6 +260,20 @@ def test_best_of_n_is_the_adapter_that_num_samples_gives(zoo, generator, tokeniz
     assert report["seconds"]["best_of_n"] > 0
 
 
+def test_best_rival_has_the_least_loss_on_the_examples(zoo, generator, tokenizer, rivals):
+    task = make_tasks()[3]
+    report = evaluate_generator(generator, make_llama(), tokenizer, zoo, [task], more_rows=["best_rival"])
+    extractor = TaskVectorExtractor(TaskVectorSpec(num_demonstrations=4, num_draws=4))
+    vector = extractor.vector(make_llama(), tokenizer, task.demo[:12])
+    chosen = [rivals.nearest(vector, task.name), rivals.top_k_merge(vector, task.name)]
+    known = [rivals.mean, *chosen, rivals.ridge(vector)]
+    candidates = [zoo.layout.scaled(rival, scale) for rival in known for scale in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    examples = Task(task.name, test=task.demo[:12])
+    best = min(candidates, key=lambda own: loss_of(attached(zoo, own), tokenizer, examples))
+    row = report["splits"]["unseen"]["best_rival"]["tasks"][task.name]
+    assert row["loss"] == pytest.approx(loss_of(attached(zoo, best), tokenizer, task), rel=1e-3)
+
+
 def test_noisy_nearest_is_as_far_as_the_generated_adapter(zoo, generator, tokenizer, rivals):
     task = make_tasks()[3]
     report = evaluate_generator(generator, make_llama(), tokenizer, zoo, [task], more_rows=["noisy_nearest"])
