@@ -225,7 +225,7 @@ def evaluate_generator(
                     weights["noisy_nearest"] = rivals.noisy_nearest(generated, task.name)
                 for row, start, rate in (
                     ("refined", generated, {}),
-                    ("fine_tuned", torch.zeros_like(generated), {"learning_rate": FINE_TUNE_RATE}),
+                    ("fine_tuned", zoo.layout.scaled(rivals.mean, 0.0), {"learning_rate": FINE_TUNE_RATE}),
                 ):
                     if row in more_rows:
                         with _timed(seconds.setdefault(row, [])):

@@ -914,8 +914,8 @@ class LoraGeneratorModel(PreTrainedModel):
         """Return the weights `(num_weights,)` to use instead of generated ones."""
         if choice == "mean":
             return self.zoo_normalizer.weight_mean
-        if choice == "base":  # zero B, whatever A
-            return torch.zeros_like(self.zoo_normalizer.weight_mean)
+        if choice == "base":  # and not A = 0, too, from which no gradient leads away
+            return self.layout.scaled(self.zoo_normalizer.weight_mean, 0.0)
         place = self.task_map.places[self.config.mapped_tasks.index(nearest)]
         return self._decode(F.pad(place, (0, self.config.condition_size - len(place)))[None].to(self.dtype))
 

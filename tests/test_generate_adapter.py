@@ -745,6 +745,24 @@ def test_an_adapter_that_does_harm_on_its_examples_is_not_handed_out(mapped, loa
     assert refined.lora_generation["default"]["gain_on_examples"] > 0  # fine-tuned, from nothing
 
 
+def test_a_fallback_to_the_base_is_refined_where_a_varies_too(tmp_path, load_base, tokenizer, monkeypatch):
+    """With both factors 0 there would be no gradient, ever."""
+    tasks, base = make_tasks(2), load_base()
+    lora_config = LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    args = CollectionArguments(output_dir=tmp_path / "out", max_steps=2, eval_steps=1, freeze_a=False, use_cpu=True)
+    zoo = collect_zoo(tmp_path / "zoo", base, tokenizer, tasks, lora_config, args)
+    zoo.add_task_vectors(TaskVectorExtractor(TaskVectorSpec(num_draws=2)).extract(base, tokenizer, tasks))
+    assert zoo.layout.gauge == "shared_init"
+    generator = amplified(LoraGeneratorConfig.from_zoo(zoo, **SIZES), zoo.as_dataset())
+    generator.map_tasks(zoo.task_vectors)
+    monkeypatch.setattr(generator, "novelty", lambda _: (1.0, tasks[0].name))
+    task = {"processing_class": tokenizer, "examples": EXAMPLES, "on_unfamiliar": "base"}
+    model = generator.generate_adapter(load_base(), **task)
+    assert torch.equal(logits(model), logits(load_base()))
+    refined = generator.generate_adapter(load_base(), **task, refine_steps=5)
+    assert refined.lora_generation["default"]["gain_on_examples"] > 0
+
+
 def test_what_the_map_needs_is_said(generator, base, task_vector):
     with pytest.raises(NotFittedError, match="call map_tasks"):
         generator.novelty(task_vector)
