@@ -18,7 +18,7 @@ and, when asked for,
     description       generated from the task's description alone
     both              generated from the description and the same examples
     scaled            the generated adapter at the scale from 0 to 1 that has the least loss on the examples: what
-                      `generate_adapter` does, where all other rows are at full strength
+                      `generate_adapter` does, where all rows but this and the next are at full strength
     best_rival        of the four plain rivals at the same scales, the one with the least loss on the examples
     best_of_n         of `num_samples` generated adapters, the one with the least loss on the examples
     refined           the generated adapter after `refine_steps` gradient steps on the examples

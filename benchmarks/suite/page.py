@@ -67,15 +67,23 @@ def ablations(report: Report) -> str:
     def gains(runs: list[dict]) -> dict[int, float]:
         return {run["seed"]: statistics.mean(run["recovered_gains"].values()) for run in runs}
 
-    rows, default = [], gains(report["arms"].get("default", []))
+    rows, variances, default = [], [], gains(report["arms"].get("default", []))
     for arm, runs in report["arms"].items():
         own = gains(runs)
         apart = [gain - default[seed] for seed, gain in own.items() if seed in default and arm != "default"]
         loss = statistics.mean(statistics.mean(run["losses"].values()) for run in runs)
+        variances += [statistics.variance(apart)] if len(apart) > 1 else []
         differences = (statistics.mean(apart), min(apart), max(apart)) if apart else (None,) * 3
         signed = [number(value, 3, "+") for value in differences]
         rows.append([arm, number(statistics.mean(own.values()), 3), *signed, number(loss, 3), str(len(runs))])
-    return lines(["arm", "mean G", "less the default's", "least seed", "largest seed", "loss", "seeds"], rows)
+    table = lines(["arm", "mean G", "less the default's", "least seed", "largest seed", "loss", "seeds"], rows)
+    if not variances:
+        return table
+    deviation = statistics.mean(variances) ** 0.5
+    return (
+        f"{table}\n\nStandard deviation of a difference over seeds, pooled over all arms: {number(deviation, 3)}; of "
+        f"the mean of three: {number(deviation / 3**0.5, 3)}."
+    )
 
 
 def seeds(report: Report) -> str:
