@@ -9,6 +9,7 @@ weights and targets.
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -39,9 +40,10 @@ class Base:
 
     Args:
         folder: what prepare.py wrote.
+        compiled: whether chains of elementwise operations become one kernel each.
     """
 
-    def __init__(self, folder: str | Path, device: str, dtype: torch.dtype):
+    def __init__(self, folder: str | Path, device: str, dtype: torch.dtype, compiled: bool = False):
         shape = json.loads((Path(folder) / "base.json").read_text())
         self.heads, self.kv_heads, self.head_dim = shape["heads"], shape["kv_heads"], shape["head_dim"]
         self.epsilon, self.theta = shape["epsilon"], shape["theta"]
@@ -53,7 +55,11 @@ class Base:
         self.norm = state["model.norm.weight"]
         self.size = self.embed.shape[1]
         count = sum("q_proj" in name for name in state)
-        self.layers = [self._layer(state, f"model.layers.{index}.") for index in range(count)]
+        layers = [self._layer(state, f"model.layers.{index}.") for index in range(count)]
+        self.stacked = {name: torch.stack([weights[name] for weights in layers]) for name in layers[0]}
+        self.layers = unstacked(self.stacked)
+        chains = (normed, rotated, gated)
+        self.normed, self.rotated, self.gated = (torch.compile(f, dynamic=True) if compiled else f for f in chains)
 
     def _layer(self, state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
         def joined(*names: str) -> torch.Tensor:
@@ -77,21 +83,37 @@ class Base:
     def layer(self, x: torch.Tensor, cos, sin, norm, qkv, o, mlp_norm, gate_up, down):
         """Return a layer's output (rows, length, size), fp32, and the inputs of its down projection."""
         rows, length, size = x.shape
-        h = F.rms_norm(x, (size,), norm, self.epsilon).to(self.dtype)
-        h = (h @ qkv.T).view(rows, length, -1, self.head_dim).transpose(1, 2)
-        both, v = h[:, : self.heads + self.kv_heads], h[:, self.heads + self.kv_heads :]
-        left, right = both.chunk(2, -1)
-        both = both * cos + torch.cat([-right, left], -1) * sin
-        q, k = both[:, : self.heads], both[:, self.heads :]
+        h = self.normed(x, norm, self.epsilon, self.dtype) @ qkv.T
+        h = h.view(rows, length, -1, self.head_dim).transpose(1, 2)
+        turned = self.rotated(h[:, : self.heads + self.kv_heads], cos, sin)
+        q, k, v = turned[:, : self.heads], turned[:, self.heads :], h[:, self.heads + self.kv_heads :]
         h = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         x = x + h.transpose(1, 2).reshape(rows, length, -1) @ o.T
-        h = F.rms_norm(x, (size,), mlp_norm, self.epsilon).to(self.dtype)
-        gate, up = (h @ gate_up.T).chunk(2, -1)
-        u = F.silu(gate) * up
+        u = self.gated(self.normed(x, mlp_norm, self.epsilon, self.dtype) @ gate_up.T)
         return x + u @ down.T, u
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(hidden, (self.size,), self.norm, self.epsilon).to(self.dtype) @ self.embed.T
+
+
+def normed(x: torch.Tensor, weight: torch.Tensor, epsilon: float, dtype: torch.dtype) -> torch.Tensor:
+    return F.rms_norm(x, x.shape[-1:], weight, epsilon).to(dtype)
+
+
+def rotated(h: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    left, right = h.chunk(2, -1)
+    return h * cos + torch.cat([-right, left], -1) * sin
+
+
+def gated(h: torch.Tensor) -> torch.Tensor:
+    gate, up = h.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def unstacked(tensors: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """Return one dictionary per layer. Unlike an index, `unbind` fills the gradient of a stack once, not per layer."""
+    names, stacks = list(tensors), [tensor.unbind(0) for tensor in tensors.values()]
+    return [dict(zip(names, own, strict=True)) for own in zip(*stacks, strict=True)]
 
 
 class Writer(nn.Module):
@@ -107,7 +129,7 @@ class Writer(nn.Module):
     def __init__(self, base: Base, rank: int, reader_rank: int = 16, state_rank: int = 32, label_rank: int = 64):
         super().__init__()
         count, size = len(base.layers), base.size
-        self.keys = nn.Parameter(torch.zeros(count, rank, base.layers[0]["down"].shape[1]))  # A, shared by all tasks
+        self.keys = nn.Parameter(torch.zeros(count, rank, base.stacked["down"].shape[2]))  # A, shared by all tasks
         self.constant = nn.Parameter(torch.zeros(count, rank, size))  # the part of B that all tasks have
         self.log_penalty = nn.Parameter(torch.full((count,), math.log(0.3)))
         self.gain = nn.Parameter(torch.ones(count, size))
@@ -120,11 +142,26 @@ class Writer(nn.Module):
         self.label_out = nn.Parameter(torch.zeros(count, label_rank, size))
         self.reader_a, self.reader_b = nn.ParameterDict(), nn.ParameterDict()
         for name in ("qkv", "o", "gate_up", "down"):
-            outs, ins = base.layers[0][name].shape
+            _, outs, ins = base.stacked[name].shape
             self.reader_a[name] = nn.Parameter(torch.randn(count, reader_rank, ins) / ins**0.5)
             self.reader_b[name] = nn.Parameter(torch.zeros(count, outs, reader_rank))
         self.register_buffer("key_scale", torch.ones(count))  # makes keys of unit length give features of about 1
         self.register_buffer("scale", torch.ones(count))  # of what a context changes in a layer's output
+
+    def layers(self) -> list[dict[str, torch.Tensor]]:
+        """Return what is learned for each layer, without the reader."""
+        own = dict(self.named_parameters(recurse=False)) | dict(self.named_buffers())
+        return unstacked({name: tensor for name, tensor in own.items() if name != "log_index"})
+
+    def reader(self, base: Base) -> list[dict[str, torch.Tensor]]:
+        """Return the weights of the base with the reader's LoRA in them, per layer."""
+        merged = {}
+        for name, weight in base.stacked.items():
+            if name in self.reader_a:
+                merged[name] = weight + (self.reader_b[name] @ self.reader_a[name]).to(base.dtype)
+            else:
+                merged[name] = weight
+        return unstacked(merged)
 
     def groups(self, rate: float) -> list[dict]:
         """Return parameter groups: a step moves each kind by about the same share of its size."""
@@ -166,14 +203,9 @@ class MetaClosedForm(nn.Module):
 
         trained: with the reader's LoRA. Without it the base itself reads.
         """
-        base, writer = self.base, self.writer
+        base = self.base
         x, (cos, sin), states = base.embed[ids].float(), base.rotary(ids.shape[1]), []
-        for index, weights in enumerate(base.layers):
-            if trained:
-                weights = dict(weights)
-                for name in writer.reader_a:
-                    delta = writer.reader_b[name][index] @ writer.reader_a[name][index]
-                    weights[name] = weights[name] + delta.to(base.dtype)
+        for weights in self.writer.reader(base) if trained else base.layers:
             x, _ = base.layer(x, cos, sin, **weights)
             if at is not None:
                 states.append(gather(x, at))
@@ -191,22 +223,20 @@ class MetaClosedForm(nn.Module):
         x, (cos, sin) = base.embed[batch["rows_ids"].view(-1, length)].float(), base.rotary(length)
         following = F.rms_norm(base.embed[batch["targets"][:, :demos]].float(), (base.size,))
         adapter = []
-        for index, weights in enumerate(base.layers):
+        for index, (weights, own) in enumerate(zip(base.layers, writer.layers(), strict=True)):
             y, u = base.layer(x, cos, sin, **weights)
-            keys = writer.keys[index] * writer.key_scale[index]
+            keys = own["keys"] * own["key_scale"]
             features = (u @ keys.to(base.dtype).T).view(tasks, rows, length, -1)
-            scale = writer.scale[index]
-            constant = writer.constant[index] * scale
+            constant = own["constant"] * own["scale"]
             y = y.view(tasks, rows, length, -1) + features @ constant.to(base.dtype)
             change = states[index] - gather(y, at[:, :demos])
             if collect is not None:
                 collect(index, gather(u.view(tasks, rows, length, -1), at[:, :demos])[mask], change[mask])
-            normed = F.rms_norm(states[index], (base.size,))
-            from_state = (normed @ writer.state_in[index]) @ writer.state_out[index]
-            from_label = (following @ writer.label_in[index]) @ writer.label_out[index]
-            values = writer.gain[index] * change + scale * (from_state + from_label)
-            weight = (writer.log_kind[index][batch["kind"][:, :demos]] + writer.log_index[:demos, None]).exp() * mask
-            b = ridge(gather(features, at[:, :demos]).float(), values, weight, writer.log_penalty[index].exp())
+            from_state = (F.rms_norm(states[index], (base.size,)) @ own["state_in"]) @ own["state_out"]
+            from_label = (following @ own["label_in"]) @ own["label_out"]
+            values = own["gain"] * change + own["scale"] * (from_state + from_label)
+            weight = (own["log_kind"][batch["kind"][:, :demos]] + writer.log_index[:demos, None]).exp() * mask
+            b = ridge(gather(features, at[:, :demos]).float(), values, weight, own["log_penalty"].exp())
             adapter.append(b + constant)
             update = torch.bmm(features.flatten(1, 2), b.to(base.dtype))
             x = y.view(-1, length, base.size) + update.view(-1, length, base.size)
