@@ -11,7 +11,6 @@ import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
@@ -40,10 +39,11 @@ from .files import as_plain
 from .functional import FunctionalCollator, FunctionalDataset
 from .hub import CARD_FILE, push_files, require_hub_id, save_adapter_card
 from .importing import adapter_folder
-from .model_card import add_evaluation, addressed, format_report, is_local
+from .model_card import add_evaluation, addressed, format_report
 from .modeling_lora_generator import LoraGeneratorModel
 from .plots import require_matplotlib, write_plots
 from .processes import state
+from .provenance import is_local, package_versions
 from .serving import check_serving_compatibility, export_gguf, plain_adapter
 from .smollm2 import smollm2_generator_path, smollm2_path
 from .suite import built_in_tasks
@@ -440,22 +440,7 @@ complete -o default -F _hf_icm_lora hf-icm-lora""".lstrip()
 
 def env() -> Result:
     """Print what a bug report needs."""
-    packages = [
-        "hf_icm_lora",
-        "transformers",
-        "peft",
-        "torch",
-        "safetensors",
-        "huggingface_hub",
-        "datasets",
-        "accelerate",
-    ]
-    found = {"platform": platform.platform(), "python": platform.python_version()}
-    for name in packages:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
+    found = {"platform": platform.platform(), **package_versions()}
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     found |= {"device": str(device), "threads": torch.get_num_threads()}
     return "\n".join(f"- {name}: {value}" for name, value in found.items()), found

@@ -52,9 +52,10 @@ from .adapter import attach_adapter, canonical_lora_config, frozen_base, require
 from .completion import CompletionCollator, fill_template, score_completions
 from .errors import IncompatibleAdapterError, NotFittedError, TaskError, ZooError
 from .files import commit_file, write_json
-from .model_card import format_report, run_metadata, stored_bytes
+from .model_card import format_report, stored_bytes
 from .modeling_lora_generator import SCALES, UNFAMILIAR, LoraGeneratorModel
 from .processes import gathered, own_part, state
+from .provenance import run_metadata
 from .task_vectors import TaskVectorExtractor, TaskVectorSpec
 from .tasks import Task, check_unique_names
 from .zoo import LoraZoo

@@ -20,7 +20,7 @@ from .adapter import CONFIG_FILE, WEIGHTS_FILE, check_fit, load_adapter
 from .errors import IcmLoraError, IncompatibleAdapterError
 from .gauge import product_error, with_rank
 from .layout import PREFIX, LoraLayout, LoraModule
-from .model_card import is_local
+from .provenance import is_local
 
 # Relative error of B @ A below which an adapter lies in the row space of a shared A: fp16's rounding.
 SHARED_ROWS = 1e-3

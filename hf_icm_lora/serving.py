@@ -18,7 +18,7 @@ from .errors import IcmLoraError, IncompatibleAdapterError
 from .files import commit_file
 from .gauge import with_rank
 from .layout import PREFIX, LoraLayout, LoraModule
-from .model_card import is_local
+from .provenance import is_local
 
 SERVERS = ("vllm", "sglang", "lorax", "llama.cpp")
 VLLM_DEFAULT_RANK, LORAX_MAX_RANK = 16, 128

@@ -20,8 +20,9 @@ from .adapter import require_bare, restored
 from .errors import IcmLoraError, TaskError
 from .functional import FunctionalDataset, distillation_loss, functional_loss
 from .hub import CARD_FILE, push_files, require_hub_id
-from .model_card import generator_card, run_metadata
+from .model_card import generator_card
 from .modeling_lora_generator import LoraGeneratorModel, LoraGeneratorOutput, kl_per_unit
+from .provenance import run_metadata
 
 logger = logging.get_logger(__name__)
 

@@ -58,7 +58,7 @@ from hf_icm_lora.adapter import (
     lora_config_to_dict,
 )
 from hf_icm_lora.layout import PREFIX, LoraModule
-from hf_icm_lora.model_card import is_local
+from hf_icm_lora.provenance import is_local
 
 DATA = Path(__file__).parent / "data"
 ADAPTER = next(DATA.glob("zoo-1/adapters/capital-*")) / "step-4"
