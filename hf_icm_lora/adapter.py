@@ -3,7 +3,6 @@
 PEFT itself falls back to pickles and only warns about keys that do not fit. Here both are errors.
 """
 
-import enum
 import re
 import time
 from collections import Counter
@@ -22,43 +21,17 @@ from torch import nn
 
 from .errors import CorruptAdapterError, IncompatibleAdapterError
 from .files import MAX_BYTES, commit_directory, read_json, read_safetensors, sha256_of
-from .layout import CONFIG_FIELDS, PREFIX, LoraLayout, check_plain_lora, lora_rank, lora_scaling, split
+from .layout import PREFIX, LoraLayout, module_names, split
+from .lora_config import (
+    CONFIG_FIELDS,
+    UNUSED_FIELDS,
+    check_plain_lora,
+    lora_rank,
+    lora_scaling,
+    with_named_targets,
+)
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
-
-
-def lora_config_to_dict(lora_config: LoraConfig | Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a `LoraConfig` that differ from its defaults, as sorted JSON values.
-
-    Only those are stored, so that versions of PEFT with more or fewer fields can read them.
-    """
-    values = lora_config.to_dict() if isinstance(lora_config, LoraConfig) else dict(lora_config)
-    defaults = LoraConfig().to_dict()
-    plain = {}
-    for field, value in sorted(values.items()):
-        value = value.value if isinstance(value, enum.Enum) else value
-        if isinstance(value, set) or (field == "target_modules" and isinstance(value, (list, tuple))):
-            value = sorted(value)  # PEFT makes a set of it and saves that in any order
-        if field in ("r", "lora_alpha", "target_modules", "peft_type") or (
-            field in defaults and value != defaults[field]
-        ):
-            plain[field] = value
-    return plain
-
-
-def canonical_lora_config(lora_config: Mapping[str, Any], rank: int) -> dict[str, Any]:
-    """Return the configuration of an adapter whose scaling is folded into B: `lora_alpha == r`, no patterns."""
-    folded = ("rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout", "init_lora_weights", "inference_mode")
-    kept = {field: value for field, value in lora_config.items() if field not in folded}
-    return kept | {"r": rank, "lora_alpha": rank, "inference_mode": True}
-
-
-def target_modules(layout: LoraLayout, base_model: nn.Module) -> list[str]:
-    """Return the shortest `target_modules` that mean the modules of a layout and no others of the base model."""
-    wanted = {module.name for module in layout.modules}
-    ends = {name.rpartition(".")[2] for name in wanted}
-    matched = {name for name, _ in base_model.named_modules() if name.rpartition(".")[2] in ends}
-    return sorted(ends if matched == wanted else wanted)
 
 
 def load_adapter(path: str | Path, max_bytes: int = MAX_BYTES) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -98,8 +71,8 @@ def load_adapter(path: str | Path, max_bytes: int = MAX_BYTES) -> tuple[dict[str
         raise CorruptAdapterError(f"{weights_path}: {error}.") from error
     if not state_dict:
         raise CorruptAdapterError(f"{weights_path} holds no tensors.")
-    unused = ("auto_mapping", "peft_version", "eva_config")
-    return {k: v for k, v in lora_config.items() if k in CONFIG_FIELDS and k not in unused}, state_dict
+    kept = CONFIG_FIELDS.keys() - set(UNUSED_FIELDS)
+    return {field: value for field, value in lora_config.items() if field in kept}, state_dict
 
 
 def save_adapter(path: str | Path, lora_config: Mapping[str, Any], state_dict: Mapping[str, torch.Tensor]) -> None:
@@ -364,7 +337,7 @@ def check_fit(model: nn.Module, lora_config: Mapping, state_dict: Mapping[str, t
 def _add(
     model: nn.Module, lora_config: Mapping, state_dict: Mapping[str, torch.Tensor], adapter_name: str
 ) -> PeftModel:
-    config = _new_config(with_named_targets(lora_config, state_dict))
+    config = _new_config(with_named_targets(lora_config, module_names(state_dict)))
     base_name = lora_config.get("base_model_name_or_path")
     config.base_model_name_or_path = None  # or PEFT warns that it writes down where this copy of it lies
     dtype, device = _dtype_and_device(model)
@@ -402,19 +375,6 @@ def _add(
     return peft_model
 
 
-def with_named_targets(lora_config: Mapping, state_dict: Mapping[str, torch.Tensor]) -> Mapping[str, Any]:
-    """Name the modules that have weights, where `LoraConfig` would choose them in another way than by a list.
-
-    PEFT runs the other ways as regular expressions, which may take for ever; and there is nothing to choose.
-    """
-    others = ("exclude_modules", "layers_to_transform", "layers_pattern")
-    targets = lora_config.get("target_modules")
-    if not isinstance(targets, (str, type(None))) and all(lora_config.get(field) is None for field in others):
-        return lora_config
-    names = sorted({key.removeprefix(PREFIX).rsplit(".", 2)[0] for key in state_dict})
-    return dict(lora_config) | dict.fromkeys(others) | {"target_modules": names}
-
-
 def _remove(model: nn.Module, adapter_name: str) -> None:
     if isinstance(model, PeftModel):
         if adapter_name in model.peft_config:
@@ -440,7 +400,7 @@ def _targets(model: PeftModel, adapter_name: str) -> dict[str, tuple[nn.Paramete
 def _overwrite(
     model: PeftModel, lora_config: Mapping, state_dict: Mapping[str, torch.Tensor], adapter_name: str
 ) -> None:
-    config = _new_config(with_named_targets(lora_config, state_dict))
+    config = _new_config(with_named_targets(lora_config, module_names(state_dict)))
     targets = _targets(model, adapter_name)
     shapes = {key: tuple(weight.shape) for key, (weight, _) in targets.items()}
     given = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}

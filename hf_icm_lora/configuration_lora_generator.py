@@ -8,7 +8,8 @@ from transformers import PreTrainedConfig
 
 from .completion import DEFAULT_TEMPLATE
 from .errors import IncompatibleAdapterError, TaskVectorError
-from .layout import LoraLayout, check_plain_lora
+from .layout import LoraLayout
+from .lora_config import check_plain_lora
 from .task_vectors import TaskVectorSpec
 
 MAX_PARAMETERS = 2**31  # 8 GB in fp32; a configuration that asks for more is refused before anything is allocated

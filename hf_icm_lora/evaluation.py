@@ -48,10 +48,11 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .adapter import attach_adapter, canonical_lora_config, frozen_base, require_bare, restored
+from .adapter import attach_adapter, frozen_base, require_bare, restored
 from .completion import CompletionCollator, fill_template, score_completions
 from .errors import IncompatibleAdapterError, NotFittedError, TaskError, ZooError
 from .files import commit_file, write_json
+from .lora_config import canonical_lora_config
 from .model_card import format_report, stored_bytes
 from .modeling_lora_generator import SCALES, UNFAMILIAR, LoraGeneratorModel
 from .processes import gathered, own_part, state

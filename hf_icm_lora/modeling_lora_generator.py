@@ -38,7 +38,6 @@ from .adapter import (
     AdapterSlot,
     attach_adapter,
     base_model_fingerprint,
-    canonical_lora_config,
     frozen_base,
     save_adapter,
 )
@@ -57,6 +56,7 @@ from .functional import FunctionalDataset, functional_loss, refine_lora_weights
 from .gauge import product_error
 from .hub import CARD_FILE, carry_card, files_below, push_files, require_hub_id
 from .layout import LoraLayout, MatrixBlock, split
+from .lora_config import canonical_lora_config
 from .model_card import generator_card
 from .serving import plain_adapter
 from .task_vectors import MODES, TaskVectorExtractor, TaskVectors, TaskVectorSpec

@@ -36,10 +36,8 @@ from .adapter import (
     WEIGHTS_FILE,
     base_model_fingerprint,
     load_adapter,
-    lora_config_to_dict,
     require_bare,
     save_adapter,
-    target_modules,
 )
 from .completion import DEFAULT_TEMPLATE
 from .errors import CorruptAdapterError, IncompatibleAdapterError, TaskError, TaskVectorError, ZooError
@@ -56,7 +54,8 @@ from .files import (
 )
 from .hub import push_files, require_hub_id
 from .importing import common_layout, convert, inspect, shared_rows
-from .layout import LoraLayout, check_plain_lora
+from .layout import LoraLayout
+from .lora_config import check_plain_lora, lora_config_to_dict, shortest_target_modules
 from .model_card import zoo_card
 from .task_vectors import MODES, TaskVectors, joined
 
@@ -232,7 +231,7 @@ class LoraZoo:
                 raise ZooError(f"{path} is a zoo of rank {layout.max_rank}, and cannot get adapters of rank {rank}.")
         lora_config = zoo.lora_config if zoo else {
             "peft_type": "LORA", "r": layout.max_rank, "lora_alpha": layout.max_rank,
-            "target_modules": target_modules(layout, base_model),
+            "target_modules": shortest_target_modules((module.name for module in layout.modules), base_model),
         } | usable[0].kept_fields  # fmt: skip
         zoo = cls.create(
             path,

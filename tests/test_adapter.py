@@ -19,12 +19,11 @@ from hf_icm_lora.adapter import (
     WEIGHTS_FILE,
     adapter_state_dict,
     base_model_fingerprint,
-    canonical_lora_config,
     fast_dtype,
     frozen_base,
-    lora_config_to_dict,
 )
 from hf_icm_lora.layout import PREFIX
+from hf_icm_lora.lora_config import lora_config_to_dict
 
 IDS = torch.tensor([[5, 17, 3, 99, 42, 8]])
 Q0, V1 = (f"{PREFIX}model.layers.{i}.self_attn.{name}_proj" for i, name in ((0, "q"), (1, "v")))
@@ -203,27 +202,6 @@ def test_failed_save_leaves_nothing(tmp_path):
     with pytest.raises(TypeError, match="no_such_field"):  # after the weights are written
         save_adapter(tmp_path / "adapter", CONFIG | {"no_such_field": 1}, random_weights())
     assert list(tmp_path.iterdir()) == []
-
-
-def test_plain_configuration_survives_json_and_peft():
-    config = LoraConfig(r=4, target_modules=["v_proj", "q_proj"], task_type="CAUSAL_LM", rank_pattern={"q_proj": 2})
-    plain = json.loads(json.dumps(lora_config_to_dict(config)))
-    assert plain == {
-        "peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"],
-        "task_type": "CAUSAL_LM", "rank_pattern": {"q_proj": 2},
-    }  # fmt: skip
-    assert LoraConfig(**plain).to_dict() == config.to_dict()
-    assert lora_config_to_dict(plain | {"target_modules": ["v_proj", "q_proj"]}) == plain  # the order means nothing
-
-
-def test_canonical_configuration_scales_by_one():
-    config = canonical_lora_config(
-        CONFIG
-        | {"use_rslora": True, "alpha_pattern": {"q": 2}, "rank_pattern": {"q": 2}, "lora_dropout": 0.1}
-        | {"init_lora_weights": "olora", "inference_mode": False},
-        rank=8,
-    )
-    assert config == CONFIG | {"r": 8, "lora_alpha": 8, "inference_mode": True}
 
 
 # Attaching

@@ -28,9 +28,10 @@ from hf_icm_lora import (
     format_report,
     recovered_gain,
 )
-from hf_icm_lora.adapter import attach_adapter, canonical_lora_config
+from hf_icm_lora.adapter import attach_adapter
 from hf_icm_lora.completion import CompletionCollator, score_completions
 from hf_icm_lora.evaluation import read_report
+from hf_icm_lora.lora_config import canonical_lora_config
 
 SEEN, UNSEEN = ["shift/1", "shift/2", "shift/3"], ["shift/4"]
 ROWS = ["base", "task_lora", "generated", "wrong_condition", "mean_lora", "nearest_lora", "top_k_merge", "ridge",

@@ -55,9 +55,9 @@ from hf_icm_lora.adapter import (
     WEIGHTS_FILE,
     adapter_state_dict,
     base_model_fingerprint,
-    lora_config_to_dict,
 )
 from hf_icm_lora.layout import PREFIX, LoraModule
+from hf_icm_lora.lora_config import lora_config_to_dict
 from hf_icm_lora.provenance import is_local
 
 DATA = Path(__file__).parent / "data"

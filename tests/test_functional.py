@@ -27,9 +27,10 @@ from hf_icm_lora import (
     attach_adapter,
     collect_zoo,
 )
-from hf_icm_lora.adapter import adapter_state_dict, canonical_lora_config
+from hf_icm_lora.adapter import adapter_state_dict
 from hf_icm_lora.completion import CompletionCollator, score_completions
 from hf_icm_lora.functional import batched_lora, distillation_loss, functional_loss
+from hf_icm_lora.lora_config import canonical_lora_config
 from hf_icm_lora.tasks import Sample
 
 MAKE = {"llama": make_llama, "gpt2": make_gpt2, "t5": make_t5}

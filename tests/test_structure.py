@@ -19,7 +19,7 @@ SOURCES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in so
 MODULES = sorted(name for name in SOURCES if name != "__init__")
 LEVELS = [  # a module imports from earlier levels only
     {"errors", "files", "gauge", "processes", "provenance"},
-    {"model_card"},
+    {"model_card", "lora_config"},
     {"hub"},
     {"tasks"},
     {"suite", "smollm2", "completion", "layout"},
