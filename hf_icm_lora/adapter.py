@@ -4,23 +4,20 @@ PEFT itself falls back to pickles and only warns about keys that do not fit. Her
 """
 
 import re
-import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import nn
 
+from .base_model import base_parameters, require_bare, unwrapped
 from .errors import CorruptAdapterError, IncompatibleAdapterError
-from .files import MAX_BYTES, commit_directory, read_json, read_safetensors, sha256_of
+from .files import MAX_BYTES, commit_directory, read_json, read_safetensors
 from .layout import PREFIX, LoraLayout, module_names, split
 from .lora_config import (
     CONFIG_FIELDS,
@@ -197,115 +194,13 @@ def adapter_state_dict(model: PeftModel, adapter_name: str = "default") -> dict[
     }
 
 
-def base_model_fingerprint(model: nn.Module) -> str:
-    """Return a hash of a base model's weights that LoRA layers, adapters and a load in bf16 or fp32 do not change.
-
-    Names, shapes and up to 64 evenly spaced values of every parameter count, rounded to bf16: enough to tell two
-    checkpoints apart, and a matter of milliseconds on a large model.
-    """
-    parameters, sampled = sorted(_base_parameters(model).items()), []
-    for _, parameter in parameters:
-        values = parameter.detach().reshape(-1)
-        sampled.append(values[:: max(1, values.numel() // 64)][:64].cpu())
-    # All at once, which is several times faster.
-    rounded = torch.cat(sampled).to(torch.bfloat16).view(torch.int16).numpy().tobytes()
-    parts, start = [], 0
-    for (name, parameter), values in zip(parameters, sampled, strict=True):
-        parts += [name, str(tuple(parameter.shape)), rounded[start : (start := start + 2 * len(values))]]
-    return sha256_of(*parts)
-
-
-@cache
-def fast_dtype() -> torch.dtype:
-    """Return the dtype in which this machine runs a frozen base model fastest: bfloat16 or float32.
-
-    Accelerators multiply bfloat16. A CPU without instructions for it is slower than with float32, so it is measured,
-    in a few milliseconds.
-
-    Example:
-        >>> base = AutoModelForCausalLM.from_pretrained(smollm2_path(), dtype=fast_dtype())  # doctest: +SKIP
-    """
-    if torch.accelerator.is_available():
-        return torch.bfloat16
-
-    def seconds(dtype: torch.dtype) -> float:
-        start = time.perf_counter()
-        inputs[dtype] @ inputs[dtype].T
-        return time.perf_counter() - start
-
-    # By turns and often: on a busy machine a few runs in a row can all be slow.
-    inputs = {dtype: torch.ones(256, 512, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)}
-    rounds = [{dtype: seconds(dtype) for dtype in inputs} for _ in range(20)]
-    return min(inputs, key=lambda dtype: min(times[dtype] for times in rounds))
-
-
-@contextmanager
-def frozen_base(model: nn.Module) -> Iterator[nn.Module]:
-    """Within this context the base model is as it was before any adapter: adapters off, eval mode, no gradients.
-
-    Yields:
-        `PreTrainedModel`: the base model itself, also when a `PeftModel` was given. Every module's mode is restored.
-    """
-    # Also in a base that PEFT changed in place while the caller still holds it unwrapped.
-    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not m.disable_adapters]
-    with restored(model), torch.no_grad():  # PEFT unfreezes an adapter that it turns on
-        model.eval()
-        try:
-            for layer in layers:
-                layer.enable_adapters(False)
-            yield _base(model)
-        finally:
-            for layer in layers:
-                layer.enable_adapters(True)
-
-
-@contextmanager
-def restored(model: nn.Module) -> Iterator[None]:
-    """After this context every module is in its old mode again, every parameter as frozen or free as it was."""
-    flags = ("training", "gradient_checkpointing")
-    modes = [(m, flag, getattr(m, flag)) for m in model.modules() for flag in flags if hasattr(m, flag)]
-    requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    use_cache = getattr(model.config, "use_cache", None)  # Trainer turns it off
-    try:
-        yield
-    finally:
-        if use_cache is not None:
-            model.config.use_cache = use_cache
-        for module, flag, value in modes:
-            if getattr(module, flag) != value:  # or a class's attribute would become the module's own
-                setattr(module, flag, value)
-        for parameter, flag in requires_grad.items():
-            parameter.requires_grad_(flag)
-
-
-def require_bare(model: nn.Module) -> None:
-    """Refuse a model that carries adapters, also one that PEFT changed in place while the caller holds it unwrapped.
-
-    Raises:
-        IncompatibleAdapterError: if it does.
-    """
-    if any(isinstance(module, (PeftModel, BaseTunerLayer)) for module in model.modules()):
-        raise IncompatibleAdapterError(
-            "Expected a base model without adapters, found one with: call unload() first, or go on with the PeftModel."
-        )
-
-
-def _base_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
-    model = _base(model)
-    return {name.replace(".base_layer.", "."): p for name, p in model.named_parameters() if ".lora_" not in name}
-
-
-def _base(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
 def check_fit(model: nn.Module, lora_config: Mapping, state_dict: Mapping[str, torch.Tensor]) -> None:
     """Compare a PEFT state dict with the modules of a base model and with its own configuration.
 
     Raises:
         IncompatibleAdapterError: naming the first key that does not fit.
     """
-    parameters = _base_parameters(model)
+    parameters = base_parameters(model)
     shapes = Counter()
     for key, tensor in state_dict.items():
         match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.(lora_[AB])\.weight", key)
@@ -317,8 +212,8 @@ def check_fit(model: nn.Module, lora_config: Mapping, state_dict: Mapping[str, t
         weight = parameters.get(f"{name}.weight")
         if weight is None:
             raise IncompatibleAdapterError(
-                f"The base model ({type(_base(model)).__name__}) has no module {name!r}, which the adapter's {key} "
-                "needs. Load the base model that the adapter was made for."
+                f"The base model ({type(unwrapped(model)).__name__}) has no module {name!r}, which the adapter's "
+                f"{key} needs. Load the base model that the adapter was made for."
             )
         rank, size = tensor.shape if factor == "lora_A" else reversed(tensor.shape)
         if rank != (expected := lora_rank(lora_config, name)):

@@ -20,7 +20,8 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
-from .adapter import adapter_state_dict, base_model_fingerprint, require_bare, restored
+from .adapter import adapter_state_dict
+from .base_model import base_model_fingerprint, require_bare, restored
 from .completion import DEFAULT_TEMPLATE, CompletionCollator, score_completions
 from .errors import IcmLoraError, ZooError
 from .files import sweep_temporary

@@ -48,7 +48,8 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .adapter import attach_adapter, frozen_base, require_bare, restored
+from .adapter import attach_adapter
+from .base_model import frozen_base, require_bare, restored
 from .completion import CompletionCollator, fill_template, score_completions
 from .errors import IncompatibleAdapterError, NotFittedError, TaskError, ZooError
 from .files import commit_file, write_json

@@ -37,10 +37,9 @@ from transformers.utils import CONFIG_NAME, ModelOutput, logging
 from .adapter import (
     AdapterSlot,
     attach_adapter,
-    base_model_fingerprint,
-    frozen_base,
     save_adapter,
 )
+from .base_model import base_model_fingerprint, frozen_base
 from .completion import CompletionCollator
 from .configuration_lora_generator import LoraGeneratorConfig
 from .errors import (

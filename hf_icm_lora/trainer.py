@@ -16,7 +16,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import CONFIG_NAME, PushInProgress, logging
 
-from .adapter import require_bare, restored
+from .base_model import require_bare, restored
 from .errors import IcmLoraError, TaskError
 from .functional import FunctionalDataset, distillation_loss, functional_loss
 from .hub import CARD_FILE, push_files, require_hub_id

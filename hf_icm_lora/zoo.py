@@ -34,11 +34,10 @@ from transformers.utils import logging
 from .adapter import (
     CONFIG_FILE,
     WEIGHTS_FILE,
-    base_model_fingerprint,
     load_adapter,
-    require_bare,
     save_adapter,
 )
+from .base_model import base_model_fingerprint, require_bare
 from .completion import DEFAULT_TEMPLATE
 from .errors import CorruptAdapterError, IncompatibleAdapterError, TaskError, TaskVectorError, ZooError
 from .files import (

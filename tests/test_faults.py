@@ -54,8 +54,8 @@ from hf_icm_lora.adapter import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     adapter_state_dict,
-    base_model_fingerprint,
 )
+from hf_icm_lora.base_model import base_model_fingerprint
 from hf_icm_lora.layout import PREFIX, LoraModule
 from hf_icm_lora.lora_config import lora_config_to_dict
 from hf_icm_lora.provenance import is_local

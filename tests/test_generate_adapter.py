@@ -27,7 +27,8 @@ from hf_icm_lora import (
     collect_zoo,
     load_adapter,
 )
-from hf_icm_lora.adapter import adapter_state_dict, base_model_fingerprint
+from hf_icm_lora.adapter import adapter_state_dict
+from hf_icm_lora.base_model import base_model_fingerprint
 from hf_icm_lora.completion import CompletionCollator, score_completions
 from hf_icm_lora.layout import LoraModule
 from hf_icm_lora.tasks import Sample

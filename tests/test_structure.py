@@ -23,6 +23,7 @@ LEVELS = [  # a module imports from earlier levels only
     {"hub"},
     {"tasks"},
     {"suite", "smollm2", "completion", "layout"},
+    {"base_model"},
     {"adapter"},
     {"task_vectors"},
     {"configuration_lora_generator", "functional", "importing", "serving"},
