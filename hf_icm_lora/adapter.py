@@ -86,7 +86,10 @@ def save_adapter(path: str | Path, lora_config: Mapping[str, Any], state_dict: M
     with commit_directory(path) as folder:
         tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in sorted(state_dict.items())}
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        _new_config(lora_config).save_pretrained(folder)
+        config = LoraConfig(**lora_config)
+        if isinstance(config.target_modules, set):  # in whose order two processes would write two files
+            config.target_modules = sorted(config.target_modules)
+        config.save_pretrained(folder)
 
 
 def attach_adapter(
@@ -232,7 +235,7 @@ def check_fit(model: nn.Module, lora_config: Mapping, state_dict: Mapping[str, t
 def _add(
     model: nn.Module, lora_config: Mapping, state_dict: Mapping[str, torch.Tensor], adapter_name: str
 ) -> PeftModel:
-    config = _new_config(with_named_targets(lora_config, module_names(state_dict)))
+    config = LoraConfig(**with_named_targets(lora_config, module_names(state_dict)))
     base_name = lora_config.get("base_model_name_or_path")
     config.base_model_name_or_path = None  # or PEFT warns that it writes down where this copy of it lies
     dtype, device = _dtype_and_device(model)
@@ -295,7 +298,7 @@ def _targets(model: PeftModel, adapter_name: str) -> dict[str, tuple[nn.Paramete
 def _overwrite(
     model: PeftModel, lora_config: Mapping, state_dict: Mapping[str, torch.Tensor], adapter_name: str
 ) -> None:
-    config = _new_config(with_named_targets(lora_config, module_names(state_dict)))
+    config = LoraConfig(**with_named_targets(lora_config, module_names(state_dict)))
     targets = _targets(model, adapter_name)
     shapes = {key: tuple(weight.shape) for key, (weight, _) in targets.items()}
     given = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
@@ -311,14 +314,6 @@ def _overwrite(
             name = key.removeprefix(PREFIX).rsplit(".", 2)[0]
             module.scaling[adapter_name] = lora_scaling(lora_config, name, module.r[adapter_name])
     model.peft_config[adapter_name] = config
-
-
-def _new_config(lora_config: Mapping) -> LoraConfig:
-    """Return a new object for each call, since PEFT keeps and changes it."""
-    config = LoraConfig(**lora_config)
-    if isinstance(config.target_modules, set):  # in whose order two processes would write two files
-        config.target_modules = sorted(config.target_modules)
-    return config
 
 
 def _dtype_and_device(model: nn.Module) -> tuple[torch.dtype, torch.device]:

@@ -1,6 +1,7 @@
 """Adapters: read strictly, written so that PEFT reads them, attached exactly or not at all."""
 
 import copy
+import dataclasses
 import json
 import math
 import re
@@ -206,6 +207,14 @@ def test_failed_save_leaves_nothing(tmp_path):
 @pytest.mark.parametrize(("task_type", "expected"), [("CAUSAL_LM", PeftModelForCausalLM), (None, PeftModel)])
 def test_attached_model_has_the_type_of_its_task(llama, task_type, expected):
     assert type(attach_adapter(llama, CONFIG | {"task_type": task_type}, random_weights())) is expected
+
+
+def test_configuration_in_the_model_is_the_one_that_peft_would_have_made(llama):
+    ours = attach_adapter(llama, CONFIG, random_weights()).peft_config["default"]
+    theirs = get_peft_model(make_llama(), LoraConfig(**CONFIG)).peft_config["default"]
+    assert ours.target_modules == {"q_proj", "v_proj"}
+    assert ours.base_model_name_or_path is None  # what this copy of the base is called says nothing
+    assert dataclasses.replace(ours, base_model_name_or_path=theirs.base_model_name_or_path) == theirs
 
 
 def test_attached_weights_are_the_given_ones_frozen_and_their_own(llama):
