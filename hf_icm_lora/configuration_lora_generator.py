@@ -53,8 +53,8 @@ class LoraGeneratorConfig(PreTrainedConfig):
             condition, whose entries have a mean square of 1: a generator that has few vectors of each task would
             otherwise learn them by heart.
         reconstruction (`str`, *optional*, defaults to `"weights"`): What training on adapters compares: normalized
-            `"weights"`, or the `"products"` B @ A, which do not depend on the gauge: `from_zoo` chooses them for
-            adapters of the canonical one.
+            `"weights"`, or the `"products"` B @ A, whatever their factors: `from_zoo` chooses them for adapters of
+            any origin.
         architecture (`str`, *optional*, defaults to `"transformer"`): `"transformer"` (one token per matrix) or
             `"conv1d"` (the paper's convolutions over the flat vector).
         token_granularity (`str`, *optional*, defaults to `"matrix"`): One token per `"matrix"` or per `"rank"`
@@ -228,7 +228,7 @@ class LoraGeneratorConfig(PreTrainedConfig):
             "num_task_vectors": num_task_vectors,
             "task_vector_size": task_vector_size,
             # Of adapters of any origin the factors say little, and it is their products that a generator can learn.
-            "reconstruction": "products" if zoo.layout.gauge == "canonical" else "weights",
+            "reconstruction": "products" if zoo.layout.gauge == "free" else "weights",
         }
         return cls(**of_zoo | kwargs)
 

@@ -6,12 +6,12 @@ architecture. The vector is ordered kind by kind, so that all matrices of one ki
 `(count, rank, width)`, which a network can read without copying. Both matrices are stored as rows per rank
 component: A is `(rank, in_features)` as it is, B `(out_features, rank)` is transposed.
 
-B @ A is unique, (A, B) is not: B R^-1 and R A are the same adapter for any invertible R. A layout says how that
-freedom was removed:
+B @ A is unique, (A, B) is not: B R^-1 and R A are the same adapter for any invertible R. A layout says what is left
+of that freedom, its gauge:
 
     frozen_a      all adapters share one A that was never trained; only B varies, and B @ A is linear in it
     shared_init   A and B were both trained, from the same start
-    canonical     A and B of any origin, brought into one form; see gauge.py
+    free          A and B of any origin: only their products can be compared
 """
 
 import dataclasses
@@ -27,11 +27,10 @@ import torch
 
 from .errors import CorruptAdapterError, IncompatibleAdapterError
 from .files import sha256_of
-from .gauge import align, balance, mean_reference
 from .lora_config import check_module_name, check_plain_lora, lora_scaling
 
 PREFIX = "base_model.model."  # of every key in a PEFT state dict
-GAUGES = ("frozen_a", "shared_init", "canonical")
+GAUGES = ("frozen_a", "shared_init", "free")
 
 MAX_SIZE = 2**24  # of a side of a matrix
 
@@ -93,7 +92,7 @@ class LoraLayout:
 
     Args:
         modules (`tuple[LoraModule, ...]`): The adapted modules, sorted by kind and position.
-        gauge (`str`): `"frozen_a"`, `"shared_init"` or `"canonical"`.
+        gauge (`str`): `"frozen_a"`, `"shared_init"` or `"free"`.
 
     Example:
         >>> layout = LoraLayout.from_state_dict(state_dict, lora_config, gauge="frozen_a")  # doctest: +SKIP
@@ -203,15 +202,12 @@ class LoraLayout:
         except (KeyError, TypeError) as error:
             raise IncompatibleAdapterError(f"Not a LoRA layout: {error!r} in {str(values)[:200]}.") from error
 
-    def pack(
-        self, state_dict: Mapping[str, torch.Tensor], lora_config: Mapping, reference: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def pack(self, state_dict: Mapping[str, torch.Tensor], lora_config: Mapping) -> tuple[torch.Tensor, torch.Tensor]:
         """Turn a PEFT state dict into vectors, with the scaling (alpha / r, rsLoRA, patterns) folded into B.
 
         Args:
             state_dict (`Mapping[str, torch.Tensor]`): Keys as PEFT saves them, in any order and dtype.
             lora_config (`Mapping`): The adapter's `LoraConfig` as a dictionary.
-            reference (`torch.Tensor` of shape `(num_weights,)`, *optional*): As in [`LoraLayout.canonical`].
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: `lora_weights` `(num_weights,)` and `shared_weights`
@@ -232,8 +228,6 @@ class LoraLayout:
         if not (lora_weights.isfinite().all() and shared_weights.isfinite().all()):
             key, count = next((k, n) for k, m in matrices.items() if (n := int((~m.isfinite()).sum())))
             raise CorruptAdapterError(f"{key} holds {count} values that are not finite.")
-        if self.gauge == "canonical":
-            lora_weights = self.canonical(lora_weights, reference)
         return lora_weights, shared_weights
 
     def factors(
@@ -272,44 +266,6 @@ class LoraLayout:
         parts = lora_weights.split([block.size for block in self.blocks], dim=-1)
         pairs = zip(parts, self.blocks, strict=True)
         return torch.cat([scale * part if block.factor == "lora_B" else part for part, block in pairs], dim=-1)
-
-    def canonical(self, lora_weights: torch.Tensor, reference: torch.Tensor | None = None) -> torch.Tensor:
-        """Bring vectors of the gauge `"canonical"` into the form that depends on each product B @ A alone.
-
-        Args:
-            lora_weights (`torch.Tensor` of shape `(..., num_weights)`).
-            reference (`torch.Tensor` of shape `(num_weights,)`, *optional*): What the balanced factors are rotated
-                towards, as from [`LoraLayout.mean_reference`]. Without it they stay in the form of a singular value
-                decomposition.
-
-        Returns:
-            `torch.Tensor` of the same shape.
-        """
-        nothing = lora_weights.new_zeros(0)
-        towards = {} if reference is None else self.stacked_factors(reference, nothing)
-        factors = {}
-        for names, (a, b) in self.stacked_factors(lora_weights, nothing).items():
-            a, b, _ = balance(a, b)
-            if towards:
-                a, b = align(a, b, *towards[names])
-            factors |= dict(zip(names, zip(a.unbind(-3), b.unbind(-3), strict=True), strict=True))
-        return self._joined(factors)
-
-    def mean_reference(self, lora_weights: torch.Tensor) -> torch.Tensor:
-        """Return the mean of canonical vectors `(num_adapters, num_weights)` after aligning each with it."""
-        factors = {}
-        for names, (a, b) in self.stacked_factors(self.canonical(lora_weights), lora_weights.new_zeros(0)).items():
-            a, b = mean_reference(a, b)
-            factors |= dict(zip(names, zip(a.unbind(-3), b.unbind(-3), strict=True), strict=True))
-        return self._joined(factors)
-
-    def _joined(self, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-        """The way back from `factors`: `(..., num_weights)`."""
-        parts = []
-        for block in self.blocks:
-            side = ("lora_A", "lora_B").index(block.factor)
-            parts.append(torch.stack([factors[module.name][side] for module in block.modules], dim=-3).flatten(-3))
-        return torch.cat(parts, dim=-1)
 
     def unpack(self, lora_weights: torch.Tensor, shared_weights: torch.Tensor) -> dict[str, torch.Tensor]:
         """Turn vectors back into a PEFT state dict whose scaling is 1 (`lora_alpha == r`).

@@ -52,11 +52,11 @@ from .errors import (
 )
 from .files import commit_files
 from .functional import FunctionalDataset, functional_loss, refine_lora_weights
-from .gauge import product_error
 from .hub import CARD_FILE, carry_card, files_below, push_files, require_hub_id
 from .layout import LoraLayout, MatrixBlock, split
 from .lora_config import canonical_lora_config
 from .model_card import generator_card
+from .products import product_error
 from .serving import plain_adapter
 from .task_vectors import MODES, TaskVectorExtractor, TaskVectors, TaskVectorSpec
 from .tasks import to_sample

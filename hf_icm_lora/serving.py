@@ -16,9 +16,9 @@ import torch
 from .adapter import load_adapter
 from .errors import IcmLoraError, IncompatibleAdapterError
 from .files import commit_file
-from .gauge import with_rank
 from .layout import PREFIX, LoraLayout, LoraModule, module_names
 from .lora_config import canonical_lora_config, lora_config_to_dict, with_named_targets
+from .products import with_rank
 from .provenance import is_local
 
 SERVERS = ("vllm", "sglang", "lorax", "llama.cpp")

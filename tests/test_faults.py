@@ -6,7 +6,6 @@ Each fault must end in the error, or the result, that the page promises.
 import copy
 import json
 import math
-import os
 import re
 import resource
 import shutil
@@ -456,24 +455,6 @@ def test_F12_hostile_zoo(zoo, file, fields, message):
     change(zoo.path / file if file == "zoo.json" else zoo.task_folder("capital") / file, **fields)
     with pytest.raises(IcmLoraError, match=message):
         LoraZoo(zoo.path)
-
-
-REFERENCES = {
-    "a pipe": os.mkfifo,
-    "of another dtype": lambda path: save_file({"reference": torch.ones(192, dtype=torch.int32)}, path),
-    "not finite": lambda path: save_file({"reference": torch.full((192,), torch.inf)}, path),
-    "of another name": lambda path: save_file({"other": torch.ones(192)}, path),
-    "of another size": lambda path: save_file({"reference": torch.ones(191)}, path),
-    "no such file": lambda path: path.write_bytes(b"<html>"),
-}
-
-
-@pytest.mark.parametrize("write", REFERENCES.values(), ids=REFERENCES)
-def test_F12_reference_of_a_zoo(zoo, write):
-    assert zoo.layout.num_weights == 192
-    write(zoo.path / "reference.safetensors")
-    with pytest.raises(CorruptAdapterError, match=r"reference\.safetensors: "):
-        LoraZoo(zoo.path).lora_weights("capital")
 
 
 def _changed(data, original: bytes) -> bytes:
