@@ -6,12 +6,17 @@ from .collection import CollectionArguments, collect_zoo
 from .completion import CompletionCollator
 from .configuration_lora_generator import LoraGeneratorConfig
 from .errors import (
+    AlreadyExistsError,
+    ArgumentError,
     CorruptAdapterError,
+    CorruptFileError,
     IcmLoraError,
     IncompatibleAdapterError,
     NotFittedError,
+    PublishingError,
     TaskError,
     TaskVectorError,
+    TrainingError,
     UnfamiliarTaskError,
     ZooError,
 )
@@ -32,9 +37,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdapterSlot",
+    "AlreadyExistsError",
+    "ArgumentError",
     "CollectionArguments",
     "CompletionCollator",
     "CorruptAdapterError",
+    "CorruptFileError",
     "FunctionalCollator",
     "FunctionalDataset",
     "IcmLoraError",
@@ -47,6 +55,7 @@ __all__ = [
     "LoraLayout",
     "LoraZoo",
     "NotFittedError",
+    "PublishingError",
     "Sample",
     "Task",
     "TaskError",
@@ -54,6 +63,7 @@ __all__ = [
     "TaskVectorExtractor",
     "TaskVectorSpec",
     "TaskVectors",
+    "TrainingError",
     "UnfamiliarTaskError",
     "ZooError",
     "add_evaluation",

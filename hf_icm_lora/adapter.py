@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .base_model import base_parameters, require_bare, unwrapped
-from .errors import CorruptAdapterError, IncompatibleAdapterError
+from .errors import CorruptAdapterError, CorruptFileError, IncompatibleAdapterError
 from .files import MAX_BYTES, commit_directory, read_json, read_safetensors
 from .layout import PREFIX, LoraLayout, module_names, split
 from .lora_config import (
@@ -51,7 +51,7 @@ def load_adapter(path: str | Path, max_bytes: int = MAX_BYTES) -> tuple[dict[str
     config_path, weights_path = path / CONFIG_FILE, path / WEIGHTS_FILE
     try:
         lora_config = read_json(config_path)
-    except (OSError, ValueError) as error:
+    except (OSError, CorruptFileError) as error:
         raise CorruptAdapterError(f"{config_path}: expected a PEFT configuration in JSON: {error}") from error
     if not isinstance(lora_config, dict):
         raise IncompatibleAdapterError(f"{config_path}: expected a JSON object, found {type(lora_config).__name__}.")
@@ -64,7 +64,7 @@ def load_adapter(path: str | Path, max_bytes: int = MAX_BYTES) -> tuple[dict[str
         raise CorruptAdapterError(f"{weights_path} is missing (found {found}). Only safetensors files are read.")
     try:
         state_dict, _ = read_safetensors(weights_path, max_bytes)
-    except (OSError, ValueError) as error:
+    except (OSError, CorruptFileError) as error:
         raise CorruptAdapterError(f"{weights_path}: {error}.") from error
     if not state_dict:
         raise CorruptAdapterError(f"{weights_path} holds no tensors.")
@@ -81,7 +81,7 @@ def save_adapter(path: str | Path, lora_config: Mapping[str, Any], state_dict: M
         state_dict (`Mapping[str, torch.Tensor]`): Keys as PEFT saves them.
 
     Raises:
-        FileExistsError: if `path` exists.
+        AlreadyExistsError: if `path` exists.
     """
     with commit_directory(path) as folder:
         tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in sorted(state_dict.items())}

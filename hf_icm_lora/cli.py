@@ -26,7 +26,7 @@ from .base_model import find_base_model, load_base_model
 from .collection import CollectionArguments, collect_zoo
 from .completion import DEFAULT_TEMPLATE, CompletionCollator
 from .configuration_lora_generator import LoraGeneratorConfig
-from .errors import IcmLoraError, IncompatibleAdapterError, TaskError
+from .errors import AlreadyExistsError, ArgumentError, IcmLoraError, IncompatibleAdapterError, TaskError
 from .evaluation import MORE_ROWS, evaluate_generator, read_report
 from .files import as_plain
 from .functional import FunctionalCollator, FunctionalDataset
@@ -275,7 +275,7 @@ def train(options: TrainOptions, args: LoraGeneratorTrainingArguments) -> Result
 def generate(options: GenerateOptions) -> Result:
     """Write the adapter of a task as a PEFT folder."""
     if Path(options.output_dir).exists():  # before the work, not after it
-        raise FileExistsError(f"{options.output_dir} exists already: choose another --output_dir.")
+        raise AlreadyExistsError(f"{options.output_dir} exists already: choose another --output_dir.")
     generator = load_generator(options.generator)
     name = generator.config.base_model_name_or_path if options.generator != "smollm2" else "smollm2"
     base, tokenizer = load_base_model(options.base_model or name, options.dtype)
@@ -330,7 +330,7 @@ def push(options: PushOptions) -> Result:
     target = {"private": options.private, "revision": options.revision, "create_pr": options.create_pr}
     target["commit_message"] = options.commit_message
     if options.evaluation and not (path / "config.json").exists():
-        raise IcmLoraError(f"--evaluation goes with a generator; {path} holds none.")
+        raise ArgumentError(f"--evaluation goes with a generator; {path} holds none.")
     if (path / ZOO_FILE).exists():
         rename = {"base_model_name_or_path": options.base_model, "license": options.license}
         url = LoraZoo(path).push_to_hub(options.repo_id, **rename, **target)
@@ -392,7 +392,7 @@ def check(options: CheckOptions) -> Result:
 def export(options: ExportOptions) -> Result:
     """Write an adapter in the form that every server reads, or as GGUF for llama.cpp."""
     if Path(options.output).exists():
-        raise FileExistsError(f"{options.output} exists already: choose another --output.")
+        raise AlreadyExistsError(f"{options.output} exists already: choose another --output.")
     dtype, (lora_config, state_dict) = getattr(torch, options.dtype), load_adapter(adapter_folder(options.adapter))
     config, plain, lost = plain_adapter(lora_config, state_dict, rank=options.rank, dtype=dtype)
     if options.format == "gguf":

@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from peft import PeftModel
 
-from .errors import IcmLoraError
+from .errors import PublishingError
 from .files import stale_weights
 from .model_card import adapter_card
 from .provenance import LIBRARY, is_local
@@ -73,10 +73,10 @@ def require_hub_id(base_model_name_or_path: str | None, what: str) -> None:
     """Refuse to publish what names a folder of this machine as its base model.
 
     Raises:
-        IcmLoraError: if it does, or names nothing.
+        PublishingError: if it does, or names nothing.
     """
     if not base_model_name_or_path or is_local(base_model_name_or_path):
-        raise IcmLoraError(
+        raise PublishingError(
             f"Expected a base model that others can load, found {base_model_name_or_path!r}, which is no id on the "
             f"Hub: {what}."
         )
@@ -124,7 +124,7 @@ def push_adapter(
         options: `commit_description`, `private`, `token`, `revision`, `create_pr`, as in [`push_files`].
 
     Raises:
-        IcmLoraError: if an adapter names a local folder as its base model.
+        PublishingError: if an adapter names a local folder as its base model.
     """
     for config in model.peft_config.values():
         require_hub_id(

@@ -37,7 +37,16 @@ from .adapter import (
 )
 from .base_model import base_model_fingerprint, require_bare
 from .completion import DEFAULT_TEMPLATE
-from .errors import CorruptAdapterError, IncompatibleAdapterError, TaskError, TaskVectorError, ZooError
+from .errors import (
+    AlreadyExistsError,
+    ArgumentError,
+    CorruptAdapterError,
+    CorruptFileError,
+    IncompatibleAdapterError,
+    TaskError,
+    TaskVectorError,
+    ZooError,
+)
 from .files import (
     TEMPORARY,
     commit_directory,
@@ -272,14 +281,14 @@ class LoraZoo:
 
         Raises:
             ZooError: if the repository is no zoo.
-            ValueError: if a zoo is to be streamed and to have a `local_dir`.
+            ArgumentError: if a zoo is to be streamed and to have a `local_dir`.
             RepositoryNotFoundError, GatedRepoError, LocalEntryNotFoundError and others: from `huggingface_hub`.
 
         Example:
             >>> zoo = LoraZoo.from_hub("user/my-zoo")  # doctest: +SKIP
         """
         if streaming and local_dir is not None:
-            raise ValueError("A zoo is either streamed or downloaded into a local_dir: pass one of the two.")
+            raise ArgumentError("A zoo is either streamed or downloaded into a local_dir: pass one of the two.")
         names = None if tasks is None else list(tasks)
         files = [ZOO_FILE, VECTORS_FILE]
         for folder in ["*"] if names is None else map(safe_dirname, names):
@@ -322,7 +331,7 @@ class LoraZoo:
 
         Raises:
             ZooError: if there is no task to upload.
-            IcmLoraError: if the base model is a local folder.
+            PublishingError: if the base model is a local folder.
         """
         if not self.records:
             raise ZooError(f"{self.path}: no complete task to upload.")
@@ -419,13 +428,14 @@ class LoraZoo:
             record: What else `task.json` should say, such as `best_step`, which defaults to the last one.
 
         Raises:
-            ZooError: if the task is complete already, or there is no snapshot, or none of `best_step`.
+            AlreadyExistsError: if the task is complete already.
+            ZooError: if there is no snapshot, or none of `best_step`.
             IncompatibleAdapterError, CorruptAdapterError: if a snapshot has another layout, or values that are not
                 finite.
         """
         folder = self.task_folder(name)
         if self.holds(name):
-            raise ZooError(f"{self.path} already holds the task {name!r}.")
+            raise AlreadyExistsError(f"{self.path} already holds the task {name!r}.")
         if not snapshots:
             raise ZooError(f"Task {name!r} needs at least one snapshot, found none.")
         record = {"name": name, "snapshots": sorted(snapshots), "best_step": max(snapshots)} | record
@@ -448,8 +458,8 @@ class LoraZoo:
                 for step, state_dict in snapshots.items():
                     save_adapter(temporary / f"step-{step}", config, state_dict)
                 write_json(temporary / TASK_FILE, record)
-        except FileExistsError as error:
-            raise ZooError(f"{self.path} already holds the task {name!r}.") from error
+        except AlreadyExistsError as error:
+            raise AlreadyExistsError(f"{self.path} already holds the task {name!r}.") from error
         self.records[name] = _read_record(folder / TASK_FILE) | {"folder": folder}
 
     @contextmanager
@@ -576,9 +586,9 @@ class LoraZooDataset(Dataset):
 
     def __init__(self, zoo: LoraZoo, modes: Sequence[str], num_snapshots: int | None):
         if unknown := sorted(set(modes) - set(MODES)):
-            raise TaskVectorError(f"Expected modes among {MODES}, found {unknown}.")
+            raise ArgumentError(f"Expected modes among {MODES}, found {unknown}.")
         if num_snapshots is not None and num_snapshots < 1:
-            raise ZooError(f"Expected num_snapshots >= 1, or None for all; found {num_snapshots}.")
+            raise ArgumentError(f"Expected num_snapshots >= 1, or None for all; found {num_snapshots}.")
         if not zoo.records:
             raise ZooError(f"{zoo.path}: no tasks to make a dataset of.")
         self.task_names = list(zoo)
@@ -635,7 +645,7 @@ def _read_json(path: Path, what: str) -> dict[str, Any]:
         content = read_json(path)
     except FileNotFoundError as error:
         raise ZooError(f"{path.parent} is not {what}: {path.name} is missing.") from error
-    except ValueError as error:
+    except CorruptFileError as error:
         raise ZooError(f"{path}: expected JSON: {error}") from error
     if not isinstance(content, dict):
         raise ZooError(f"{path}: expected a JSON object, found {type(content).__name__}.")

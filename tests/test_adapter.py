@@ -13,7 +13,14 @@ from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 
-from hf_icm_lora import CorruptAdapterError, IncompatibleAdapterError, attach_adapter, load_adapter, save_adapter
+from hf_icm_lora import (
+    AlreadyExistsError,
+    CorruptAdapterError,
+    IncompatibleAdapterError,
+    attach_adapter,
+    load_adapter,
+    save_adapter,
+)
 from hf_icm_lora.adapter import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -190,7 +197,7 @@ def test_saved_configuration_does_not_depend_on_the_hash_seed(tmp_path):
 
 def test_existing_folder_is_not_overwritten(folder):
     before = (folder / WEIGHTS_FILE).read_bytes()
-    with pytest.raises(FileExistsError, match="exists already"):
+    with pytest.raises(AlreadyExistsError, match="exists already"):
         save_adapter(folder, CONFIG, random_weights(seed=1))
     assert (folder / WEIGHTS_FILE).read_bytes() == before
 

@@ -29,12 +29,11 @@ from test_zoo import ABOUT, CONFIG, files, vectors, weights
 
 import hf_icm_lora.adapter
 import hf_icm_lora.task_vectors
-import hf_icm_lora.zoo
 from hf_icm_lora import (
+    AlreadyExistsError,
     LoraGeneratorConfig,
     LoraGeneratorModel,
     LoraZoo,
-    ZooError,
     export_gguf,
     load_adapter,
     save_adapter,
@@ -42,7 +41,7 @@ from hf_icm_lora import (
 from hf_icm_lora.evaluation import read_report
 from hf_icm_lora.files import TEMPORARY, sweep_temporary, write_json
 
-SAVERS = [hf_icm_lora.adapter, hf_icm_lora.zoo, hf_icm_lora.task_vectors]
+SAVERS = [hf_icm_lora.adapter, hf_icm_lora.task_vectors]
 CALLS = ["mkdir", "rename", "replace", "fsync", "chmod", "unlink", "rmdir"]
 MODES = ["error", "dead", "late"]
 
@@ -131,7 +130,7 @@ def matrix(folder, write, check, mode, before=lambda _: None):
         old = visible(root)
         done, reached = run(lambda: write(root), number, mode)  # noqa: B023
         check(root, old, done)
-        with suppress(ZooError, FileExistsError):  # what was committed before the fault is there
+        with suppress(AlreadyExistsError):  # what was committed before the fault is there
             write(root)
         check(root, old, True)
         for path in root.rglob("*"):
@@ -383,7 +382,7 @@ class ZooMachine(RuleBasedStateMachine):
         snapshots = self.snapshots(name)
         try:
             self.writers[writer].add(name, snapshots)
-        except ZooError:
+        except AlreadyExistsError:
             assert name in LoraZoo(self.folder)
         else:
             assert name not in self.added
@@ -405,7 +404,7 @@ class ZooMachine(RuleBasedStateMachine):
     @rule(writer=writers_, data=st.data())
     def add_again(self, writer, data):
         name = data.draw(st.sampled_from(sorted(self.added)))
-        with pytest.raises(ZooError, match="already holds the task"):
+        with pytest.raises(AlreadyExistsError, match="already holds the task"):
             self.writers[writer].add(name, self.snapshots(name))
 
     @rule()

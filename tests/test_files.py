@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from hf_icm_lora import files
+from hf_icm_lora import AlreadyExistsError, CorruptFileError, files
 from hf_icm_lora.files import (
     TEMPORARY,
     commit_directory,
@@ -158,7 +158,7 @@ def test_existing_target_is_untouched(tmp_path, existing):
     if existing == "full":
         (target / "old.txt").write_text("old")
     before = tree(tmp_path)
-    with pytest.raises(FileExistsError, match="target exists already"):
+    with pytest.raises(AlreadyExistsError, match="target exists already"):
         fill(target, lambda _: pytest.fail("The body must not run."))
     assert tree(tmp_path) == before
 
@@ -168,7 +168,7 @@ def test_target_that_another_process_made_meanwhile_is_untouched(tmp_path):
         (tmp_path / "target").mkdir()
         (tmp_path / "target" / "theirs.txt").write_text("theirs")
 
-    with pytest.raises(FileExistsError, match="made by another process meanwhile"):
+    with pytest.raises(AlreadyExistsError, match="made by another process meanwhile"):
         fill(tmp_path / "target", race)
     assert tree(tmp_path) == {"target": b"", "target/theirs.txt": b"theirs"}
 
@@ -335,7 +335,7 @@ def test_weights_in_other_files_leave_none_of_the_older_ones(tmp_path, there, ne
 
 
 def refused(read, path, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(CorruptFileError, match=message):
         read(path)
 
 

@@ -28,6 +28,8 @@ from test_zoo import ABOUT, files, weights
 import hf_icm_lora.collection
 import hf_icm_lora.zoo
 from hf_icm_lora import (
+    AlreadyExistsError,
+    ArgumentError,
     CollectionArguments,
     IcmLoraError,
     IncompatibleAdapterError,
@@ -38,6 +40,7 @@ from hf_icm_lora import (
     LoraZoo,
     TaskVectorExtractor,
     TaskVectorSpec,
+    TrainingError,
     ZooError,
     collect_zoo,
     evaluate_generator,
@@ -286,7 +289,7 @@ def add_with_others(path, index, start):
     while time.time() < start:
         pass
     for name in "abcdefgh":
-        with contextlib.suppress(ZooError):
+        with contextlib.suppress(AlreadyExistsError):
             zoo.add(name, {step: weights(10 * index + step) for step in range(1, 4)}, writer=index)
             (path.parent / f"{index}-{name}").touch()
 
@@ -713,7 +716,7 @@ def test_error_in_one_task_stops_by_default(tmp_path, tokenizer, monkeypatch):
         collect_zoo(tmp_path / "zoo", make_llama(), tokenizer, make_tasks(3), lora_config(), arguments(tmp_path))
     log = (tmp_path / "zoo" / "collection.log").read_text()
     assert log.endswith("  'shift/1'  ZeroDivisionError: division by zero\n")
-    with pytest.raises(ValueError, match="on_error: expected 'stop' or 'skip', found 'no'"):
+    with pytest.raises(ArgumentError, match="on_error: expected 'stop' or 'skip', found 'no'"):
         arguments(tmp_path, on_error="no")
 
 
@@ -728,7 +731,7 @@ def test_loss_that_is_not_finite_names_task_and_step(tmp_path, tokenizer, monkey
         return scores._replace(loss=scores.loss * float("nan")) if poison else scores
 
     monkeypatch.setattr(hf_icm_lora.collection, "score_completions", poisoned)
-    with pytest.raises(IcmLoraError, match="Task 'shift/1', step 2: the loss became nan. Lower the learning rate"):
+    with pytest.raises(TrainingError, match="Task 'shift/1', step 2: the loss became nan. Lower the learning rate"):
         collect_zoo(tmp_path / "zoo", make_llama(), tokenizer, make_tasks(1), lora_config(), arguments(tmp_path))
     assert len(LoraZoo(tmp_path / "zoo")) == 0
 

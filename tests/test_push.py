@@ -200,7 +200,7 @@ def trainer(world, **more):
 def check_trainer(hub, world):
     from huggingface_hub import ModelCard
 
-    from hf_icm_lora import IcmLoraError, LoraGeneratorModel
+    from hf_icm_lora import IcmLoraError, LoraGeneratorModel, PublishingError
 
     one = trainer(
         world, push_to_hub=True, hub_model_id="user/trained", hub_strategy="every_save", hub_always_push=True
@@ -232,7 +232,7 @@ def check_trainer(hub, world):
         trainer(world, push_to_hub=True, hub_strategy="checkpoint")
     local = trainer(world)
     local.model.config.base_model_name_or_path = str(world.folder / "base")
-    with pytest.raises(IcmLoraError, match="no id on the Hub"):
+    with pytest.raises(PublishingError, match="no id on the Hub"):
         local.push_to_hub()
 
 
@@ -315,9 +315,9 @@ def check_zoo_there_and_back(hub, world):
     from datasets import load_dataset
     from huggingface_hub import DatasetCard
 
-    from hf_icm_lora import IcmLoraError, LoraZoo, ZooError
+    from hf_icm_lora import LoraZoo, PublishingError, ZooError
 
-    with pytest.raises(IcmLoraError, match="no id on the Hub: pass its id as base_model_name_or_path"):
+    with pytest.raises(PublishingError, match="no id on the Hub: pass its id as base_model_name_or_path"):
         world.zoo.push_to_hub("user/zoo")
     hub.log.clear()
     world.zoo.push_to_hub("user/zoo", base_model_name_or_path="user/base", license="mit", private=True)
@@ -349,7 +349,7 @@ def check_a_streamed_zoo(hub, world):
 
     import torch
 
-    from hf_icm_lora import LoraZoo, ZooError
+    from hf_icm_lora import ArgumentError, LoraZoo, ZooError
     from hf_icm_lora import zoo as module
 
     world.zoo.push_to_hub("user/streamed", base_model_name_or_path="user/base")
@@ -370,7 +370,7 @@ def check_a_streamed_zoo(hub, world):
     tempfile.tempdir = None
     with pytest.raises(ZooError, match="a streamed zoo is for reading"):
         zoo.push_to_hub("user/again", base_model_name_or_path="user/base")
-    with pytest.raises(ValueError, match="either streamed or downloaded"):
+    with pytest.raises(ArgumentError, match="either streamed or downloaded"):
         LoraZoo.from_hub("user/streamed", streaming=True, local_dir=world.folder / "streamed")
     shutil.rmtree(zoo.path.parent.parent)
     assert list(LoraZoo.from_hub("user/streamed", ["shift/2"])) == ["shift/2"]

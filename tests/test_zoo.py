@@ -12,6 +12,8 @@ from peft import PeftModel
 
 import hf_icm_lora.zoo
 from hf_icm_lora import (
+    AlreadyExistsError,
+    ArgumentError,
     CorruptAdapterError,
     IncompatibleAdapterError,
     LoraLayout,
@@ -261,7 +263,7 @@ def test_zoo_that_cannot_be_uploaded_says_so(full):
 def test_task_is_added_once(full):
     before = files(full.path)
     for opened in (full, LoraZoo(full.path)):
-        with pytest.raises(ZooError, match="already holds the task 'capital'"):
+        with pytest.raises(AlreadyExistsError, match="already holds the task 'capital'"):
             opened.add("capital", {4: weights(9)})
     assert files(full.path) == before
 
@@ -459,7 +461,7 @@ def test_latest_snapshots_up_to_the_best_are_used(full, num_snapshots, steps):
 
 @pytest.mark.parametrize("num_snapshots", [0, -1])
 def test_number_of_snapshots_is_positive(full, num_snapshots):
-    with pytest.raises(ZooError, match=f"num_snapshots >= 1, .* found {num_snapshots}"):
+    with pytest.raises(ArgumentError, match=f"num_snapshots >= 1, .* found {num_snapshots}"):
         full.as_dataset(num_snapshots=num_snapshots)
 
 
@@ -487,7 +489,7 @@ def test_task_without_description_lacks_that_mode_only(zoo):
 
 
 def test_unknown_modes_are_named(full):
-    with pytest.raises(TaskVectorError, match=r"modes among .* found \['poetry'\]"):
+    with pytest.raises(ArgumentError, match=r"modes among .* found \['poetry'\]"):
         full.as_dataset(["both", "poetry"])
 
 
