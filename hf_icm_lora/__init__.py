@@ -22,6 +22,7 @@ from .errors import (
 )
 from .evaluation import evaluate_generator, read_report, recovered_gain
 from .functional import FunctionalCollator, FunctionalDataset
+from .importing import import_zoo
 from .layout import LoraLayout
 from .model_card import add_evaluation, format_report, generator_card
 from .modeling_lora_generator import LoraGeneratorModel, LoraGeneratorOutput
@@ -77,6 +78,7 @@ __all__ = [
     "fast_dtype",
     "format_report",
     "generator_card",
+    "import_zoo",
     "load_adapter",
     "load_tasks",
     "plain_adapter",

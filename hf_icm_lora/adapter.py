@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
@@ -27,6 +28,7 @@ from .lora_config import (
     lora_scaling,
     with_named_targets,
 )
+from .provenance import is_local
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 
@@ -70,6 +72,24 @@ def load_adapter(path: str | Path, max_bytes: int = MAX_BYTES) -> tuple[dict[str
         raise CorruptAdapterError(f"{weights_path} holds no tensors.")
     kept = CONFIG_FIELDS.keys() - set(UNUSED_FIELDS)
     return {field: value for field, value in lora_config.items() if field in kept}, state_dict
+
+
+def adapter_folder(source: str | Path, revision: str | None = None, token: bool | str | None = None) -> Path:
+    """Return the folder of an adapter, downloaded from the Hub if it is an id there.
+
+    Args:
+        source (`str` or `Path`): A folder, or a Hub id; a `Path` is never taken for an id.
+        revision, token (*optional*): As in `huggingface_hub`.
+
+    Raises:
+        IncompatibleAdapterError: if it is neither a folder nor an id.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    if isinstance(source, Path) or is_local(source) or "/" not in source:
+        raise IncompatibleAdapterError(f"{source} is no folder, and no id on the Hub.")
+    files = [CONFIG_FILE, WEIGHTS_FILE]
+    return Path(snapshot_download(source, revision=revision, token=token, allow_patterns=files))
 
 
 def save_adapter(path: str | Path, lora_config: Mapping[str, Any], state_dict: Mapping[str, torch.Tensor]) -> None:

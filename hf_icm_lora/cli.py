@@ -21,7 +21,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import SafetensorError
 from transformers import HfArgumentParser, set_seed
 
-from .adapter import load_adapter, save_adapter
+from .adapter import adapter_folder, load_adapter, save_adapter
 from .base_model import find_base_model, load_base_model
 from .collection import CollectionArguments, collect_zoo
 from .completion import DEFAULT_TEMPLATE, CompletionCollator
@@ -31,7 +31,7 @@ from .evaluation import MORE_ROWS, evaluate_generator, read_report
 from .files import as_plain
 from .functional import FunctionalCollator, FunctionalDataset
 from .hub import CARD_FILE, push_files, require_hub_id, save_adapter_card
-from .importing import adapter_folder
+from .importing import import_zoo
 from .model_card import add_evaluation, addressed, format_report
 from .modeling_lora_generator import LoraGeneratorModel
 from .plots import require_matplotlib, write_plots
@@ -372,9 +372,7 @@ def push_folder(path: Path, config_file: str, options: PushOptions, target: dict
 def import_adapters(options: ImportOptions) -> Result:
     """Make a zoo of LoRAs that were trained elsewhere."""
     base, _ = load_base_model(options.base_model, options.dtype)
-    zoo, rows = LoraZoo.import_adapters(
-        options.zoo, options.adapters, base, rank=options.rank, template=options.template
-    )
+    zoo, rows = import_zoo(options.zoo, options.adapters, base, rank=options.rank, template=options.template)
     lines = [f"{row['status']}\t{row['source']}\t{row['reason'] or '; '.join(row['changes'])}" for row in rows]
     told = {"zoo": str(zoo.path), "gauge": zoo.layout.gauge, "rank": zoo.layout.max_rank, "adapters": rows}
     return "\n".join([*lines, f"{zoo}, gauge {zoo.layout.gauge}"]), told

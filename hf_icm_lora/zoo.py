@@ -24,10 +24,8 @@ from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo, hf_hub_download, snapshot_download
-from torch import nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
-from transformers.utils import logging
 
 from .adapter import (
     CONFIG_FILE,
@@ -35,8 +33,6 @@ from .adapter import (
     load_adapter,
     save_adapter,
 )
-from .base_model import base_model_fingerprint, require_bare
-from .completion import DEFAULT_TEMPLATE
 from .errors import (
     AlreadyExistsError,
     ArgumentError,
@@ -57,9 +53,8 @@ from .files import (
     write_json,
 )
 from .hub import push_files, require_hub_id
-from .importing import common_layout, convert, inspect, shared_rows
 from .layout import LoraLayout
-from .lora_config import check_plain_lora, lora_config_to_dict, shortest_target_modules
+from .lora_config import check_plain_lora, lora_config_to_dict
 from .model_card import zoo_card
 from .task_vectors import MODES, TaskVectors, joined
 
@@ -162,99 +157,6 @@ class LoraZoo:
                     f"{str(zoo.about[field])[:200]}. Choose another directory, or the zoo's own settings."
                 )
         return zoo
-
-    @classmethod
-    def import_adapters(
-        cls,
-        path: str | Path,
-        adapters: Mapping[str, str | Path] | Sequence[str | Path],
-        base_model: nn.Module,
-        *,
-        rank: int | None = None,
-        template: str = DEFAULT_TEMPLATE,
-        base_model_name_or_path: str | None = None,
-        revision: str | None = None,
-        token: bool | str | None = None,
-    ) -> tuple["LoraZoo", list[dict[str, Any]]]:
-        """Make a zoo of LoRAs that were trained elsewhere, or add them to one.
-
-        Ranks, scalings, dtypes, seeds and modules may differ from adapter to adapter. Adapters that share one A keep
-        it, and B alone varies; of all others A and B vary, and a generator learns their products.
-
-        Args:
-            path (`str` or `Path`): The zoo's directory. A zoo that stands there keeps its layout.
-            adapters (`Mapping` or `Sequence`): Task name -> PEFT folder or Hub id. Of a sequence, the last part of
-                each is the task's name.
-            base_model (`PreTrainedModel`): The base model of all of them, without adapters.
-            rank (`int`, *optional*): Rank of the zoo; by default the largest. Smaller ranks are padded, which is
-                exact; of larger ones the largest singular values of B @ A are kept.
-            template (`str`, *optional*): Text with `{prompt}` and `{completion}` that the adapters were trained on.
-            base_model_name_or_path (`str`, *optional*): What the adapters may call their base model; by default, and
-                in the zoo, the name that it was loaded by. Adapters that name another repository are refused.
-            revision, token (*optional*): As in `huggingface_hub`, for adapters on the Hub.
-
-        Returns:
-            `tuple[LoraZoo, list[dict]]`: the zoo, and a row per adapter: `task`, `source`, `status` ("taken",
-            "converted", "held" if the zoo has the task already, or "refused"), `rank`, `changes`, `lost_energy` (the
-            part of all squared singular values that a smaller rank cut off) and, if it was refused, the `reason`.
-
-        Raises:
-            IncompatibleAdapterError: if none of them can be taken; with the reasons.
-            ZooError: if two adapters have one name, or another zoo stands there.
-
-        Example:
-            >>> zoo, table = LoraZoo.import_adapters("zoo", ["user/lora-1", "user/lora-2"], base)  # doctest: +SKIP
-        """
-        if not isinstance(adapters, Mapping):
-            named = [(Path(source).name, source) for source in adapters]
-            adapters = dict(named)
-            if len(adapters) < len(named):
-                raise ZooError(f"Two adapters have one name among {[name for name, _ in named]}: pass a mapping.")
-        require_bare(base_model)
-        path, base_name = Path(path), base_model_name_or_path or base_model.config._name_or_path
-        zoo = cls(path) if (path / ZOO_FILE).exists() else None
-        zoo = zoo if zoo and zoo.records else None  # one without tasks has no A to go by
-        hide = not logging.is_progress_bar_enabled()
-        progress = tqdm(adapters.items(), desc="Reading adapters", disable=hide)
-        found = [inspect(*pair, base_model, base_name, revision, token) for pair in progress]
-        usable = [adapter for adapter in found if not adapter.refused]
-        if not usable:
-            reasons = "; ".join(f"{adapter.source}: {adapter.refused}" for adapter in found[:3])
-            raise IncompatibleAdapterError(f"None of {len(found)} adapters can be taken. {reasons}")
-        if zoo is None:
-            shared = shared_rows(usable) if rank in (None, usable[0].rank) else None
-            layout = common_layout(usable, rank, "free" if shared is None else "frozen_a")
-        else:
-            layout, shared = zoo.layout, None
-            if layout.gauge == "frozen_a":
-                factors = layout.factors(torch.zeros(layout.num_weights), zoo.shared_weights)
-                shared = {name: a for name, (a, _) in factors.items()}
-            if rank not in (None, layout.max_rank):
-                raise ZooError(f"{path} is a zoo of rank {layout.max_rank}, and cannot get adapters of rank {rank}.")
-        lora_config = zoo.lora_config if zoo else {
-            "peft_type": "LORA", "r": layout.max_rank, "lora_alpha": layout.max_rank,
-            "target_modules": shortest_target_modules((module.name for module in layout.modules), base_model),
-        } | usable[0].kept_fields  # fmt: skip
-        zoo = cls.create(
-            path,
-            layout=layout,
-            lora_config=lora_config,
-            base_model_name_or_path=base_name,
-            base_model_fingerprint=base_model_fingerprint(base_model),
-            template=template,
-        )
-        rows = []
-        for adapter in tqdm(found, desc="Importing adapters", disable=hide):
-            held = adapter.task in zoo
-            if not adapter.refused and not held:
-                try:
-                    state_dict = convert(adapter, layout, shared)
-                    about = {"source": adapter.source, "changes": adapter.changes, "lost_energy": adapter.lost_energy}
-                    zoo.add(adapter.task, {0: state_dict}, **about)
-                except IncompatibleAdapterError as error:
-                    adapter.refused = str(error)
-            rows.append(adapter.row() | ({"status": "held"} if held else {}))
-        return cls(path), rows
 
     @classmethod
     def from_hub(

@@ -380,9 +380,9 @@ def check_a_streamed_zoo(hub, world):
 def check_adapters_are_imported_by_id(hub, world):
     import torch
 
-    from hf_icm_lora import LoraZoo, check_serving_compatibility
+    from hf_icm_lora import LoraZoo, check_serving_compatibility, import_zoo
+    from hf_icm_lora.adapter import adapter_folder
     from hf_icm_lora.cli import main
-    from hf_icm_lora.importing import adapter_folder
 
     base = world.base
     base.push_to_hub("user/base")
@@ -396,16 +396,14 @@ def check_adapters_are_imported_by_id(hub, world):
         model.push_to_hub(f"user/imported-{seed}")
         base = model.unload()
     names = ["user/imported-1", "user/imported-2", "user/base", "user/nothing"]
-    zoo, table = LoraZoo.import_adapters(world.folder / "imported", names, base, base_model_name_or_path="user/base")
+    zoo, table = import_zoo(world.folder / "imported", names, base, base_model_name_or_path="user/base")
     assert list(zoo) == ["imported-1", "imported-2"]
     assert [row["status"] for row in table] == ["taken", "taken", "refused", "refused"]
     assert "adapter_config.json" in table[2]["reason"]
     assert "404" in table[3]["reason"]
     assert zoo.layout.gauge == "frozen_a"
     assert zoo.records["imported-1"]["source"] == "user/imported-1"
-    _, table = LoraZoo.import_adapters(
-        world.folder / "other", names[:2], base, base_model_name_or_path="user/base", rank=2
-    )
+    _, table = import_zoo(world.folder / "other", names[:2], base, base_model_name_or_path="user/base", rank=2)
     other = LoraZoo(world.folder / "other")
     assert other.layout.gauge == "free"
     other.push_to_hub("user/other")

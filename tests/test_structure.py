@@ -28,9 +28,9 @@ LEVELS = [  # a module imports from earlier levels only
     {"base_model"},
     {"adapter"},
     {"task_vectors"},
-    {"configuration_lora_generator", "functional", "importing", "serving"},
+    {"configuration_lora_generator", "functional", "serving"},
     {"zoo", "modeling_lora_generator"},
-    {"collection", "trainer", "evaluation"},
+    {"collection", "importing", "trainer", "evaluation"},
     {"metrics", "plots"},
     {"cli"},
 ]
