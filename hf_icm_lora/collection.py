@@ -160,8 +160,9 @@ def collect_zoo(
                         continue
                     try:
                         _collect_task(zoo, model, processing_class, task, args, start)
-                    except AlreadyExistsError:  # from another process meanwhile
-                        continue
+                    except AlreadyExistsError:
+                        if not zoo.holds(task.name):  # else another process was faster
+                            raise
                     except Exception as error:
                         told = f"{type(error).__name__}: {' '.join(str(error).split())[:1000]}"
                         _log(zoo, task, told)
@@ -256,7 +257,7 @@ def _collect_task(
     best, seconds = snapshots.best_step, round(time.perf_counter() - started, 2)
     zoo.add(
         task.name,
-        {step: weights for step, weights in snapshots.snapshots.items() if step <= best},
+        {step: state_dict for step, state_dict in snapshots.snapshots.items() if step <= best},
         best_step=best,
         description=task.description,
         family=task.family,

@@ -243,14 +243,6 @@ def sweep_temporary(root: str | Path, min_age: float = 3600.0) -> None:
                     shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink()
 
 
-def discard_directory(path: str | Path) -> None:
-    """Remove a directory so that nobody sees a part of it, and what cannot be removed now is swept later."""
-    path = Path(path)
-    leftover = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
-    os.rename(path, leftover)
-    shutil.rmtree(leftover, ignore_errors=True)
-
-
 def safe_dirname(name: str) -> str:
     """Return a directory name for any text: readable ASCII, plus a hash that keeps different names apart.
 

@@ -46,7 +46,6 @@ from .errors import (
 from .files import (
     TEMPORARY,
     commit_directory,
-    discard_directory,
     locked,
     read_json,
     safe_dirname,
@@ -86,11 +85,10 @@ class LoraZoo:
         self.path = Path(path)
         _refuse_links(self.path, self.path / "adapters")
         self.about = _read_json(self.path / ZOO_FILE, "a zoo")
-        version = self.about.get("format_version", 0)
-        if not isinstance(version, int) or version > FORMAT_VERSION:
+        if (version := self.about.get("format_version")) != FORMAT_VERSION:
             raise ZooError(
-                f"{self.path}: format version {version!r:.200}, this package reads up to {FORMAT_VERSION}: upgrade "
-                "hf_icm_lora."
+                f"{self.path}: expected format version {FORMAT_VERSION}, found {version!r:.200}. If that is newer "
+                "than this package, upgrade hf_icm_lora."
             )
         if missing := [field for field in FIELDS if field not in self.about]:
             raise ZooError(f"{self.path / ZOO_FILE}: expected the fields {FIELDS}, found no {missing}.")
@@ -336,8 +334,9 @@ class LoraZoo:
                 finite.
         """
         folder = self.task_folder(name)
-        if self.holds(name):
-            raise AlreadyExistsError(f"{self.path} already holds the task {name!r}.")
+        held = f"{self.path} already holds the task {name!r}: {folder.name} exists in it."
+        if folder.exists():
+            raise AlreadyExistsError(held)
         if not snapshots:
             raise ZooError(f"Task {name!r} needs at least one snapshot, found none.")
         record = {"name": name, "snapshots": sorted(snapshots), "best_step": max(snapshots)} | record
@@ -352,8 +351,6 @@ class LoraZoo:
                     f"Task {name!r}, step {step}: lora_A differs from the zoo's, but gauge {self.layout.gauge!r} "
                     "means one A for all adapters."
                 )
-        if folder.exists() and not self.holds(name):  # of an interrupted try, by a version that wrote them in place
-            discard_directory(folder)
         config = self.lora_config | {"base_model_name_or_path": self.base_model_name_or_path, "inference_mode": True}
         try:
             with commit_directory(folder) as temporary:
@@ -361,7 +358,7 @@ class LoraZoo:
                     save_adapter(temporary / f"step-{step}", config, state_dict)
                 write_json(temporary / TASK_FILE, record)
         except AlreadyExistsError as error:
-            raise AlreadyExistsError(f"{self.path} already holds the task {name!r}.") from error
+            raise AlreadyExistsError(held) from error
         self.records[name] = _read_record(folder / TASK_FILE) | {"folder": folder}
 
     @contextmanager
@@ -408,10 +405,10 @@ class LoraZoo:
 
     def lora_weights(self, name: str, step: int | None = None) -> torch.Tensor:
         """Read one snapshot as a packed vector `(num_weights,)`."""
-        weights, shared = self.layout.pack(self.load_snapshot(name, step), self.lora_config)
+        lora_weights, shared = self.layout.pack(self.load_snapshot(name, step), self.lora_config)
         if not torch.equal(shared, self.shared_weights):
             raise CorruptAdapterError(f"{self.records[name]['folder']}: its lora_A is not the zoo's.")
-        return weights
+        return lora_weights
 
     def add_task_vectors(self, vectors: TaskVectors) -> None:
         """Store the vectors of the zoo's tasks, in place of older ones.
@@ -519,13 +516,13 @@ class LoraZooDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         snapshot, draw = self.pairs[index]
-        return {"lora_weights": self._weights(snapshot), "task_vector": self.task_vectors[draw]}
+        return {"lora_weights": self._read(snapshot), "task_vector": self.task_vectors[draw]}
 
     def each_adapter(self) -> Iterator[torch.Tensor]:
         """Yield every adapter once, `(num_weights,)`, whatever the number of its task's vectors."""
-        yield from map(self._weights, range(len(self.snapshots)))
+        yield from map(self._read, range(len(self.snapshots)))
 
-    def _weights(self, snapshot: int) -> torch.Tensor:
+    def _read(self, snapshot: int) -> torch.Tensor:
         if self.lora_weights is not None:
             return self.lora_weights[snapshot]
         return self.zoo.lora_weights(*self.snapshots[snapshot])

@@ -444,7 +444,7 @@ def test_F12_truncated_generator(generator_folder):
     ("file", "fields", "message"),
     [
         ("zoo.json", {"lora_config": []}, "lora_config"),
-        ("zoo.json", {"format_version": ""}, "format version ''"),
+        ("zoo.json", {"format_version": ""}, "expected format version 1, found ''"),
         ("zoo.json", {"lora_config": {"r": 2, "lora_alpha": 2, "alpha_pattern": {BOMB: 2}}}, "alpha_pattern"),
         ("zoo.json", {"template": 3}, "template"),
         ("zoo.json", {"layout": {"gauge": "frozen_a", "modules": [["..", 1, 1, 1]]}}, "path of a module"),

@@ -26,7 +26,6 @@ from hf_icm_lora.files import (
     commit_directory,
     commit_file,
     commit_files,
-    discard_directory,
     locked,
     read_json,
     read_safetensors,
@@ -446,22 +445,6 @@ def test_where_there_are_no_locks_everybody_gets_them(tmp_path, monkeypatch, loc
     monkeypatch.setattr(files, "fcntl", lock)
     with locked(tmp_path / "lock", wait=True) as got, locked(tmp_path / "lock", wait=True) as other:
         assert (got, other) == (True, True)
-
-
-def test_a_discarded_directory_is_gone_or_swept_later(tmp_path, monkeypatch):
-    (tmp_path / "task").mkdir()
-    discard_directory(tmp_path / "task")
-    assert not list(tmp_path.iterdir())
-    (tmp_path / "task").mkdir()
-
-    def rmtree(path, ignore_errors=False):
-        if not ignore_errors:
-            raise OSError("something in it is in use")
-
-    monkeypatch.setattr(files.shutil, "rmtree", rmtree)
-    discard_directory(str(tmp_path / "task"))
-    (left,) = tmp_path.iterdir()
-    assert left.name.startswith(TEMPORARY)
 
 
 @pytest.mark.parametrize(
