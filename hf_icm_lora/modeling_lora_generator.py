@@ -42,6 +42,7 @@ from .adapter import (
     frozen_base,
     save_adapter,
 )
+from .behaviour import BehaviouralDataset, behavioural_loss, refine_lora_weights
 from .completion import CompletionCollator
 from .configuration_lora_generator import LoraGeneratorConfig
 from .errors import (
@@ -53,7 +54,6 @@ from .errors import (
     UnfamiliarTaskError,
 )
 from .files import commit_files
-from .functional import FunctionalDataset, functional_loss, refine_lora_weights
 from .gauge import product_error
 from .hub import CARD_FILE, carry_card, files_below, push_files, require_hub_id
 from .layout import LoraLayout, MatrixBlock, split
@@ -488,7 +488,7 @@ class LoraGeneratorModel(PreTrainedModel):
             super()._init_weights(module)
 
     def fit_normalizer(
-        self, dataset: Dataset, functional_dataset: FunctionalDataset | None = None, batch_size: int = 32
+        self, dataset: Dataset, behavioural_dataset: BehaviouralDataset | None = None, batch_size: int = 32
     ) -> None:
         """Compute the normalization statistics from the training split, once, before training.
 
@@ -496,8 +496,8 @@ class LoraGeneratorModel(PreTrainedModel):
             dataset (`LoraZooDataset`): As from `LoraZoo.as_dataset()`: with `each_adapter()`, which yields
                 `(num_weights,)`, and the attributes `shared_weights` `(num_shared_weights,)` and `task_vectors`
                 `(num_vectors, num_task_vectors, task_vector_size)`.
-            functional_dataset (`FunctionalDataset`, *optional*): What behavioural training will go through after that:
-                with it, the condition also tells the tasks apart that have no LoRA.
+            behavioural_dataset (`BehaviouralDataset`, *optional*): What behavioural training will go through after
+                that: with it, the condition also tells the tasks apart that have no LoRA.
             batch_size (`int`, *optional*, defaults to 32): Adapters per step.
 
         Raises:
@@ -510,7 +510,7 @@ class LoraGeneratorModel(PreTrainedModel):
                 f"Expected {normalizer.shared_weights.numel()} shared weights, found "
                 f"{tuple(dataset.shared_weights.shape)}: the dataset comes from a zoo of another layout."
             )
-        vectors = torch.cat([d.task_vectors for d in (dataset, functional_dataset) if d is not None])
+        vectors = torch.cat([d.task_vectors for d in (dataset, behavioural_dataset) if d is not None])
         self._check_task_vector(vectors)
         normalizer.fit_vectors(vectors)
         # A bar from 2 s on.
@@ -1016,7 +1016,7 @@ class LoraGeneratorModel(PreTrainedModel):
         with frozen_base(base_model) as base:
             batch, shared_weights = self._examples_batch(examples, base, processing_class)
             return [
-                functional_loss(base, self.layout, own.to(shared_weights.device)[None], shared_weights, batch).item()
+                behavioural_loss(base, self.layout, own.to(shared_weights.device)[None], shared_weights, batch).item()
                 for own in candidates
             ]
 

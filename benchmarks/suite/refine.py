@@ -28,9 +28,9 @@ from hf_icm_lora import (
     smollm2_generator_path,
     smollm2_path,
 )
+from hf_icm_lora.behaviour import behavioural_loss
 from hf_icm_lora.evaluation import FINE_TUNE_RATE
 from hf_icm_lora.files import write_json
-from hf_icm_lora.functional import functional_loss
 from hf_icm_lora.model_card import run_metadata
 
 
@@ -62,7 +62,7 @@ def main() -> None:
         examples, batch = task.demo[: options.num_examples], collate(task.test)
 
         def loss(lora_weights: torch.Tensor, batch=batch) -> float:
-            return functional_loss(base, zoo.layout, lora_weights[None], zoo.shared_weights, batch).item()
+            return behavioural_loss(base, zoo.layout, lora_weights[None], zoo.shared_weights, batch).item()
 
         start = time.perf_counter()
         generated = generator.decode_task_vector(extractor.vector(base, tokenizer, examples))

@@ -24,7 +24,7 @@ from .task_vectors import MODES, TaskVectors, joined
 from .tasks import Sample, Task, check_unique_names
 
 
-class FunctionalDataset(Dataset):
+class BehaviouralDataset(Dataset):
     """Task vectors, each with some of its task's training samples; one epoch shows all vectors and all samples.
 
     Args:
@@ -91,8 +91,8 @@ class FunctionalDataset(Dataset):
         return item
 
 
-class FunctionalCollator:
-    """Collate items of a [`FunctionalDataset`]: one adapter per item, an equal number of adjacent rows for each.
+class BehaviouralCollator:
+    """Collate items of a [`BehaviouralDataset`]: one adapter per item, an equal number of adjacent rows for each.
 
     Args:
         collate_samples (`CompletionCollator`): Turns samples into `input_ids`, `attention_mask` and `labels`. With its
@@ -145,7 +145,7 @@ def batched_lora(
         yield
 
 
-def functional_loss(
+def behavioural_loss(
     base_model: nn.Module,
     layout: LoraLayout,
     lora_weights: torch.Tensor,
@@ -178,7 +178,7 @@ def distillation_loss(
     """Return KL(teacher || adapter) of the base model's predictions, per completion token, in nats.
 
     Args:
-        base_model, layout, lora_weights, shared_weights, batch: As in [`functional_loss`].
+        base_model, layout, lora_weights, shared_weights, batch: As in [`behavioural_loss`].
         teachers (`torch.Tensor` of shape `(num_adapters, num_weights)`): The adapters to imitate.
 
     Returns:
@@ -222,7 +222,7 @@ def refine_lora_weights(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / num_steps)
     with torch.enable_grad():
         for _ in tqdm(range(num_steps), desc="Refining", disable=not logging.is_progress_bar_enabled()):
-            loss = functional_loss(base_model, layout, weights[None], shared_weights, batch).sum()
+            loss = behavioural_loss(base_model, layout, weights[None], shared_weights, batch).sum()
             (weights.grad,) = torch.autograd.grad(loss, weights)
             optimizer.step()
             schedule.step()
