@@ -1,7 +1,7 @@
 """LoRA adapters written by a conditional VAE from in-context task vectors (arXiv 2501.17635)."""
 
 from .adapter import AdapterSlot, attach_adapter, base_model_fingerprint, fast_dtype, load_adapter, save_adapter
-from .behaviour import BehaviouralCollator, BehaviouralDataset
+from .behaviour import BehaviouralCollator, BehaviouralDataset, ExampleLoss
 from .collection import CollectionArguments, collect_zoo
 from .completion import CompletionCollator
 from .configuration_lora_generator import LoraGeneratorConfig
@@ -36,6 +36,7 @@ __all__ = [
     "CollectionArguments",
     "CompletionCollator",
     "CorruptAdapterError",
+    "ExampleLoss",
     "IcmLoraError",
     "IncompatibleAdapterError",
     "LoraGeneratorConfig",

@@ -12,6 +12,7 @@ from hf_icm_lora import (
     BehaviouralCollator,
     BehaviouralDataset,
     CollectionArguments,
+    ExampleLoss,
     IcmLoraError,
     IncompatibleAdapterError,
     LoraGeneratorConfig,
@@ -30,7 +31,7 @@ from hf_icm_lora import (
 from hf_icm_lora.adapter import adapter_state_dict, canonical_lora_config
 from hf_icm_lora.behaviour import batched_lora, behavioural_loss, distillation_loss
 from hf_icm_lora.completion import CompletionCollator, score_completions
-from hf_icm_lora.tasks import Sample
+from hf_icm_lora.tasks import Sample, to_sample
 
 MAKE = {"llama": make_llama, "gpt2": make_gpt2, "t5": make_t5}
 SIZES = dict(hidden_size=32, intermediate_size=64, num_encoder_layers=1, num_decoder_layers=1, latent_size=16)
@@ -246,6 +247,103 @@ def test_base_in_bf16_gives_gradients_in_fp32(tokenizer):
     assert packed.grad.dtype == torch.float32
     assert packed.grad.isfinite().all()
     assert packed.grad.abs().max() > 1e-3
+
+
+# The loss on examples
+
+
+EXAMPLES = [("ab", "bc"), ("cde", "def"), {"prompt": "f", "completion": "g"}, ("ghij", "hijk")] * 4  # several rows
+
+
+def loss_in_peft(base, lora_config, state_dict, tokenizer):
+    """The same in another way: one sample a row, one adapter after the other."""
+    model = attach_adapter(base, lora_config, state_dict)
+    batch = CompletionCollator(tokenizer, base.config.is_encoder_decoder)([to_sample(raw) for raw in EXAMPLES])
+    with torch.no_grad():
+        scores = score_completions(model, batch)
+    model.unload()
+    return (scores.loss.sum() / scores.num_tokens.sum()).item()
+
+
+@pytest.mark.parametrize("name", list(MAKE))
+def test_losses_on_examples_are_those_of_each_adapter_in_peft(tokenizer, name):
+    base, lora_config, layout, state_dicts, packed, shared = make_adapters(name, "shared_init")
+    expected = [loss_in_peft(MAKE[name](), lora_config, state_dict, tokenizer) for state_dict in state_dicts]
+    example_loss = ExampleLoss(base, tokenizer, layout, shared, EXAMPLES)
+    losses = example_loss(packed)
+    assert losses.tolist() == pytest.approx(expected, rel=1e-4)
+    assert len(set(expected)) == 3
+    example_loss.most_labels = 1  # one adapter at a time, where there are many examples
+    torch.testing.assert_close(example_loss(packed), losses)
+    assert not losses.requires_grad
+    assert hooks(base) == 0
+
+
+def test_examples_are_tokenized_once(tokenizer):
+    base, _, layout, _, packed, shared = make_adapters("llama", "frozen_a")
+    calls = []
+
+    def counting(*args, **kwargs):
+        calls.append(args)
+        return tokenizer(*args, **kwargs)
+
+    example_loss = ExampleLoss(base, counting, layout, shared, EXAMPLES)
+    read = len(calls)
+    assert read == 2 * len(EXAMPLES)  # prompt and completion
+    example_loss(packed)
+    example_loss.at_scales(packed[0])
+    example_loss.refine(packed[0], 2)
+    assert len(calls) == read
+
+
+def test_loss_on_examples_is_that_of_the_base_alone(tokenizer):
+    """Whatever adapters it carries, which are as before after it."""
+    base, lora_config, layout, state_dicts, packed, shared = make_adapters("llama", "frozen_a")
+    expected = ExampleLoss(base, tokenizer, layout, shared, EXAMPLES)(packed)
+    model = attach_adapter(base, lora_config, state_dicts[0])
+    batch = make_batch(base, tokenizer, 4)
+    before = logits(model, batch)
+    torch.testing.assert_close(ExampleLoss(model, tokenizer, layout, shared, EXAMPLES)(packed), expected)
+    assert torch.equal(logits(model, batch), before)
+
+
+def test_losses_at_scales_and_gain(tokenizer):
+    base, lora_config, layout, state_dicts, packed, shared = make_adapters("llama", "shared_init")
+    example_loss = ExampleLoss(base, tokenizer, layout, shared, EXAMPLES)
+    losses = example_loss.at_scales(packed[0])
+    assert list(losses) == [0.0, 0.25, 0.5, 0.75, 1.0]
+    halved = {k: 0.5 * w if "lora_B" in k else w for k, w in state_dicts[0].items()}
+    nothing = {k: 0.0 * w for k, w in state_dicts[0].items()}
+    for scale, state_dict in ((0.0, nothing), (0.5, halved), (1.0, state_dicts[0])):
+        expected = loss_in_peft(make_llama(), lora_config, state_dict, tokenizer)
+        assert losses[scale] == pytest.approx(expected, rel=1e-4)
+    gain = example_loss.gain(packed[0])
+    assert gain == pytest.approx((losses[0.0] - losses[1.0]) / losses[0.0], rel=1e-3)
+    assert example_loss.gain(torch.zeros_like(packed[0])) == pytest.approx(0.0, abs=1e-6)
+    assert example_loss.at_scales(packed[0], (2.0,)).keys() == {2.0}
+
+
+def test_refining_lowers_the_loss_and_keeps_what_is_shared(tokenizer):
+    base, _, layout, _, packed, shared = make_adapters("llama", "frozen_a")
+    before, state = {n: t.clone() for n, t in base.state_dict().items()}, state_of(base)
+    example_loss = ExampleLoss(base, tokenizer, layout, shared, EXAMPLES)
+    start, nothing = packed[0].clone(), torch.zeros_like(packed[0])
+    refined = [example_loss.refine(nothing, 5, learning_rate=1e-2) for _ in range(2)]
+    assert torch.equal(*refined)
+    assert example_loss.gain(refined[0]) > 0.02
+    assert example_loss.gain(example_loss.refine(packed[0], 5)) > example_loss.gain(packed[0])
+    assert torch.equal(packed[0], start)
+    assert torch.equal(example_loss.refine(start, 0), start)
+    assert state_of(base) == state
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
+
+
+def test_what_are_no_examples_is_said(tokenizer):
+    base, _, layout, _, _, shared = make_adapters("llama", "frozen_a")
+    with pytest.raises(TaskError, match="at least one example"):
+        ExampleLoss(base, tokenizer, layout, shared, [])
+    with pytest.raises(TaskError, match=r"Expected examples\[1\] to be"):
+        ExampleLoss(base, tokenizer, layout, shared, [("a", "b"), ("a", "b", "c")])
 
 
 # The dataset
