@@ -563,7 +563,7 @@ def test_P9_same_seed(tmp_path, tokenizer):  # noqa: N802
         trainer.train()
         trainer.model.save_pretrained(folder / "generator")
         model = trainer.model.generate_adapter(
-            make_llama(), processing_class=tokenizer, examples=[("ab", "bc")], num_samples=2, refine_steps=2
+            make_llama(), processing_class=tokenizer, examples=[("ab", "bc")], refine_steps=2
         )
         model.save_pretrained(folder / "adapter")
         zoos.append(entries(zoo))
@@ -623,7 +623,7 @@ def work_on(base, work, zoo, generator, tokenizer, folder):
     if work == "vectors":
         TaskVectorExtractor(TaskVectorSpec(num_draws=2), batch_size=8).extract(base, tokenizer, tasks)
     elif work == "evaluate":
-        more = ["best_of_n", "refined"]
+        more = ["best_rival", "refined"]
         evaluate_generator(generator, base, tokenizer, zoo, tasks, num_examples=3, more_rows=more)
     elif work == "fit":
         example_loss = ExampleLoss(base, tokenizer, zoo.layout, zoo.shared_weights, [("ab", "bc")])
