@@ -20,10 +20,9 @@ and, when asked for,
     scaled            the generated adapter at the scale from 0 to 1 that has the least loss on the examples: what
                       `generate_adapter` does, where all rows but this and the next are at full strength
     best_rival        of the four plain rivals at the same scales, the one with the least loss on the examples
-    best_of_n         of `num_samples` generated adapters, the one with the least loss on the examples
     refined           the generated adapter after `refine_steps` gradient steps on the examples
     fine_tuned        as many steps on the same examples from no adapter at all
-    fallback          nothing where the task is unfamiliar or the adapter does harm on the examples, else that adapter
+    fallback          nothing where the generated adapter does harm on the examples, else that adapter
     noisy_nearest     of the seen LoRAs the one nearest to the generated adapter, plus noise to be as far from it
 
 Other generators can be scored in the same run, each as a row of its own.
@@ -50,10 +49,10 @@ from transformers.utils import logging
 
 from .adapter import attach_adapter, canonical_lora_config, frozen_base, require_bare, restored
 from .completion import CompletionCollator, fill_template, score_completions
-from .errors import IncompatibleAdapterError, NotFittedError, TaskError, ZooError
+from .errors import IncompatibleAdapterError, TaskError, ZooError
 from .files import commit_file, write_json
 from .model_card import format_report, run_metadata, stored_bytes
-from .modeling_lora_generator import SCALES, UNFAMILIAR, LoraGeneratorModel
+from .modeling_lora_generator import SCALES, LoraGeneratorModel
 from .processes import gathered, own_part, state
 from .task_vectors import TaskVectorExtractor, TaskVectorSpec
 from .tasks import Task, check_unique_names
@@ -62,9 +61,7 @@ from .zoo import LoraZoo
 PLAIN_RIVALS = ("mean_lora", "nearest_lora", "top_k_merge", "ridge")  # made of the seen tasks' LoRAs alone
 ROWS = ("base", "task_lora", "generated", "wrong_condition", *PLAIN_RIVALS, "few_shot_prompt")
 FINE_TUNE_RATE = 1e-2  # of the row fine_tuned: from B = 0 it has farther to go than from a generated adapter
-MORE_ROWS = (
-    "description", "both", "scaled", "best_rival", "best_of_n", "refined", "fine_tuned", "fallback", "noisy_nearest"
-)  # fmt: skip
+MORE_ROWS = ("description", "both", "scaled", "best_rival", "refined", "fine_tuned", "fallback", "noisy_nearest")
 
 
 def recovered_gain(base_loss: float, loss: float, task_lora_loss: float) -> float | None:
@@ -91,7 +88,6 @@ def evaluate_generator(
     *,
     num_examples: int = 12,
     more_rows: Sequence[str] = (),
-    num_samples: int = 8,
     refine_steps: int = 20,
     other_generators: Mapping[str, LoraGeneratorModel] | None = None,
     batch_size: int = 32,
@@ -111,8 +107,7 @@ def evaluate_generator(
         num_examples (`int`, *optional*, defaults to 12): `demo` samples that the generator, the rivals that need a
             task vector, and the few-shot prompt are given, the same for all.
         more_rows (`Sequence[str]`, *optional*): Further rows, out of `"description"`, `"both"`, `"scaled"`,
-            `"best_rival"`, `"best_of_n"`, `"refined"`, `"fine_tuned"`, `"fallback"` and `"noisy_nearest"`.
-        num_samples (`int`, *optional*, defaults to 8): Adapters of the row `best_of_n`.
+            `"best_rival"`, `"refined"`, `"fine_tuned"`, `"fallback"` and `"noisy_nearest"`.
         refine_steps (`int`, *optional*, defaults to 20): Gradient steps of the rows `refined` and `fine_tuned`.
         other_generators (`Mapping[str, LoraGeneratorModel]`, *optional*): More generators of the same layout and
             lora_A, scored on the same examples: row name -> generator.
@@ -124,7 +119,6 @@ def evaluate_generator(
 
     Raises:
         IncompatibleAdapterError: if zoo, generators and base model do not belong together.
-        NotFittedError: if the row `"fallback"` is asked for and the generator has no map of its training tasks.
         TaskError: if there is no task, or one lacks samples or, for the rows `"description"` and `"both"`, a
             description.
         ValueError: if a further row is unknown, or another generator has the name of a row.
@@ -149,8 +143,6 @@ def evaluate_generator(
     if taken := sorted({*ROWS, *MORE_ROWS} & others.keys()):
         raise ValueError(f"other_generators: {taken} are names of rows already.")
     chosen_rows = (*ROWS, *(row for row in MORE_ROWS if row in more_rows), *others)
-    if "fallback" in more_rows and generator.task_map is None:
-        raise NotFittedError("The row 'fallback' needs a map of the training tasks: call map_tasks(task_vectors).")
     tasks = check_unique_names(tasks)
     if not tasks:
         raise TaskError("Expected at least one task to score, found none.")
@@ -212,15 +204,8 @@ def evaluate_generator(
                 if "best_rival" in more_rows:
                     candidates = [zoo.layout.scaled(weights[row], s) for row in PLAIN_RIVALS for s in SCALES]
                     weights["best_rival"] = generator.fit_to_examples(examples, candidates, model, processing_class)
-                if "best_of_n" in more_rows:
-                    with _timed(seconds.setdefault("best_of_n", [])):
-                        candidates = generator.candidates(own, num_samples)
-                        weights["best_of_n"] = generator.fit_to_examples(
-                            examples, candidates, model, processing_class
-                        ).cpu()
                 if "fallback" in more_rows:
-                    unfamiliar = generator.novelty(own)[0] > UNFAMILIAR or gain < 0  # on_unfamiliar="base"
-                    weights["fallback"] = torch.zeros_like(generated) if unfamiliar else generated
+                    weights["fallback"] = torch.zeros_like(generated) if gain < 0 else generated
                 if "noisy_nearest" in more_rows:
                     weights["noisy_nearest"] = rivals.noisy_nearest(generated, task.name)
                 for row, start, rate in (
@@ -248,8 +233,6 @@ def evaluate_generator(
                     progress.update()
                 rows[split]["generated"][task.name] |= _weight_errors(generated, weights["task_lora"])
                 rows[split]["generated"][task.name]["gain_on_examples"] = gain
-                if generator.task_map is not None:
-                    rows[split]["generated"][task.name]["novelty"] = generator.novelty(own)[0]
                 for row, own_weights in weights.items():
                     rows[split][row][task.name]["nearest_seen_distance"] = rivals.distance(own_weights, task.name)
     progress.close()
@@ -425,11 +408,10 @@ def _summarize(tables: Mapping[str, Mapping[str, dict]]) -> dict[str, dict]:
         distances = [score["nearest_seen_distance"] for score in scores.values() if "nearest_seen_distance" in score]
         if distances:
             summary[row]["nearest_seen_distance"] = statistics.mean(distances)
-        for sign in ("novelty", "gain_on_examples"):  # do they tell G?
-            judged = [s for s in scores.values() if sign in s and s["recovered_gain"] is not None]
-            if judged:
-                pairs = [(score[sign], score["recovered_gain"]) for score in judged]
-                summary[row][f"{sign}_correlation"] = rank_correlation(*zip(*pairs, strict=True))
+        judged = [s for s in scores.values() if "gain_on_examples" in s and s["recovered_gain"] is not None]
+        if judged:  # does the gain on the examples tell G?
+            signs, gains = ([score[what] for score in judged] for what in ("gain_on_examples", "recovered_gain"))
+            summary[row]["gain_on_examples_correlation"] = rank_correlation(signs, gains)
     return summary
 
 

@@ -293,11 +293,10 @@ def format_report(report: Mapping[str, Any]) -> str:
         if None not in near.values():
             told = ", ".join(f"{row} {distance:.2f}" for row, distance in near.items())
             lines.append(f"\nDistance to the nearest other seen adapter, in the seen ones' deviation: {told}.")
-        signs = {"the gain on the examples": "gain_on_examples", "novelty": "novelty"}
-        told = {what: rows["generated"].get(f"{sign}_correlation") for what, sign in signs.items()}
-        told = ", ".join(f"{what} {value:.2f}" for what, value in told.items() if value is not None)
-        if told:
-            lines.append(f"\nRank correlation with G of the generated adapters: {told}.")
+        if (correlation := rows["generated"].get("gain_on_examples_correlation")) is not None:
+            lines.append(
+                f"\nRank correlation of G with the gain on the examples, in the row generated: {correlation:.2f}."
+            )
         if excluded:
             lines.append(f"\nWithout G, since fine-tuning gained nothing: {', '.join(excluded)}.")
         parts.append("\n".join(lines))
