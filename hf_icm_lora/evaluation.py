@@ -31,8 +31,6 @@ For a seen task, `nearest_lora` and `top_k_merge` may not choose the task itself
 chosen by leaving one seen task out, in weight space, so no rival sees a test sample either.
 """
 
-import json
-import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -50,10 +48,10 @@ from transformers.utils import logging
 from .adapter import attach_adapter, canonical_lora_config, frozen_base, require_bare, restored
 from .completion import CompletionCollator, fill_template, score_completions
 from .errors import IncompatibleAdapterError, TaskError, ZooError
-from .files import commit_file, write_json
-from .model_card import format_report, run_metadata, stored_bytes
+from .model_card import run_metadata
 from .modeling_lora_generator import SCALES, LoraGeneratorModel
 from .processes import gathered, own_part, state
+from .report import storage, summarize, write_report
 from .task_vectors import TaskVectorExtractor, TaskVectorSpec
 from .tasks import Task, check_unique_names
 from .zoo import LoraZoo
@@ -62,21 +60,6 @@ PLAIN_RIVALS = ("mean_lora", "nearest_lora", "top_k_merge", "ridge")  # made of 
 ROWS = ("base", "task_lora", "generated", "wrong_condition", *PLAIN_RIVALS, "few_shot_prompt")
 FINE_TUNE_RATE = 1e-2  # of the row fine_tuned: from B = 0 it has farther to go than from a generated adapter
 MORE_ROWS = ("description", "both", "scaled", "best_rival", "refined", "fine_tuned", "fallback", "noisy_nearest")
-
-
-def recovered_gain(base_loss: float, loss: float, task_lora_loss: float) -> float | None:
-    """Return G clipped to [-1, 1], or `None` where fine-tuning itself gained nothing, so that G means nothing.
-
-    A loss that is not finite is the worst there is: -1.
-
-    Example:
-        >>> recovered_gain(base_loss=3.0, loss=1.5, task_lora_loss=1.0)
-        0.75
-    """
-    gain = base_loss - task_lora_loss
-    if not gain > 0:
-        return None
-    return max(-1.0, min(1.0, (base_loss - loss) / gain)) if math.isfinite(loss) else -1.0
 
 
 def evaluate_generator(
@@ -244,8 +227,8 @@ def evaluate_generator(
     report = {
         **run_metadata(generator.config.task_vector_spec["seed"]),
         "num_examples": num_examples,
-        "splits": {split: _summarize(tables) for split, tables in rows.items() if tables["base"]},
-        "storage": storage(generator, zoo),
+        "splits": {split: summarize(tables) for split, tables in rows.items() if tables["base"]},
+        "storage": storage(generator, len(seen_in_zoo)),
         "seconds": {
             **{name: round(statistics.median(times), 4) for name, times in seconds.items() if times},
             "fine_tuning": round(statistics.mean(zoo.records[task.name].get("seconds", 0.0) for task in tasks), 2),
@@ -388,70 +371,3 @@ def _weight_errors(generated: torch.Tensor, target: torch.Tensor) -> dict[str, f
         "relative_error": ((generated - target).norm() / target.norm().clamp(min=1e-12)).item(),
         "cosine": nn.functional.cosine_similarity(generated, target, dim=0).item(),
     }
-
-
-def _summarize(tables: Mapping[str, Mapping[str, dict]]) -> dict[str, dict]:
-    summary = {}
-    for row, scores in tables.items():
-        for name, score in scores.items():
-            base, oracle = tables["base"][name]["loss"], tables["task_lora"][name]["loss"]
-            score["recovered_gain"] = recovered_gain(base, score["loss"], oracle)
-        gains = [score["recovered_gain"] for score in scores.values() if score["recovered_gain"] is not None]
-        summary[row] = {
-            "mean_recovered_gain": statistics.mean(gains) if gains else None,
-            "median_recovered_gain": statistics.median(gains) if gains else None,
-            "min_recovered_gain": min(gains, default=None),
-            "mean_loss": statistics.mean(score["loss"] for score in scores.values()),
-            "exact_match": statistics.mean(score["exact_match"] for score in scores.values()),
-            "tasks": scores,
-        }
-        distances = [score["nearest_seen_distance"] for score in scores.values() if "nearest_seen_distance" in score]
-        if distances:
-            summary[row]["nearest_seen_distance"] = statistics.mean(distances)
-        judged = [s for s in scores.values() if "gain_on_examples" in s and s["recovered_gain"] is not None]
-        if judged:  # does the gain on the examples tell G?
-            signs, gains = ([score[what] for score in judged] for what in ("gain_on_examples", "recovered_gain"))
-            summary[row]["gain_on_examples_correlation"] = rank_correlation(signs, gains)
-    return summary
-
-
-def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Return Spearman's rank correlation, ties sharing their mean rank; `None` if one side is constant.
-
-    Example:
-        >>> rank_correlation([0.1, 0.5, 0.9], [3.0, 2.0, 1.0])
-        -1.0
-    """
-    if len(set(x)) < 2 or len(set(y)) < 2:
-        return None
-    ranks = ([sum((o < v) + (o == v) / 2 for o in values) for v in values] for values in (x, y))
-    return statistics.correlation(*ranks)
-
-
-def storage(generator: LoraGeneratorModel, zoo: LoraZoo) -> dict[str, Any]:
-    """Compare the generator's size with that of one fp16 adapter per seen task.
-
-    Returns:
-        `dict`: `generator_bytes` (as stored), `adapter_bytes` (one in fp16), `shared_bytes` (what all adapters share,
-        in fp16), `num_seen_tasks`, `ratio` of the first to all adapters and what they share, and `break_even_tasks`,
-        the number of adapters from which on the generator is smaller.
-    """
-    size_of = stored_bytes(generator)
-    num_seen = len(set(generator.config.training_tasks or ()).intersection(zoo))
-    all_adapters = size_of["adapter_bytes"] * num_seen + size_of["shared_bytes"]
-    ratio = round(size_of["generator_bytes"] / all_adapters, 3) if num_seen else None
-    return size_of | {"num_seen_tasks": num_seen, "ratio": ratio}
-
-
-def write_report(report: Mapping[str, Any], output_dir: str | Path) -> None:
-    """Write `evaluation.json` and `evaluation.md` into a directory."""
-    output_dir = Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(output_dir / "evaluation.json", report)
-    with commit_file(output_dir / "evaluation.md") as temporary:
-        temporary.write_text(format_report(report), encoding="utf-8")
-
-
-def read_report(path: str | Path) -> dict[str, Any]:
-    """Read a report that [`write_report`] wrote."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))

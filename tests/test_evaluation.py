@@ -1,8 +1,6 @@
 """evaluate_generator: every figure means what its name says, and nothing is touched."""
 
 import json
-import math
-import re
 
 import pytest
 import torch
@@ -25,11 +23,11 @@ from hf_icm_lora import (
     collect_zoo,
     evaluate_generator,
     format_report,
-    recovered_gain,
+    read_report,
 )
 from hf_icm_lora.adapter import attach_adapter, canonical_lora_config
 from hf_icm_lora.completion import CompletionCollator, score_completions
-from hf_icm_lora.evaluation import read_report
+from hf_icm_lora.report import rank_correlation, storage
 
 SEEN, UNSEEN = ["shift/1", "shift/2", "shift/3"], ["shift/4"]
 ROWS = ["base", "task_lora", "generated", "wrong_condition", "mean_lora", "nearest_lora", "top_k_merge", "ridge",
@@ -100,15 +98,6 @@ def assert_unchanged(model, before):
     assert rest == before[1]
 
 
-@pytest.mark.parametrize(
-    ("base", "loss", "oracle", "gain"),
-    [(3, 3, 1, 0), (3, 1, 1, 1), (3, 2, 1, 0.5), (3, 0, 1, 1), (3, 9, 1, -1), (3, 4, 1, -0.5), (1, 0, 1, None),
-     (1, 1, 2, None), (1, 0.5, 1.5, None), (2, 5, 1, -1), (3, math.nan, 1, -1), (3, math.inf, 1, -1)],
-)  # fmt: skip
-def test_recovered_gain(base, loss, oracle, gain):
-    assert recovered_gain(base, loss, oracle) == gain
-
-
 # The report
 
 
@@ -136,28 +125,12 @@ def test_report_is_strict_json_and_stands_in_its_files(report, report_dir):
     assert (report_dir / "evaluation.md").read_text(encoding="utf-8") == format_report(report)
 
 
-def test_table_shows_every_row(report):
-    table = format_report(report)
-    assert "### Seen tasks (3)" in table
-    assert "### Unseen tasks (1)" in table
-    assert all(table.count(f"| {row} |") == 2 for row in ROWS)
-
-
 def test_base_gains_nothing_and_the_task_lora_everything(report):
     scores = [(split, name) for split, names in (("seen", SEEN), ("unseen", UNSEEN)) for name in names]
     gains = {row: [report["splits"][s][row]["tasks"][n]["recovered_gain"] for s, n in scores] for row in ROWS}
     assert gains["base"] == [0] * 4
     assert gains["task_lora"] == [1] * 4
     assert all(-1 <= gain <= 1 for row in gains.values() for gain in row)
-
-
-def test_summary_is_that_of_its_tasks(report):
-    for row in report["splits"]["seen"].values():
-        gains = sorted(score["recovered_gain"] for score in row["tasks"].values())
-        assert row["mean_recovered_gain"] == pytest.approx(sum(gains) / 3)
-        assert row["median_recovered_gain"] == gains[1]
-        assert row["min_recovered_gain"] == gains[0]
-        assert row["mean_loss"] == pytest.approx(sum(score["loss"] for score in row["tasks"].values()) / 3)
 
 
 def test_losses_are_those_of_transformers(report, zoo, tokenizer):
@@ -292,11 +265,9 @@ def test_fallback_is_nothing_where_the_adapter_does_harm(zoo, generator, tokeniz
         seen[row]["tasks"][n]["loss"] for row, n in zip(taken, SEEN, strict=True)
     ]
     gains = [seen["generated"]["tasks"][name]["recovered_gain"] for name in SEEN]
-    assert seen["generated"]["gain_on_examples_correlation"] == evaluation.rank_correlation(signs, gains)
+    assert seen["generated"]["gain_on_examples_correlation"] == rank_correlation(signs, gains)
     model = generator.generate_adapter(make_llama(), processing_class=tokenizer, examples=tasks[0].demo[:12])
     assert model.lora_generation["default"]["gain_on_examples"] == pytest.approx(signs[0], rel=1e-3, abs=1e-5)
-    told = format_report(report)
-    assert re.search(r"Rank correlation of G with the gain on the examples, .*: -?[01]\.\d\d\.", told)
 
 
 def test_other_generators_are_rows(zoo, generator, tokenizer):
@@ -313,19 +284,6 @@ def test_other_generators_are_rows(zoo, generator, tokenizer):
     assert row["loss"] == pytest.approx(loss_of(model, tokenizer, task), rel=1e-3)
     with pytest.raises(ValueError, match=r"other_generators: \['ridge'\] are names of rows already"):
         evaluate_generator(generator, make_llama(), tokenizer, zoo, [task], other_generators={"ridge": other})
-
-
-@pytest.mark.parametrize(
-    ("x", "y", "expected"),
-    [
-        ([1, 2, 3], [5, 6, 90], 1),
-        ([1, 2, 3], [3, 2, 1], -1),
-        ([1, 1, 2], [1, 2, 3], 0.75**0.5),
-        ([1, 1], [1, 2], None),
-    ],
-)
-def test_rank_correlation(x, y, expected):
-    assert evaluation.rank_correlation(x, y) == (None if expected is None else pytest.approx(expected))
 
 
 def test_distance_to_the_nearest_seen_adapter(report, zoo):
@@ -346,19 +304,9 @@ def test_distance_to_the_nearest_seen_adapter(report, zoo):
 
 
 def test_storage(report, zoo, generator):
-    storage = report["storage"]
-    parameters = sum(tensor.numel() for tensor in generator.state_dict().values())
-    assert storage["generator_bytes"] == 4 * parameters
-    assert storage["adapter_bytes"] == 2 * zoo.layout.num_weights
-    assert storage["shared_bytes"] == 2 * zoo.layout.num_shared_weights > 0
-    assert storage["num_seen_tasks"] == 3
-
-    def adapters(count):
-        return count * storage["adapter_bytes"] + storage["shared_bytes"]
-
-    assert storage["ratio"] == pytest.approx(storage["generator_bytes"] / adapters(3), abs=1e-3)
-    count = storage["break_even_tasks"]
-    assert adapters(count - 1) < storage["generator_bytes"] <= adapters(count)
+    assert report["storage"] == storage(generator, 3)
+    assert report["storage"]["adapter_bytes"] == 2 * zoo.layout.num_weights
+    assert report["storage"]["shared_bytes"] == 2 * zoo.layout.num_shared_weights > 0
 
 
 def test_seconds_are_measured(report):
@@ -375,28 +323,6 @@ def test_split_without_tasks_is_left_out(zoo, generator, tokenizer, names):
     assert list(report["splits"]) == (["seen"] if names == SEEN else ["unseen"])
     json.dumps(report, allow_nan=False)
     format_report(report)
-
-
-def test_task_that_fine_tuning_did_not_help_has_no_gain(zoo, generator, tokenizer, monkeypatch):
-    """Its row stays, with the loss; means leave it out; the table says so."""
-    score = evaluation._score
-
-    def spoiled(model, collate, task, batch_size):
-        scores = score(model, collate, task, batch_size)
-        return scores | {"loss": 5.0} if task.name in ("shift/1", "shift/4") else scores
-
-    monkeypatch.setattr(evaluation, "_score", spoiled)
-    report = evaluate_generator(generator, make_llama(), tokenizer, zoo, make_tasks())
-    seen, unseen = report["splits"]["seen"]["generated"], report["splits"]["unseen"]["generated"]
-    assert seen["tasks"]["shift/1"]["recovered_gain"] is None
-    others = [seen["tasks"][name]["recovered_gain"] for name in SEEN[1:]]
-    assert seen["mean_recovered_gain"] == pytest.approx(sum(others) / 2)
-    assert unseen["mean_recovered_gain"] is unseen["median_recovered_gain"] is unseen["min_recovered_gain"] is None
-    assert unseen["mean_loss"] == 5.0
-    json.dumps(report, allow_nan=False)
-    table = format_report(report)
-    assert "| generated | - | - | - | 5.000 |" in table
-    assert "fine-tuning gained nothing: shift/1" in table
 
 
 def test_zoo_that_trains_both_matrices(tmp_path, tokenizer):
