@@ -46,10 +46,11 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .adapter import attach_adapter, canonical_lora_config, frozen_base, require_bare, restored
+from .behaviour import SCALES, ExampleLoss
 from .completion import CompletionCollator, fill_template, score_completions
 from .errors import IncompatibleAdapterError, TaskError, ZooError
 from .model_card import run_metadata
-from .modeling_lora_generator import SCALES, LoraGeneratorModel
+from .modeling_lora_generator import LoraGeneratorModel
 from .processes import gathered, own_part, state
 from .report import storage, summarize, write_report
 from .task_vectors import TaskVectorExtractor, TaskVectorSpec
@@ -172,21 +173,25 @@ def evaluate_generator(
                     "ridge": rivals.ridge(own),
                 }
                 examples = task.demo[:num_examples]
-                gain = generator.gain_on_examples(examples, generated, model, processing_class)
+                example_loss = ExampleLoss(
+                    model, processing_class, zoo.layout, zoo.shared_weights, examples, zoo.template
+                )
+                gain = example_loss.gain(generated)
                 for row, given in (("description", None), ("both", examples)):
                     if row in more_rows:
                         vector = extractor.vector(model, processing_class, given, task.description)
                         weights[row] = generator.decode_task_vector(vector).cpu()
                 if "scaled" in more_rows:
                     with _timed(seconds.setdefault("scaled", [])):
-                        scale = generator.best_scale(examples, generated, model, processing_class)
-                        weights["scaled"] = zoo.layout.scaled(generated, scale)
+                        losses = example_loss.at_scales(generated)
+                        weights["scaled"] = zoo.layout.scaled(generated, min(losses, key=losses.get))
                 for name, other_extractor in zip(others, other_extractors, strict=True):
                     vector = other_extractor.vector(model, processing_class, examples)
                     weights[name] = others[name].decode_task_vector(vector).cpu()
                 if "best_rival" in more_rows:
                     candidates = [zoo.layout.scaled(weights[row], s) for row in PLAIN_RIVALS for s in SCALES]
-                    weights["best_rival"] = generator.fit_to_examples(examples, candidates, model, processing_class)
+                    losses = example_loss(torch.stack(candidates)).tolist()
+                    weights["best_rival"] = candidates[losses.index(min(losses))]
                 if "fallback" in more_rows:
                     weights["fallback"] = torch.zeros_like(generated) if gain < 0 else generated
                 if "noisy_nearest" in more_rows:
@@ -197,10 +202,7 @@ def evaluate_generator(
                 ):
                     if row in more_rows:
                         with _timed(seconds.setdefault(row, [])):
-                            fitted = generator.fit_to_examples(
-                                examples, [start], model, processing_class, refine_steps, **rate
-                            )
-                        weights[row] = fitted.cpu()
+                            weights[row] = example_loss.refine(start, refine_steps, **rate)
                 shown = "".join("".join(fill_template(sample, zoo.template)) for sample in examples)
                 for row in chosen_rows:
                     context = shown if row == "few_shot_prompt" else ""

@@ -192,12 +192,12 @@ def test_training_stops_early_and_keeps_the_best_checkpoint(generator):
 
 
 def test_behavioural_training_starts_from_it_and_keeps_its_own_best(generator):
-    evaluations = {row["step"]: row["eval_functional_loss"] for row in logs(generator) if "eval_loss" in row}
+    evaluations = {row["step"]: row["eval_behavioural_loss"] for row in logs(generator) if "eval_loss" in row}
     best = min(evaluations, key=evaluations.get)
     assert equal(weights(generator), weights(generator / f"checkpoint-{best}"))
     assert not equal(weights(generator), weights(generator / "reconstruction"))
     terms = [row for row in logs(generator) if "loss" in row]
-    first, last = (statistics.mean(row["functional_loss"] for row in rows) for rows in (terms[:5], terms[-5:]))
+    first, last = (statistics.mean(row["behavioural_loss"] for row in rows) for rows in (terms[:5], terms[-5:]))
     assert last < first
     assert terms[0].keys() >= EXTRA_TERMS
     config = LoraGeneratorModel.from_pretrained(generator).config
@@ -210,7 +210,7 @@ def test_tensorboard_gets_all_terms(generator):
 
     stages = {
         generator / "reconstruction": {"train/loss", "eval/generation_loss", "train/reconstruction_loss"},
-        generator: {"train/loss", "train/functional_loss", "eval/functional_loss", "train/reconstruction_loss"},
+        generator: {"train/loss", "train/behavioural_loss", "eval/behavioural_loss", "train/reconstruction_loss"},
     }
     for stage, expected in stages.items():
         values = {}
