@@ -53,6 +53,7 @@ from .model_card import run_metadata
 from .modeling_lora_generator import LoraGeneratorModel
 from .processes import gathered, own_part, state
 from .report import storage, summarize, write_report
+from .rivals import Rivals
 from .task_vectors import TaskVectorExtractor, TaskVectorSpec
 from .tasks import Task, check_unique_names
 from .zoo import LoraZoo
@@ -152,7 +153,11 @@ def evaluate_generator(
         with _timed(seconds["task_vector"]):
             vectors[task.name] = extractor.vector(base_model, processing_class, task.demo[:num_examples])
     vectors = gathered(vectors)
-    rivals = _Rivals(zoo.subset(seen_in_zoo))
+    banks = zoo.task_vectors.banks
+    rivals = Rivals(
+        {name: zoo.lora_weights(name) for name in seen_in_zoo},
+        {name: banks[name]["demonstrations"] for name in seen_in_zoo},
+    )
     rows: dict[str, dict[str, dict[str, dict]]] = {split: {row: {} for row in chosen_rows} for split in splits}
     own_parts = {split: own_part(members) for split, members in splits.items()}
     total = sum(map(len, own_parts.values())) * len(chosen_rows)
@@ -265,82 +270,6 @@ def _another(task: Task, members: Sequence[Task], tasks: Sequence[Task]) -> Task
     """
     others = members if len(members) > 1 else tasks
     return others[(others.index(task) + len(others) // 2) % len(others)]
-
-
-class _Rivals:
-    """What can be done with the seen tasks' LoRAs and vectors without training anything.
-
-    Task vectors are standardized per entry and averaged over draws; cosines are taken between those.
-    """
-
-    def __init__(self, seen: LoraZoo, top_k: int = 4):
-        banks = seen.task_vectors.banks
-        self.names = list(seen)
-        self.weights = torch.stack([seen.lora_weights(name) for name in self.names])  # (tasks, num_weights)
-        self.mean = self.weights.mean(0)
-        self.deviation = (self.weights - self.mean).square().sum(1).mean().sqrt().clamp(min=1e-12)
-        vectors = torch.stack([banks[name]["demonstrations"].mean(0).flatten() for name in self.names])
-        self.center, self.scale = vectors.mean(0), vectors.std(0, correction=0).clamp(min=1e-6)
-        self.vectors = self._standardize(vectors)  # (tasks, features)
-        self.top_k = min(top_k, len(self.names) - 1)
-        self.temperature = min((0.02, 0.05, 0.1, 0.2, 0.5), key=self._merge_error)
-        self.kernel = self.vectors @ self.vectors.T / self.vectors.shape[1]
-        self.penalty = min((0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0), key=self._ridge_error)
-        self.dual = torch.linalg.solve(self._penalized(self.penalty), self.weights - self.mean)  # (tasks, num_weights)
-
-    def nearest(self, vector: torch.Tensor, task: str) -> torch.Tensor:
-        return self.weights[self._cosines(vector, task).argmax()]
-
-    def top_k_merge(self, vector: torch.Tensor, task: str) -> torch.Tensor:
-        return self._merge(self._cosines(vector, task), self.temperature)
-
-    def ridge(self, vector: torch.Tensor) -> torch.Tensor:
-        query = self._standardize(vector.mean(0).flatten())
-        return self.mean + (self.vectors @ query / len(query)) @ self.dual
-
-    def distance(self, weights: torch.Tensor, task: str) -> float:
-        """Return the distance to the nearest seen adapter of another task; 1 is their usual one from their mean."""
-        return (self._nearest_by_weights(weights, task)[1] / self.deviation).item()
-
-    def noisy_nearest(self, weights: torch.Tensor, task: str) -> torch.Tensor:
-        """Return the nearest seen adapter of another task, with noise of the length of its distance."""
-        nearest, distance = self._nearest_by_weights(weights, task)
-        noise = torch.randn(len(weights), generator=torch.Generator().manual_seed(0))
-        return nearest + noise * (distance / noise.norm())
-
-    def _nearest_by_weights(self, weights: torch.Tensor, task: str) -> tuple[torch.Tensor, torch.Tensor]:
-        others = [index for index, name in enumerate(self.names) if name != task] or [0]  # one task has no other
-        distance, index = (self.weights[others] - weights).norm(dim=1).min(0)
-        return self.weights[others[index]], distance
-
-    def _standardize(self, vectors: torch.Tensor) -> torch.Tensor:
-        return (vectors - self.center) / self.scale
-
-    def _cosines(self, vector: torch.Tensor, task: str) -> torch.Tensor:
-        query = self._standardize(vector.mean(0).flatten())
-        cosines = nn.functional.cosine_similarity(self.vectors, query[None])
-        if task in self.names and len(self.names) > 1:
-            cosines[self.names.index(task)] = -torch.inf
-        return cosines
-
-    def _merge(self, cosines: torch.Tensor, temperature: float) -> torch.Tensor:
-        values, indices = cosines.topk(max(1, self.top_k))
-        return (values / temperature).softmax(0) @ self.weights[indices]
-
-    def _merge_error(self, temperature: float) -> float:
-        cosines = nn.functional.cosine_similarity(self.vectors[:, None], self.vectors[None], dim=2)
-        cosines.fill_diagonal_(-torch.inf)
-        merged = torch.stack([self._merge(row, temperature) for row in cosines])
-        return (merged - self.weights).square().mean().item()
-
-    def _penalized(self, penalty: float) -> torch.Tensor:
-        return self.kernel + penalty * torch.eye(len(self.names))
-
-    def _ridge_error(self, penalty: float) -> float:
-        # The closed form of leaving one task out: its residual is its dual weight over the inverse's diagonal.
-        inverse = torch.linalg.inv(self._penalized(penalty))
-        residuals = inverse @ (self.weights - self.mean) / inverse.diagonal()[:, None]
-        return residuals.square().mean().item()
 
 
 class _timed:  # noqa: N801

@@ -29,6 +29,7 @@ from hf_icm_lora import (
 from hf_icm_lora.adapter import attach_adapter, canonical_lora_config
 from hf_icm_lora.completion import CompletionCollator, score_completions
 from hf_icm_lora.report import rank_correlation, storage
+from hf_icm_lora.rivals import Rivals
 
 SEEN, UNSEEN = ["shift/1", "shift/2", "shift/3"], ["shift/4"]
 ROWS = ["base", "task_lora", "generated", "wrong_condition", "mean_lora", "nearest_lora", "top_k_merge", "ridge",
@@ -79,7 +80,8 @@ def report(zoo, generator, tokenizer, report_dir):
 
 @pytest.fixture
 def rivals(zoo):
-    return evaluation._Rivals(zoo.subset(SEEN))
+    weights = {name: zoo.lora_weights(name) for name in SEEN}
+    return Rivals(weights, {name: zoo.task_vectors.banks[name]["demonstrations"] for name in SEEN})
 
 
 def state(model):
@@ -416,66 +418,6 @@ def test_everyone_is_given_the_same_examples(zoo, generator, tokenizer, monkeypa
     shown = [context for context in contexts if context]
     assert shown == ["".join(f"- {s.prompt}: {s.completion}\n" for s in task.demo[:5]) for task in tasks]
     assert len(contexts) - len(shown) == 4 * (len(ROWS) - 1)
-
-
-def test_nearest_and_merge_never_pick_the_task_itself(zoo, rivals):
-    banks = zoo.task_vectors.banks
-    for index, name in enumerate(SEEN):
-        vector = banks[name]["demonstrations"]
-        nearest = rivals.nearest(vector, name)
-        assert any(torch.equal(nearest, zoo.lora_weights(other)) for other in SEEN if other != name)
-        assert torch.equal(rivals.nearest(vector, "unknown"), zoo.lora_weights(name))
-        merged = rivals.top_k_merge(vector, name)
-        kept = rivals.weights[index].clone()
-        rivals.weights[index] = 1e6
-        assert torch.equal(rivals.top_k_merge(vector, name), merged)
-        rivals.weights[index] = kept
-
-
-def test_merge_is_a_convex_combination(zoo, rivals):
-    vector = zoo.task_vectors.banks["shift/4"]["demonstrations"]
-    merged = rivals.top_k_merge(vector, "shift/4")
-    assert (merged <= rivals.weights.max(0).values + 1e-6).all()
-    assert (merged >= rivals.weights.min(0).values - 1e-6).all()
-
-
-def test_mean_is_that_of_the_seen_tasks(zoo, rivals):
-    expected = torch.stack([zoo.lora_weights(name) for name in SEEN]).mean(0)
-    assert torch.equal(rivals.mean, expected)
-
-
-def test_ridge_reproduces_the_seen_tasks_as_its_penalty_vanishes(zoo, rivals):
-    banks = zoo.task_vectors.banks
-
-    def worst(penalty):
-        rivals.dual = torch.linalg.solve(rivals._penalized(penalty), rivals.weights - rivals.mean)
-        errors = [rivals.ridge(banks[n]["demonstrations"]) - rivals.weights[i] for i, n in enumerate(rivals.names)]
-        return max(error.norm() / rivals.weights.norm() for error in errors)
-
-    assert worst(1e-5) < 1e-3
-    assert worst(1e-5) < worst(1e-1) < worst(10.0)
-    rivals.dual = torch.linalg.solve(rivals._penalized(1e8), rivals.weights - rivals.mean)
-    torch.testing.assert_close(rivals.ridge(banks["shift/4"]["demonstrations"]), rivals.mean, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("penalty", [0.01, 0.3, 10.0])
-def test_leaving_one_out_in_closed_form_equals_brute_force(rivals, penalty):
-    """Up to what centres the data, which is the mean over all seen tasks in both."""
-    targets, residuals = rivals.weights - rivals.mean, []
-    for i in range(len(rivals.names)):
-        rest = [j for j in range(len(rivals.names)) if j != i]
-        kernel = rivals.kernel[rest][:, rest] + penalty * torch.eye(len(rest))
-        residuals.append(targets[i] - rivals.kernel[i, rest] @ torch.linalg.solve(kernel, targets[rest]))
-    expected = torch.stack(residuals).square().mean().item()
-    assert rivals._ridge_error(penalty) == pytest.approx(expected, rel=1e-3)
-
-
-def test_penalty_and_temperature_are_the_best_of_those_tried(rivals):
-    errors = {penalty: rivals._ridge_error(penalty) for penalty in (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)}
-    assert errors[rivals.penalty] == min(errors.values())
-    errors = {temperature: rivals._merge_error(temperature) for temperature in (0.02, 0.05, 0.1, 0.2, 0.5)}
-    assert errors[rivals.temperature] == min(errors.values())
-    assert len(set(errors.values())) > 1
 
 
 # Refusals, before anything is computed
