@@ -36,7 +36,7 @@ from .collection import CollectionArguments, collect_zoo
 from .completion import DEFAULT_TEMPLATE, CompletionCollator
 from .configuration_lora_generator import LoraGeneratorConfig
 from .errors import IcmLoraError, IncompatibleAdapterError, TaskError
-from .evaluation import MORE_ROWS, evaluate_generator
+from .evaluation import MORE_ROWS, descriptions, evaluate_generator
 from .files import as_plain
 from .hub import CARD_FILE, push_files, require_hub_id, save_adapter_card
 from .importing import adapter_folder
@@ -133,12 +133,17 @@ class GenerateOptions(BaseOptions):
     )
 
 
+_FURTHER_ROWS = " ".join(
+    ["Further rows to score.", *(f"{row}: {text}" for row, text in descriptions(MORE_ROWS).items())]
+)
+
+
 @dataclass
 class EvaluateOptions(BaseOptions, TaskOptions, ZooOption):
     generator: str = field(default="generator", metadata={"help": "Path or Hub id, or 'smollm2' for the shipped one."})
     output_dir: str = field(default="evaluation", metadata={"help": "Where evaluation.json and .md go."})
     num_examples: int = field(default=12, metadata={"help": "Examples per task that everyone is given."})
-    more_rows: list[str] = field(default_factory=list, metadata={"help": f"Some of {', '.join(MORE_ROWS)}."})
+    more_rows: list[str] = field(default_factory=list, metadata={"help": _FURTHER_ROWS})
     refine_steps: int = field(default=20, metadata={"help": "Of the rows refined and fine_tuned."})
     plots: bool = field(default=False, metadata={"help": "Draw pictures (PNG) into output_dir; needs matplotlib."})
 
