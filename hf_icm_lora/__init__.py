@@ -1,6 +1,7 @@
 """LoRA adapters written by a conditional VAE from in-context task vectors (arXiv 2501.17635)."""
 
-from .adapter import AdapterSlot, attach_adapter, base_model_fingerprint, fast_dtype, load_adapter, save_adapter
+from .adapter import AdapterSlot, attach_adapter, load_adapter, save_adapter
+from .base_model import base_model_fingerprint, fast_dtype
 from .behaviour import BehaviouralCollator, BehaviouralDataset, ExampleLoss
 from .collection import CollectionArguments, collect_zoo
 from .completion import CompletionCollator

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .adapter import frozen_base
+from .base_model import frozen_base
 from .completion import DEFAULT_TEMPLATE, IGNORED, CompletionCollator, score_completions
 from .errors import TaskError, TaskVectorError
 from .files import sha256_of

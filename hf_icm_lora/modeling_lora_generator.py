@@ -37,10 +37,9 @@ from transformers.utils import CONFIG_NAME, ModelOutput, logging
 from .adapter import (
     AdapterSlot,
     attach_adapter,
-    base_model_fingerprint,
-    canonical_lora_config,
     save_adapter,
 )
+from .base_model import base_model_fingerprint
 from .behaviour import SCALES, BehaviouralDataset, ExampleLoss
 from .configuration_lora_generator import LoraGeneratorConfig
 from .errors import (
@@ -52,10 +51,11 @@ from .errors import (
     UnfamiliarTaskError,
 )
 from .files import commit_files
-from .gauge import product_error
 from .hub import CARD_FILE, carry_card, files_below, push_files, require_hub_id
 from .layout import LoraLayout, MatrixBlock, split
+from .lora_config import canonical_lora_config
 from .model_card import generator_card
+from .products import product_error
 from .serving import plain_adapter
 from .task_vectors import TaskVectorExtractor, TaskVectorSpec
 from .tasks import to_sample

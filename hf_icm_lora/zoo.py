@@ -2,7 +2,6 @@
 
     zoo.json                                  base model, LoRA configuration, layout, template; written once
     task_vectors.safetensors                  see task_vectors.py
-    reference.safetensors                     in the canonical gauge: what the adapters' factors are rotated towards
     adapters/<task>/                          one task, which appears by one rename
     adapters/<task>/step-40/                  one snapshot: an ordinary PEFT folder
     adapters/<task>/task.json                 its best snapshot, losses, seconds
@@ -25,7 +24,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo, hf_hub_download, snapshot_download
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
@@ -34,38 +32,32 @@ from transformers.utils import logging
 from .adapter import (
     CONFIG_FILE,
     WEIGHTS_FILE,
-    base_model_fingerprint,
     load_adapter,
-    lora_config_to_dict,
-    require_bare,
     save_adapter,
-    target_modules,
 )
+from .base_model import base_model_fingerprint, require_bare
 from .completion import DEFAULT_TEMPLATE
 from .errors import CorruptAdapterError, IncompatibleAdapterError, TaskError, TaskVectorError, ZooError
 from .files import (
     TEMPORARY,
     commit_directory,
-    commit_file,
     discard_directory,
     locked,
     read_json,
-    read_safetensors,
     safe_dirname,
     write_json,
 )
 from .hub import push_files, require_hub_id
 from .importing import common_layout, convert, inspect, shared_rows
-from .layout import LoraLayout, check_plain_lora
+from .layout import LoraLayout
+from .lora_config import check_plain_lora, lora_config_to_dict, shortest_target_modules
 from .model_card import zoo_card
 from .task_vectors import MODES, TaskVectors, joined
 
 FORMAT_VERSION = 1
 FIELDS = ("layout", "lora_config", "template", "base_model_name_or_path", "base_model_fingerprint")  # of zoo.json
 ZOO_FILE, VECTORS_FILE, TASK_FILE = "zoo.json", "task_vectors.safetensors", "task.json"
-REFERENCE_FILE = "reference.safetensors"
 MOST_IN_MEMORY = 2**30  # bytes of adapters that a dataset keeps
-REFERENCE_ADAPTERS = 32  # a mean of more of them changes little, and they are all in memory at once
 
 
 class LoraZoo:
@@ -178,7 +170,7 @@ class LoraZoo:
         """Make a zoo of LoRAs that were trained elsewhere, or add them to one.
 
         Ranks, scalings, dtypes, seeds and modules may differ from adapter to adapter. Adapters that share one A keep
-        it, and B alone varies; all others are brought into the canonical gauge.
+        it, and B alone varies; of all others A and B vary, and a generator learns their products.
 
         Args:
             path (`str` or `Path`): The zoo's directory. A zoo that stands there keeps its layout.
@@ -222,7 +214,7 @@ class LoraZoo:
             raise IncompatibleAdapterError(f"None of {len(found)} adapters can be taken. {reasons}")
         if zoo is None:
             shared = shared_rows(usable) if rank in (None, usable[0].rank) else None
-            layout = common_layout(usable, rank, "canonical" if shared is None else "frozen_a")
+            layout = common_layout(usable, rank, "free" if shared is None else "frozen_a")
         else:
             layout, shared = zoo.layout, None
             if layout.gauge == "frozen_a":
@@ -232,7 +224,7 @@ class LoraZoo:
                 raise ZooError(f"{path} is a zoo of rank {layout.max_rank}, and cannot get adapters of rank {rank}.")
         lora_config = zoo.lora_config if zoo else {
             "peft_type": "LORA", "r": layout.max_rank, "lora_alpha": layout.max_rank,
-            "target_modules": target_modules(layout, base_model),
+            "target_modules": shortest_target_modules((module.name for module in layout.modules), base_model),
         } | usable[0].kept_fields  # fmt: skip
         zoo = cls.create(
             path,
@@ -253,10 +245,6 @@ class LoraZoo:
                 except IncompatibleAdapterError as error:
                     adapter.refused = str(error)
             rows.append(adapter.row() | ({"status": "held"} if held else {}))
-        if layout.gauge == "canonical" and zoo.reference is None and zoo.records:
-            vectors = [zoo.lora_weights(name) for name in list(zoo)[:REFERENCE_ADAPTERS]]
-            with commit_file(path / REFERENCE_FILE) as temporary:
-                save_file({"reference": layout.mean_reference(torch.stack(vectors))}, temporary)
         return cls(path), rows
 
     @classmethod
@@ -293,7 +281,7 @@ class LoraZoo:
         if streaming and local_dir is not None:
             raise ValueError("A zoo is either streamed or downloaded into a local_dir: pass one of the two.")
         names = None if tasks is None else list(tasks)
-        files = [ZOO_FILE, VECTORS_FILE, REFERENCE_FILE]
+        files = [ZOO_FILE, VECTORS_FILE]
         for folder in ["*"] if names is None else map(safe_dirname, names):
             files += [f"adapters/{folder}/{TASK_FILE}", f"adapters/{folder}/step-*/{CONFIG_FILE}"]
             files += [] if streaming else [f"adapters/{folder}/step-*/{WEIGHTS_FILE}"]
@@ -350,7 +338,8 @@ class LoraZoo:
             "tasks.jsonl": table.encode(),
             ZOO_FILE: _as_json(self.about | rename),
         }
-        files |= {n: self.path / n for n in (VECTORS_FILE, REFERENCE_FILE) if (self.path / n).exists()}
+        if self.has_task_vectors:
+            files[VECTORS_FILE] = self.path / VECTORS_FILE
         for record in self.records.values():
             folder = record["folder"]
             names = [
@@ -485,20 +474,6 @@ class LoraZoo:
         name = next(iter(self.records))
         return self.layout.pack(self.load_snapshot(name), self.lora_config)[1]
 
-    @cached_property
-    def reference(self) -> torch.Tensor | None:
-        """What the factors of canonical adapters are rotated towards, `(num_weights,)`; see gauge.py."""
-        file = self.path / REFERENCE_FILE
-        if not file.exists():
-            return None
-        try:
-            reference = read_safetensors(file)[0]["reference"]
-        except (OSError, ValueError, KeyError) as error:
-            raise CorruptAdapterError(f"{file}: not a reference of a zoo: {error}") from error
-        if reference.shape != (self.layout.num_weights,):
-            raise CorruptAdapterError(f"{file}: expected {self.layout.num_weights} weights, found {reference.shape}.")
-        return reference
-
     def load_snapshot(self, name: str, step: int | None = None) -> dict[str, torch.Tensor]:
         """Read one snapshot as a PEFT state dict.
 
@@ -521,7 +496,7 @@ class LoraZoo:
 
     def lora_weights(self, name: str, step: int | None = None) -> torch.Tensor:
         """Read one snapshot as a packed vector `(num_weights,)`."""
-        weights, shared = self.layout.pack(self.load_snapshot(name, step), self.lora_config, self.reference)
+        weights, shared = self.layout.pack(self.load_snapshot(name, step), self.lora_config)
         if not torch.equal(shared, self.shared_weights):
             raise CorruptAdapterError(f"{self.records[name]['folder']}: its lora_A is not the zoo's.")
         return weights

@@ -18,12 +18,13 @@ ROOT = PACKAGE.parent
 SOURCES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.glob("*.py"))}
 MODULES = sorted(name for name in SOURCES if name != "__init__")
 LEVELS = [  # a module imports from earlier levels only
-    {"errors", "files", "gauge", "processes", "rivals"},
-    {"report"},
+    {"errors", "files", "processes", "products", "provenance", "rivals"},
+    {"report", "lora_config"},
     {"model_card"},
     {"hub"},
     {"tasks"},
     {"suite", "smollm2", "completion", "layout"},
+    {"base_model"},
     {"adapter"},
     {"task_vectors"},
     {"configuration_lora_generator", "behaviour", "importing", "serving"},
