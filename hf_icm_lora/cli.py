@@ -23,7 +23,6 @@ from transformers import HfArgumentParser, set_seed
 
 from .adapter import load_adapter, save_adapter
 from .base_model import find_base_model, load_base_model
-from .behaviour import BehaviouralCollator, BehaviouralDataset
 from .collection import CollectionArguments, collect_zoo
 from .completion import DEFAULT_TEMPLATE, CompletionCollator
 from .configuration_lora_generator import LoraGeneratorConfig
@@ -44,6 +43,7 @@ from .suite import built_in_tasks
 from .task_vectors import TaskVectorExtractor, TaskVectorSpec
 from .tasks import Task, load_tasks
 from .trainer import LoraGeneratorTrainer, LoraGeneratorTrainingArguments
+from .training_data import BehaviouralCollator, BehaviouralDataset
 from .zoo import ZOO_FILE, LoraZoo
 
 Result = tuple[str, dict]  # what is printed for people, and for programs

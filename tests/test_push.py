@@ -349,7 +349,7 @@ def check_a_streamed_zoo(hub, world):
     import torch
 
     from hf_icm_lora import LoraZoo, ZooError
-    from hf_icm_lora import zoo as module
+    from hf_icm_lora.training_data import LoraZooDataset
 
     world.zoo.push_to_hub("user/streamed", base_model_name_or_path="user/base")
     hub.log.clear()
@@ -359,9 +359,9 @@ def check_a_streamed_zoo(hub, world):
     tempfile.tempdir = tempfile.mkdtemp(dir=world.folder)
     for name in zoo.subset(list(zoo)[::-1]):
         assert torch.equal(zoo.lora_weights(name), world.zoo.lora_weights(name))
-    module.MOST_IN_MEMORY, most = 0, module.MOST_IN_MEMORY
+    LoraZooDataset.most_in_memory, most = 0, LoraZooDataset.most_in_memory
     streamed, local = zoo.as_dataset(), world.zoo.as_dataset()
-    module.MOST_IN_MEMORY = most
+    LoraZooDataset.most_in_memory = most
     assert streamed.lora_weights is None
     assert all(torch.equal(*pair) for pair in zip(streamed.each_adapter(), local.each_adapter(), strict=True))
     assert not list(zoo.path.rglob("adapter_model.safetensors"))
