@@ -2,6 +2,7 @@
 
 from .adapter import AdapterSlot, attach_adapter, load_adapter, save_adapter
 from .base_model import base_model_fingerprint, fast_dtype
+from .behaviour import ExampleLoss
 from .collection import CollectionArguments, collect_zoo
 from .completion import CompletionCollator
 from .configuration_lora_generator import LoraGeneratorConfig
@@ -10,6 +11,7 @@ from .errors import (
     ArgumentError,
     CorruptAdapterError,
     CorruptFileError,
+    EvaluationError,
     IcmLoraError,
     IncompatibleAdapterError,
     NotFittedError,
@@ -20,18 +22,19 @@ from .errors import (
     UnfamiliarTaskError,
     ZooError,
 )
-from .evaluation import evaluate_generator, read_report, recovered_gain
-from .functional import FunctionalCollator, FunctionalDataset
+from .evaluation import evaluate_generator
 from .importing import import_zoo
 from .layout import LoraLayout
-from .model_card import add_evaluation, format_report, generator_card
+from .model_card import add_evaluation, generator_card
 from .modeling_lora_generator import LoraGeneratorModel, LoraGeneratorOutput
+from .report import format_report, read_report, recovered_gain
 from .serving import check_serving_compatibility, export_gguf, plain_adapter
 from .smollm2 import smollm2_generator_path, smollm2_path
 from .suite import built_in_tasks
 from .task_vectors import TaskVectorExtractor, TaskVectors, TaskVectorSpec
 from .tasks import Sample, Task, load_tasks, save_tasks, task_from_dataset
 from .trainer import LoraGeneratorTrainer, LoraGeneratorTrainingArguments
+from .training_data import BehaviouralCollator, BehaviouralDataset
 from .zoo import LoraZoo
 
 __version__ = "0.1.0"
@@ -40,12 +43,14 @@ __all__ = [
     "AdapterSlot",
     "AlreadyExistsError",
     "ArgumentError",
+    "BehaviouralCollator",
+    "BehaviouralDataset",
     "CollectionArguments",
     "CompletionCollator",
     "CorruptAdapterError",
     "CorruptFileError",
-    "FunctionalCollator",
-    "FunctionalDataset",
+    "EvaluationError",
+    "ExampleLoss",
     "IcmLoraError",
     "IncompatibleAdapterError",
     "LoraGeneratorConfig",

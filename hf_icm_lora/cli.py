@@ -27,22 +27,23 @@ from .collection import CollectionArguments, collect_zoo
 from .completion import DEFAULT_TEMPLATE, CompletionCollator
 from .configuration_lora_generator import LoraGeneratorConfig
 from .errors import AlreadyExistsError, ArgumentError, IcmLoraError, IncompatibleAdapterError, TaskError
-from .evaluation import MORE_ROWS, evaluate_generator, read_report
+from .evaluation import MORE_ROWS, descriptions, evaluate_generator
 from .files import as_plain
-from .functional import FunctionalCollator, FunctionalDataset
 from .hub import CARD_FILE, push_files, require_hub_id, save_adapter_card
 from .importing import import_zoo
-from .model_card import add_evaluation, addressed, format_report
+from .model_card import add_evaluation, addressed
 from .modeling_lora_generator import LoraGeneratorModel
 from .plots import require_matplotlib, write_plots
 from .processes import state
 from .provenance import is_local, package_versions
+from .report import REPORT_FILE, format_report, read_report
 from .serving import check_serving_compatibility, export_gguf, plain_adapter
 from .smollm2 import smollm2_generator_path
 from .suite import built_in_tasks
 from .task_vectors import TaskVectorExtractor, TaskVectorSpec
 from .tasks import Task, load_tasks
 from .trainer import LoraGeneratorTrainer, LoraGeneratorTrainingArguments
+from .training_data import BehaviouralCollator, BehaviouralDataset
 from .zoo import ZOO_FILE, LoraZoo
 
 Result = tuple[str, dict]  # what is printed for people, and for programs
@@ -96,7 +97,7 @@ class VectorsOptions(BaseOptions, TaskOptions, ZooOption):
 @dataclass
 class TrainOptions(BaseOptions, TaskOptions, ZooOption):
     unseen: list[str] | None = field(default=None, metadata={"help": "Tasks to keep out of training, for evaluation."})
-    functional_steps: int = field(
+    behavioural_steps: int = field(
         default=0,
         metadata={"help": "Steps through the base model after those on the zoo, on the samples of all chosen tasks."},
     )
@@ -117,12 +118,16 @@ class GenerateOptions(BaseOptions):
     )
     examples: str | None = field(default=None, metadata={"help": "JSON Lines with prompt and completion."})
     description: str | None = field(default=None, metadata={"help": "The task in a sentence."})
-    num_samples: int = field(default=1, metadata={"help": "Adapters to write; the best on the examples is kept."})
     fit_scale: bool = field(default=True, metadata={"help": "Whether to weaken it to what suits the examples."})
     refine_steps: int = field(default=0, metadata={"help": "Gradient steps on the examples after that."})
-    on_unfamiliar: Literal["generate", "base", "nearest", "mean", "raise"] = field(
-        default="generate", metadata={"help": "What to do for a task that is far from the training tasks."}
+    on_unfamiliar: Literal["generate", "base", "raise"] = field(
+        default="generate", metadata={"help": "What to do where the adapter does harm on its own examples."}
     )
+
+
+_FURTHER_ROWS = " ".join(
+    ["Further rows to score.", *(f"{row}: {text}" for row, text in descriptions(MORE_ROWS).items())]
+)
 
 
 @dataclass
@@ -130,7 +135,7 @@ class EvaluateOptions(BaseOptions, TaskOptions, ZooOption):
     generator: str = field(default="generator", metadata={"help": "Path or Hub id, or 'smollm2' for the shipped one."})
     output_dir: str = field(default="evaluation", metadata={"help": "Where evaluation.json and .md go."})
     num_examples: int = field(default=12, metadata={"help": "Examples per task that everyone is given."})
-    more_rows: list[str] = field(default_factory=list, metadata={"help": f"Some of {', '.join(MORE_ROWS)}."})
+    more_rows: list[str] = field(default_factory=list, metadata={"help": _FURTHER_ROWS})
     refine_steps: int = field(default=20, metadata={"help": "Of the rows refined and fine_tuned."})
     plots: bool = field(default=False, metadata={"help": "Draw pictures (PNG) into output_dir; needs matplotlib."})
 
@@ -232,11 +237,11 @@ def train(options: TrainOptions, args: LoraGeneratorTrainingArguments) -> Result
         prior=options.prior,
     )
     vectors, behaviour = zoo.task_vectors, None
-    if options.functional_steps:
+    if options.behavioural_steps:
         tasks = [task for task in select_tasks(options) if task.name not in unseen]
         base, tokenizer = load_base_model(options.base_model or zoo.base_model_name_or_path, options.dtype)
         vectors = TaskVectorExtractor(vectors.spec).extract(base, tokenizer, tasks)
-        behaviour = FunctionalDataset(tasks, vectors)
+        behaviour = BehaviouralDataset(tasks, vectors)
     set_seed(args.seed)  # the Trainer's own call comes after the weights are drawn
     generator = LoraGeneratorModel(config)
     generator.fit_normalizer(seen.as_dataset(), behaviour)
@@ -250,20 +255,18 @@ def train(options: TrainOptions, args: LoraGeneratorTrainingArguments) -> Result
     trainer.train(resume_from_checkpoint=True if checkpoint == "True" else checkpoint)
     metrics = trainer.evaluate() if unseen else {}
     if behaviour is not None:
-        functional = copy.copy(args)
-        functional.output_dir = str(Path(args.output_dir) / "functional")
-        functional.max_steps = options.functional_steps
-        functional.push_to_hub = False  # the result is pushed, below
+        behavioural = copy.copy(args)
+        behavioural.output_dir = str(Path(args.output_dir) / "behaviour")
+        behavioural.max_steps = options.behavioural_steps
+        behavioural.push_to_hub = False  # the result is pushed, below
         collate = CompletionCollator(tokenizer, base.config.is_encoder_decoder, zoo.template, row_length=64)
         LoraGeneratorTrainer(
             generator,
-            functional,
+            behavioural,
             base_model=base,
             train_dataset=behaviour,
-            data_collator=FunctionalCollator(collate),
+            data_collator=BehaviouralCollator(collate),
         ).train()
-    if len(generator.config.training_tasks) > 1:
-        generator.map_tasks(vectors)
     generator.save_pretrained(args.output_dir)
     trainer.create_model_card()
     if args.push_to_hub:
@@ -288,7 +291,6 @@ def generate(options: GenerateOptions) -> Result:
         processing_class=tokenizer,
         examples=examples,
         description=options.description,
-        num_samples=options.num_samples,
         fit_scale=options.fit_scale,
         refine_steps=options.refine_steps,
         on_unfamiliar=options.on_unfamiliar,
@@ -356,11 +358,11 @@ def push_folder(path: Path, config_file: str, options: PushOptions, target: dict
     if (path / CARD_FILE).exists():
         card = addressed(ModelCard.load(path / CARD_FILE), options.repo_id, local_base, base)
         if options.evaluation:
-            report = read_report(Path(options.evaluation) / "evaluation.json")
+            report = read_report(Path(options.evaluation) / REPORT_FILE)
             pictures = sorted(Path(options.evaluation).glob("*.png"))
             card = add_evaluation(card, report, [f"evaluation/{picture.name}" for picture in pictures])
             files |= {f"evaluation/{picture.name}": picture for picture in pictures}
-            files["evaluation/evaluation.json"] = Path(options.evaluation) / "evaluation.json"
+            files[f"evaluation/{REPORT_FILE}"] = Path(options.evaluation) / REPORT_FILE
         if options.license:
             card.data.license = options.license
         files[CARD_FILE] = card.content.encode()

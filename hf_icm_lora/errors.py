@@ -5,11 +5,12 @@ IcmLoraError
 ├── AlreadyExistsError        (FileExistsError)  what would be written is there already
 ├── CorruptFileError          (ValueError)       a file cannot be read as what it claims to be
 │   └── CorruptAdapterError                      so does a LoRA file or folder
+├── EvaluationError           (ValueError)       a row, a report or a picture was asked for that cannot be made
 ├── IncompatibleAdapterError  (ValueError)       a readable adapter does not fit this layout, base model or generator
 ├── TaskError                 (ValueError)       a task, its samples or its description cannot be used
 ├── TaskVectorError           (ValueError)       a task vector does not fit the generator, or cannot be made
-├── UnfamiliarTaskError       (ValueError)       a task is too far from the training tasks, and this was to be said
-├── NotFittedError            (RuntimeError)     the generator lacks its statistics, its encoder or its map of tasks
+├── UnfamiliarTaskError       (ValueError)       an adapter does harm on its own examples, and this was to be said
+├── NotFittedError            (RuntimeError)     the generator lacks its statistics or its encoder
 ├── PublishingError           (ValueError)       what would be published is of no use to others
 ├── TrainingError             (RuntimeError)     training cannot start, go on or resume
 └── ZooError                  (ValueError)       a zoo's directory and what was asked of it disagree
@@ -38,6 +39,10 @@ class CorruptAdapterError(CorruptFileError):
     """A LoRA file or folder is truncated, malformed, not safetensors, or holds values that are not finite."""
 
 
+class EvaluationError(IcmLoraError, ValueError):
+    """A row of an evaluation, a report, a metric or a picture was asked for that cannot be made of what is there."""
+
+
 class IncompatibleAdapterError(IcmLoraError, ValueError):
     """An adapter is readable, but its layout, configuration or base model is not the expected one."""
 
@@ -51,11 +56,11 @@ class TaskVectorError(IcmLoraError, ValueError):
 
 
 class UnfamiliarTaskError(IcmLoraError, ValueError):
-    """A task is too far from the generator's training tasks, and `on_unfamiliar="raise"` asked to say so."""
+    """A generated adapter does harm on its own examples, and `on_unfamiliar="raise"` asked to say so."""
 
 
 class NotFittedError(IcmLoraError, RuntimeError):
-    """The generator lacks what was asked of it: its normalization statistics, its encoder, or its map of tasks."""
+    """The generator lacks what was asked of it: its normalization statistics, or its encoder."""
 
 
 class PublishingError(IcmLoraError, ValueError):

@@ -41,8 +41,7 @@ MARKS: dict[str, tuple[str, dict]] = {  # row of the report -> its name in the l
 }
 LOSSES = {  # what is measured -> its unit, and its names in the log
     "Error of the weights": ("squared error (1: the mean adapter)", ("reconstruction_loss", "generation_loss")),
-    "Loss through the base model": ("nats per token", ("functional_loss",)),
-    "Divergence from the teachers": ("nats per token", ("distillation_loss",)),
+    "Loss through the base model": ("nats per token", ("behavioural_loss",)),
     "Information in z (KL)": ("nats", ("kl",)),
     "Loss": ("as optimized", ("loss",)),
 }
@@ -157,7 +156,7 @@ def _marked_gains(rows: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[str,
         row: {name: s["recovered_gain"] for name, s in summary["tasks"].items() if s["recovered_gain"] is not None}
         for row, summary in rows.items()
     }
-    rival = max(PLAIN_RIVALS, key=lambda row: sum(gains[row].values()))
+    rival = max((row.__name__ for row in PLAIN_RIVALS), key=lambda row: sum(gains[row].values()))
     gains["rival"] = gains[rival]
     return rival, {mark: gains[mark] for mark in MARKS if mark in gains}
 

@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo, hf_hub_download, snapshot_download
-from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from .adapter import (
@@ -39,7 +38,6 @@ from .errors import (
     CorruptAdapterError,
     CorruptFileError,
     IncompatibleAdapterError,
-    TaskError,
     TaskVectorError,
     ZooError,
 )
@@ -55,12 +53,12 @@ from .hub import push_files, require_hub_id
 from .layout import LoraLayout
 from .lora_config import check_plain_lora, lora_config_to_dict
 from .model_card import zoo_card
-from .task_vectors import MODES, TaskVectors, joined
+from .task_vectors import MODES, TaskVectors
+from .training_data import LoraZooDataset
 
 FORMAT_VERSION = 1
 FIELDS = ("layout", "lora_config", "template", "base_model_name_or_path", "base_model_fingerprint")  # of zoo.json
 ZOO_FILE, VECTORS_FILE, TASK_FILE = "zoo.json", "task_vectors.safetensors", "task.json"
-MOST_IN_MEMORY = 2**30  # bytes of adapters that a dataset keeps
 
 
 class LoraZoo:
@@ -458,7 +456,7 @@ class LoraZoo:
             raise ZooError(f"{self.path} has no task vectors yet: call add_task_vectors(extractor.extract(...)).")
         return TaskVectors.load(self.path / VECTORS_FILE)
 
-    def as_dataset(self, modes: Sequence[str] = MODES, num_snapshots: int | None = None) -> "LoraZooDataset":
+    def as_dataset(self, modes: Sequence[str] = MODES, num_snapshots: int | None = None) -> LoraZooDataset:
         """Return the zoo's tasks as a dataset for [`LoraGeneratorTrainer`].
 
         Args:
@@ -468,64 +466,6 @@ class LoraZoo:
                 default.
         """
         return LoraZooDataset(self, modes, num_snapshots)
-
-
-class LoraZooDataset(Dataset):
-    """All pairs of a snapshot and one of its task's vectors.
-
-    Each epoch shows every adapter with every draw of demonstrations: what the generator can learn is the map from
-    evidence to weights, and not one vector per task. A description, which has one vector, is repeated so that every
-    mode counts alike.
-
-    Adapters of up to 1 GiB in all are kept in memory; more are read from disk, item by item.
-
-    Items: `{"lora_weights": (num_weights,), "task_vector": (num_task_vectors, task_vector_size)}`, fp32. The attribute
-    `task_names` says whose they are.
-    """
-
-    def __init__(self, zoo: LoraZoo, modes: Sequence[str], num_snapshots: int | None):
-        if unknown := sorted(set(modes) - set(MODES)):
-            raise ArgumentError(f"Expected modes among {MODES}, found {unknown}.")
-        if num_snapshots is not None and num_snapshots < 1:
-            raise ArgumentError(f"Expected num_snapshots >= 1, or None for all; found {num_snapshots}.")
-        if not zoo.records:
-            raise ZooError(f"{zoo.path}: no tasks to make a dataset of.")
-        self.task_names = list(zoo)
-        banks = zoo.task_vectors.banks
-        self.zoo, self.shared_weights = zoo, zoo.shared_weights
-        self.snapshots: list[tuple[str, int]] = []
-        vectors, pairs, first = [], [], 0
-        for name, record in zoo.records.items():
-            steps = sorted(step for step in record["snapshots"] if step <= record["best_step"])
-            bank = [banks[name][mode] for mode in modes if mode in banks.get(name, {})]
-            if not bank:
-                raise TaskError(f"Task {name!r} has no task vectors of the modes {tuple(modes)}.")
-            vectors.append(joined(bank))
-            for step in steps[-num_snapshots:] if num_snapshots is not None else steps:
-                pairs += [(len(self.snapshots), first + draw) for draw in range(len(vectors[-1]))]
-                self.snapshots.append((name, step))
-            first += len(vectors[-1])
-        self.lora_weights = None  # or (snapshots, num_weights)
-        if 4 * len(self.snapshots) * zoo.layout.num_weights <= MOST_IN_MEMORY:
-            self.lora_weights = torch.stack([zoo.lora_weights(*snapshot) for snapshot in self.snapshots])
-        self.task_vectors = torch.cat(vectors)  # (draws of all tasks, num_task_vectors, task_vector_size)
-        self.pairs = pairs
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        snapshot, draw = self.pairs[index]
-        return {"lora_weights": self._read(snapshot), "task_vector": self.task_vectors[draw]}
-
-    def each_adapter(self) -> Iterator[torch.Tensor]:
-        """Yield every adapter once, `(num_weights,)`, whatever the number of its task's vectors."""
-        yield from map(self._read, range(len(self.snapshots)))
-
-    def _read(self, snapshot: int) -> torch.Tensor:
-        if self.lora_weights is not None:
-            return self.lora_weights[snapshot]
-        return self.zoo.lora_weights(*self.snapshots[snapshot])
 
 
 class _NoBar(tqdm):

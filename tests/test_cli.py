@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_icm_lora import LoraGeneratorModel, LoraZoo, ZooError, load_adapter, save_tasks
 from hf_icm_lora.cli import COMMANDS, main
-from hf_icm_lora.evaluation import read_report
+from hf_icm_lora.report import read_report
 
 SEEN, UNSEEN = ["shift/1", "shift/2", "shift/3"], ["shift/4"]
 SMALL = ["--hidden_size", "32", "--latent_size", "8", "--max_steps", "4", "--save_strategy", "no", "--report_to",
@@ -101,7 +101,7 @@ def test_trained_generator_is_json_and_safetensors(folder):
 
 def test_training_goes_on_through_the_base_model(folder, tmp_path):
     assert train(folder, tmp_path / "one", "--unseen", *UNSEEN, "--dtype", "float32") == 0
-    more = ("--functional_steps", "3", "--tasks", str(folder / "tasks.jsonl"), "--dtype", "float32")
+    more = ("--behavioural_steps", "3", "--tasks", str(folder / "tasks.jsonl"), "--dtype", "float32")
     assert train(folder, tmp_path / "more", "--unseen", *UNSEEN, *more) == 0
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "more"))
     changed = {name for name in one if not torch.equal(one[name], other[name])}
@@ -110,7 +110,7 @@ def test_training_goes_on_through_the_base_model(folder, tmp_path):
         f"zoo_normalizer.vector_{name}" for name in ("mean", "scale", "directions")
     }
     generator = LoraGeneratorModel.from_pretrained(tmp_path / "more")
-    assert sorted(generator.config.training_tasks) == generator.config.mapped_tasks == SEEN
+    assert sorted(generator.config.training_tasks) == SEEN
 
 
 def test_same_seed_trains_the_same_generator(folder, tmp_path):
@@ -135,16 +135,15 @@ def test_training_reports_unseen_tasks_and_resumes(folder, tmp_path, capsys):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_generated_adapter_is_chosen_and_refined_on_the_examples(folder, tmp_path):
+def test_generated_adapter_is_refined_on_the_examples(folder, tmp_path):
     argv = ["generate", "--generator", str(folder / "generator"), "--examples", str(folder / "examples.jsonl")]
-    more = ["--num_samples", "2", "--no_fit_scale", "--refine_steps", "2", "--dtype", "float32"]
+    more = ["--no_fit_scale", "--refine_steps", "2", "--dtype", "float32"]
     assert main([*argv, *more, "--out", str(tmp_path / "adapter")]) == 0
     base = AutoModelForCausalLM.from_pretrained(folder / "base")
     model = LoraGeneratorModel.from_pretrained(folder / "generator").generate_adapter(
         base,
         processing_class=AutoTokenizer.from_pretrained(folder / "base"),
         examples=[("ab", "bc"), ("xy", "yz")],
-        num_samples=2,
         fit_scale=False,
         refine_steps=2,
     )

@@ -13,12 +13,10 @@ from peft import PeftModel
 import hf_icm_lora.zoo
 from hf_icm_lora import (
     AlreadyExistsError,
-    ArgumentError,
     CorruptAdapterError,
     IncompatibleAdapterError,
     LoraLayout,
     LoraZoo,
-    TaskError,
     TaskVectorError,
     TaskVectors,
     TaskVectorSpec,
@@ -28,6 +26,7 @@ from hf_icm_lora import (
 )
 from hf_icm_lora.completion import DEFAULT_TEMPLATE
 from hf_icm_lora.layout import PREFIX
+from hf_icm_lora.training_data import LoraZooDataset
 
 CONFIG = {
     "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"],
@@ -430,7 +429,7 @@ def step_of(dataset, full, item):
 
 def test_a_large_zoo_is_read_from_disk_item_by_item(full, monkeypatch):
     kept = full.as_dataset()
-    monkeypatch.setattr("hf_icm_lora.zoo.MOST_IN_MEMORY", 4 * full.layout.num_weights)
+    monkeypatch.setattr(LoraZooDataset, "most_in_memory", 4 * full.layout.num_weights)
     read = full.as_dataset()
     assert read.lora_weights is None
     assert len(read) == len(kept)
@@ -467,7 +466,7 @@ def test_latest_snapshots_up_to_the_best_are_used(full, num_snapshots, steps):
 
 @pytest.mark.parametrize("num_snapshots", [0, -1])
 def test_number_of_snapshots_is_positive(full, num_snapshots):
-    with pytest.raises(ArgumentError, match=f"num_snapshots >= 1, .* found {num_snapshots}"):
+    with pytest.raises(ZooError, match=f"num_snapshots >= 1, .* found {num_snapshots}"):
         full.as_dataset(num_snapshots=num_snapshots)
 
 
@@ -490,12 +489,12 @@ def test_task_without_description_lacks_that_mode_only(zoo):
     del both["b"]["both"], both["b"]["description"]
     zoo.add_task_vectors(TaskVectors(TaskVectorSpec(pooling="prompts"), ABOUT["base_model_fingerprint"], both))
     assert len(zoo.as_dataset()) == 3 * 4 + 4
-    with pytest.raises(TaskError, match="'b' has no task vectors of the modes"):
+    with pytest.raises(TaskVectorError, match="'b' has no task vectors of the modes"):
         zoo.as_dataset(["description"])
 
 
 def test_unknown_modes_are_named(full):
-    with pytest.raises(ArgumentError, match=r"modes among .* found \['poetry'\]"):
+    with pytest.raises(TaskVectorError, match=r"modes among .* found \['poetry'\]"):
         full.as_dataset(["both", "poetry"])
 
 
