@@ -102,7 +102,7 @@ def main() -> None:
             add_task_vectors(zoo, base, tokenizer, tasks)
         seen_tasks = [task for task in tasks if task.name not in script_args.unseen]
         unseen_tasks = [task for task in tasks if task.name in script_args.unseen]
-        behaviour = BehaviouralDataset(seen_tasks, zoo.task_vectors, beside=seen.as_dataset(num_snapshots=1))
+        behaviour = BehaviouralDataset(seen_tasks, zoo.task_vectors)
         unseen_behaviour = BehaviouralDataset(unseen_tasks, zoo.task_vectors) if script_args.unseen else None
 
     # The last stage runs in output_dir, which is what `push_to_hub` uploads.
@@ -152,8 +152,6 @@ def main() -> None:
         )
         train(trainer)
 
-    if len(generator.config.training_tasks) > 1:
-        generator.map_tasks(zoo.task_vectors)  # so that it can say how unfamiliar a new task is
     if training_args.push_to_hub:
         trainer.push_to_hub()
     else:

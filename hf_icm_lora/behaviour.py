@@ -5,19 +5,18 @@ samples and not its LoRA: many tasks go through the base model in one forward pa
 at about the time and memory of one LoRA fine-tuning step.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import cycle, islice
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .adapter import frozen_base
-from .completion import DEFAULT_TEMPLATE, IGNORED, CompletionCollator, labelled_logits, score_completions
+from .completion import DEFAULT_TEMPLATE, IGNORED, CompletionCollator, score_completions
 from .errors import TaskError, TaskVectorError
 from .files import sha256_of
 from .layout import LoraLayout
@@ -35,13 +34,9 @@ class BehaviouralDataset(Dataset):
         task_vectors (`TaskVectors`): With a bank for each of them.
         num_samples (`int`, *optional*, defaults to 4): Samples that go with a vector.
         modes (`Sequence[str]`, *optional*): As in [`LoraZoo.as_dataset`].
-        beside (`Dataset`, *optional*): As from [`LoraZoo.as_dataset`]: one of its items goes with each vector, so that
-            reconstruction is trained in the same steps and not forgotten.
-        teachers (`Mapping[str, torch.Tensor]`, *optional*): The LoRA of each task, `(num_weights,)` each, as from
-            [`LoraZoo.lora_weights`]. What the base model predicts with it is then the target, instead of the labels.
 
-    Items: `{"task_vector": (num_task_vectors, task_vector_size), "samples": tuple of Sample}`, and `"beside"`,
-    `"teacher"`. The attribute `task_names` says whose they are.
+    Items: `{"task_vector": (num_task_vectors, task_vector_size), "samples": tuple of Sample}`. The attribute
+    `task_names` says whose they are.
 
     Raises:
         TaskError: if there is no task, one has fewer than `num_samples` `train` samples, or a name stands twice.
@@ -54,20 +49,15 @@ class BehaviouralDataset(Dataset):
         task_vectors: TaskVectors,
         num_samples: int = 4,
         modes: Sequence[str] = MODES,
-        beside: Dataset | None = None,
-        teachers: Mapping[str, torch.Tensor] | None = None,
     ):
         self.tasks = check_unique_names(tasks)
         self.task_names = [task.name for task in self.tasks]
         if not self.tasks or num_samples < 1:
             raise TaskError(f"Expected at least one task and one sample, found {len(self.tasks)} and {num_samples}.")
-        self.beside, self.teachers = beside, teachers
-        self.items: list[tuple[str, int, tuple[Sample, ...]]] = []
+        self.items: list[tuple[int, tuple[Sample, ...]]] = []
         vectors: list[torch.Tensor] = []
         for task in self.tasks:
             task.require("train", num_samples, "behavioural training")
-            if teachers is not None and task.name not in teachers:
-                raise TaskError(f"Task {task.name!r} has no LoRA among the teachers.")
             banks = task_vectors.banks.get(task.name, {})
             bank = [banks[mode] for mode in modes if mode in banks]
             if not bank:
@@ -78,20 +68,15 @@ class BehaviouralDataset(Dataset):
             rng = torch.Generator().manual_seed(int(sha256_of(task.name)[:12], 16))
             shuffled = cycle(task.train[i] for i in torch.randperm(len(task.train), generator=rng))
             for index in range(max(len(draws), -(-len(task.train) // num_samples))):
-                self.items.append((task.name, first + index % len(draws), tuple(islice(shuffled, num_samples))))
+                self.items.append((first + index % len(draws), tuple(islice(shuffled, num_samples))))
         self.task_vectors = torch.cat(vectors)  # (draws of all tasks, num_task_vectors, task_vector_size)
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int) -> dict:
-        name, draw, samples = self.items[index]
-        item = {"task_vector": self.task_vectors[draw], "samples": samples}
-        if self.beside is not None:
-            item["beside"] = self.beside[int(sha256_of(str(index))[:12], 16) % len(self.beside)]
-        if self.teachers is not None:
-            item["teacher"] = self.teachers[name]
-        return item
+        draw, samples = self.items[index]
+        return {"task_vector": self.task_vectors[draw], "samples": samples}
 
 
 class BehaviouralCollator:
@@ -112,12 +97,7 @@ class BehaviouralCollator:
             batch = collate([sample for item in items for sample in item["samples"]])
         else:
             batch = collate.collate_rows([next(collate.fill_rows(item["samples"])) for item in items])
-        batch = {"task_vector": torch.stack([item["task_vector"] for item in items]), **batch}
-        if "beside" in items[0]:
-            batch["beside"] = default_collate([item["beside"] for item in items])
-        if "teacher" in items[0]:
-            batch["teacher"] = torch.stack([item["teacher"] for item in items])
-        return batch
+        return {"task_vector": torch.stack([item["task_vector"] for item in items]), **batch}
 
 
 @contextmanager
@@ -168,33 +148,6 @@ def behavioural_loss(
         scores = score_completions(base_model, batch)
     per_adapter = [values.unflatten(0, (len(lora_weights), -1)).sum(1) for values in (scores.loss, scores.num_tokens)]
     return per_adapter[0] / per_adapter[1]
-
-
-def distillation_loss(
-    base_model: nn.Module,
-    layout: LoraLayout,
-    lora_weights: torch.Tensor,
-    shared_weights: torch.Tensor,
-    batch: dict[str, torch.Tensor],
-    teachers: torch.Tensor,
-) -> torch.Tensor:
-    """Return KL(teacher || adapter) of the base model's predictions, per completion token, in nats.
-
-    Args:
-        base_model, layout, lora_weights, shared_weights, batch: As in [`behavioural_loss`].
-        teachers (`torch.Tensor` of shape `(num_adapters, num_weights)`): The adapters to imitate.
-
-    Returns:
-        `torch.Tensor` of shape `(num_adapters,)`, fp32.
-    """
-    with torch.no_grad(), batched_lora(base_model, layout, teachers, shared_weights):
-        target = labelled_logits(base_model, batch).logits.log_softmax(-1)
-    with batched_lora(base_model, layout, lora_weights, shared_weights):
-        logits, _, rows = labelled_logits(base_model, batch)
-    losses = F.kl_div(logits.log_softmax(-1), target, reduction="none", log_target=True).sum(-1)
-    adapters = rows // (len(batch["labels"]) // len(lora_weights))
-    sums = losses.new_zeros(len(lora_weights)).index_add(0, adapters, losses)
-    return sums / adapters.bincount(minlength=len(lora_weights))
 
 
 class ExampleLoss:

@@ -125,11 +125,10 @@ class GenerateOptions(BaseOptions):
     )
     examples: str | None = field(default=None, metadata={"help": "JSON Lines with prompt and completion."})
     description: str | None = field(default=None, metadata={"help": "The task in a sentence."})
-    num_samples: int = field(default=1, metadata={"help": "Adapters to write; the best on the examples is kept."})
     fit_scale: bool = field(default=True, metadata={"help": "Whether to weaken it to what suits the examples."})
     refine_steps: int = field(default=0, metadata={"help": "Gradient steps on the examples after that."})
-    on_unfamiliar: Literal["generate", "base", "nearest", "mean", "raise"] = field(
-        default="generate", metadata={"help": "What to do for a task that is far from the training tasks."}
+    on_unfamiliar: Literal["generate", "base", "raise"] = field(
+        default="generate", metadata={"help": "What to do where the adapter does harm on its own examples."}
     )
 
 
@@ -275,8 +274,6 @@ def train(options: TrainOptions, args: LoraGeneratorTrainingArguments) -> Result
             train_dataset=behaviour,
             data_collator=BehaviouralCollator(collate),
         ).train()
-    if len(generator.config.training_tasks) > 1:
-        generator.map_tasks(vectors)
     generator.save_pretrained(args.output_dir)
     trainer.create_model_card()
     if args.push_to_hub:
@@ -301,7 +298,6 @@ def generate(options: GenerateOptions) -> Result:
         processing_class=tokenizer,
         examples=examples,
         description=options.description,
-        num_samples=options.num_samples,
         fit_scale=options.fit_scale,
         refine_steps=options.refine_steps,
         on_unfamiliar=options.on_unfamiliar,

@@ -29,7 +29,7 @@ from hf_icm_lora import (
     collect_zoo,
 )
 from hf_icm_lora.adapter import adapter_state_dict, canonical_lora_config
-from hf_icm_lora.behaviour import batched_lora, behavioural_loss, distillation_loss
+from hf_icm_lora.behaviour import batched_lora, behavioural_loss
 from hf_icm_lora.completion import CompletionCollator, score_completions
 from hf_icm_lora.tasks import Sample, to_sample
 
@@ -118,30 +118,6 @@ def test_rows_go_through_their_own_adapter_as_in_peft(tokenizer, name, gauge):
         assert not torch.allclose(alone, without[4 * i : 4 * i + 4], atol=1e-2)
     assert losses.dtype == torch.float32
     assert len(set(losses.tolist())) == 3
-
-
-@pytest.mark.parametrize("name", list(MAKE))
-def test_distillation_is_the_divergence_from_the_teacher(tokenizer, name):
-    base, lora_config, layout, state_dicts, packed, shared = make_adapters(name, "frozen_a")
-    base.requires_grad_(False)
-    batch, teachers = make_batch(base, tokenizer, 6), packed.roll(1, 0)
-    same = distillation_loss(base, layout, packed, shared, batch, packed)
-    torch.testing.assert_close(same, torch.zeros(3), rtol=0, atol=1e-5)
-    losses = distillation_loss(base, layout, packed.requires_grad_(), shared, batch, teachers)
-    (gradient,) = torch.autograd.grad(losses[1], packed)
-    assert gradient[1].abs().sum() > 0
-    assert gradient[[0, 2]].abs().sum() == 0
-    model = base
-    for i in range(3):
-        rows = {key: tensor[2 * i : 2 * i + 2] for key, tensor in batch.items()}
-        predicted = []
-        for state_dict in (state_dicts[i], state_dicts[i - 1]):
-            model = attach_adapter(model, lora_config, state_dict)
-            mask, scores = rows["labels"] != -100, logits(model, rows)
-            scores = scores[mask] if model.config.is_encoder_decoder else scores[:, :-1][mask[:, 1:]]
-            predicted.append(torch.distributions.Categorical(logits=scores))
-        expected = torch.distributions.kl_divergence(predicted[1], predicted[0]).mean()
-        torch.testing.assert_close(losses[i], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -427,20 +403,8 @@ def test_what_makes_no_dataset_is_said(tasks, vectors, change, error, message):
         BehaviouralDataset(chosen, vectors, **arguments)
 
 
-def test_items_beside_are_drawn_from_their_dataset(tasks, vectors, zoo):
-    beside = zoo.subset(SEEN).as_dataset()
-    dataset = BehaviouralDataset(tasks, vectors, beside=beside)
-    known = {tuple(weights.tolist()) for weights in beside.lora_weights}
-    drawn = [tuple(item["beside"]["lora_weights"].tolist()) for item in dataset]
-    assert set(drawn) <= known
-    assert len(set(drawn)) > 1
-    assert drawn == [tuple(item["beside"]["lora_weights"].tolist()) for item in dataset]
-
-
-@pytest.mark.parametrize("with_beside", [False, True])
-def test_samples_of_an_item_are_adjacent_rows(tasks, vectors, zoo, tokenizer, with_beside):
-    beside = zoo.subset(SEEN).as_dataset() if with_beside else None
-    dataset = BehaviouralDataset(tasks, vectors, num_samples=2, beside=beside)
+def test_samples_of_an_item_are_adjacent_rows(tasks, vectors, tokenizer):
+    dataset = BehaviouralDataset(tasks, vectors, num_samples=2)
     collate_samples = CompletionCollator(tokenizer)
     items = [dataset[i] for i in (0, 9, 4)]
     batch = BehaviouralCollator(collate_samples)(items)
@@ -448,9 +412,6 @@ def test_samples_of_an_item_are_adjacent_rows(tasks, vectors, zoo, tokenizer, wi
     rows = collate_samples([sample for item in items for sample in item["samples"]])
     assert all(torch.equal(batch[key], rows[key]) for key in rows)
     assert len(batch["labels"]) == 6
-    assert ("beside" in batch) == with_beside
-    if with_beside:
-        assert torch.equal(batch["beside"]["lora_weights"][1], items[1]["beside"]["lora_weights"])
 
 
 # Training
@@ -458,16 +419,13 @@ def test_samples_of_an_item_are_adjacent_rows(tasks, vectors, zoo, tokenizer, wi
 
 @pytest.fixture
 def make_trainer(tmp_path, zoo, tasks, vectors, tokenizer):
-    def make(
-        base=None, seed=0, beside=False, callbacks=None, train=tasks, unseen=None, fit=True, teachers=None, **kwargs
-    ):
+    def make(base=None, seed=0, callbacks=None, train=tasks, unseen=None, fit=True, **kwargs):
         seen = zoo.subset(SEEN)
         torch.manual_seed(seed)
         model = LoraGeneratorModel(LoraGeneratorConfig.from_zoo(seen, **SIZES))
         if fit:
             model.fit_normalizer(seen.as_dataset())
-        beside = seen.as_dataset() if beside else None
-        train = BehaviouralDataset(train, vectors, num_samples=3, beside=beside, teachers=teachers)
+        train = BehaviouralDataset(train, vectors, num_samples=3)
         defaults = dict(output_dir=tmp_path / "out", max_steps=4, logging_steps=1, per_device_train_batch_size=4,
                         save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True)  # fmt: skip
         return LoraGeneratorTrainer(
@@ -499,52 +457,28 @@ def state_of(base):
     )
 
 
-@pytest.mark.parametrize("beside", [False, True])
-def test_training_lowers_the_base_models_loss(make_trainer, beside):
-    trainer = make_trainer(max_steps=100, learning_rate=1e-2, per_device_train_batch_size=8, beside=beside)
+def test_training_lowers_the_base_models_loss(make_trainer):
+    trainer = make_trainer(max_steps=100, learning_rate=1e-2, per_device_train_batch_size=8)
     base, before = trainer.frozen_base, weights(trainer)
     tensors = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     first = trainer.evaluate()["eval_behavioural_loss"]
     trainer.train()
     assert trainer.evaluate()["eval_behavioural_loss"] < 0.95 * first
     still = [name for name, after in weights(trainer).items() if torch.equal(before[name], after)]
-    expected = [] if beside else [name for name in before if any(part in name for part in NOT_IN_GENERATION)]
-    assert still == expected
+    assert still == [name for name in before if any(part in name for part in NOT_IN_GENERATION)]
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in base.state_dict().items())
     assert all(parameter.grad is None for parameter in base.parameters())
     assert hooks(base) == 0
 
 
-def test_teachers_are_imitated(make_trainer, tasks, zoo):
-    known = [task for task in tasks if task.name in zoo]
-    teachers = {task.name: 5 * zoo.lora_weights(task.name) for task in known}
-    trainer = make_trainer(
-        max_steps=60, learning_rate=1e-2, per_device_train_batch_size=8, train=known, teachers=teachers
-    )
-    first = trainer.evaluate()["eval_distillation_loss"]
-    trainer.train()
-    assert trainer.evaluate()["eval_distillation_loss"] < 0.8 * first
-    assert "behavioural_loss" not in trainer.state.log_history[0]
-    with pytest.raises(TaskError, match=f"Task {tasks[0].name!r} has no LoRA among the teachers"):
-        make_trainer(teachers={})
-
-
 def test_logs_have_the_terms_of_the_loss(make_trainer):
-    trainer = make_trainer(behavioural_weight=0.5)
+    trainer = make_trainer()
     trainer.train()
     rows = logged(trainer, "loss", "behavioural_loss", "grad_norm")
     assert len(rows) == 4
     assert all(math.isfinite(value) for row in rows for value in row)
-    assert [row[0] for row in rows] == pytest.approx([0.5 * row[1] for row in rows], rel=1e-5)
+    assert [row[0] for row in rows] == pytest.approx([row[1] for row in rows], rel=1e-5)
     assert not any("reconstruction_loss" in row for row in trainer.state.log_history)
-
-
-def test_logs_have_the_terms_of_both_losses(make_trainer):
-    trainer = make_trainer(behavioural_weight=0.5, kl_weight=0.0, beside=True)
-    trainer.train()
-    rows = logged(trainer, "loss", "behavioural_loss", "reconstruction_loss", "kl", "active_units")
-    assert len(rows) == 4
-    assert [row[0] for row in rows] == pytest.approx([0.5 * row[1] + row[2] for row in rows], rel=1e-5)
 
 
 def test_loss_is_that_of_the_generated_adapters_in_peft(make_trainer, tasks, vectors, tokenizer):
@@ -563,7 +497,7 @@ def test_loss_is_that_of_the_generated_adapters_in_peft(make_trainer, tasks, vec
 
 def test_evaluation_during_training_is_on_the_evaluation_tasks(make_trainer, tasks, vectors, zoo):
     behaviour = BehaviouralDataset(tasks[3:4], vectors, num_samples=3)
-    trainer = make_trainer(train=tasks[:3], unseen=behaviour, eval_strategy="steps", eval_steps=2, beside=True)
+    trainer = make_trainer(train=tasks[:3], unseen=behaviour, eval_strategy="steps", eval_steps=2)
     trainer.train()
     rows = [row for row in trainer.state.log_history if "eval_loss" in row]
     assert [row["step"] for row in rows] == [2, 4]
@@ -573,11 +507,11 @@ def test_evaluation_during_training_is_on_the_evaluation_tasks(make_trainer, tas
 
 
 def test_resuming_repeats_the_losses_exactly(make_trainer, tmp_path):
-    full = make_trainer(max_steps=8, save_strategy="steps", save_steps=3, beside=True)
+    full = make_trainer(max_steps=8, save_strategy="steps", save_steps=3)
     full.train()
-    resumed = make_trainer(max_steps=8, seed=99, beside=True)
+    resumed = make_trainer(max_steps=8, seed=99)
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
-    names = ("step", "loss", "behavioural_loss", "reconstruction_loss", "kl", "grad_norm", "learning_rate")
+    names = ("step", "loss", "behavioural_loss", "grad_norm", "learning_rate")
     assert logged(resumed, *names)[3:] == logged(full, *names)[3:]
     assert len(logged(resumed, *names)) == 8
     one, other = weights(full), weights(resumed)

@@ -385,7 +385,6 @@ MODULE = ["model.layers.0.q_proj", 32, 32, 2]
         ({"task_vector_size": 65536, "num_task_vectors": 65536, "condition_size": 65536}, "parameters, .*condition"),
         ({"hidden_size": 65536, "intermediate_size": 65536}, "parameters, .*layers"),
         ({"basis_size": 65536, "condition_size": 65536}, "parameters, .*bases"),
-        ({"map_size": 65536, "mapped_tasks": ["a"] * 40_000}, "parameters, .*map"),
         ({"layout": {"gauge": "frozen_a", "modules": [[MODULE[0], 2**24, 2**24, 2**24]]}}, "parameters, .*bases"),
         ({"layout": {"gauge": "frozen_a", "modules": [[MODULE[0], 32, 10**12, 2]]}}, "positive sizes"),
         ({"layout": {"gauge": "frozen_a", "modules": [["../../q_proj", 32, 32, 2]]}}, "path of a module"),
@@ -574,7 +573,6 @@ def test_C8_golden_files_give_the_same_numbers():
         assert torch.equal(zoo.task_vectors.banks[name]["demonstrations"], expected["task_vectors"])
         found = generator.decode_task_vector(expected["task_vectors"])
         torch.testing.assert_close(found, expected["generated"], rtol=1e-4, atol=1e-5)
-        assert generator.novelty(expected["task_vectors"])[1] == name
 
 
 def test_C8_newer_formats_ask_for_an_upgrade(zoo, generator_folder):

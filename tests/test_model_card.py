@@ -160,12 +160,16 @@ def test_a_thousand_tasks_are_told_by_family(world):
 def test_adapter_card(world):
     _, generator, _ = world
     about = {"generator": {"folder": "mine"}, "template": generator.config.template, "seed": None, "refine_steps": 3}
-    about |= {"novelty": 0.123456, "description": "Shift.", "examples": [{"prompt": "a|b", "completion": "ü"}] * 40}
+    about |= {
+        "gain_on_examples": 0.123456,
+        "description": "Shift.",
+        "examples": [{"prompt": "a|b", "completion": "ü"}] * 40,
+    }
     card = adapter_card(generator.adapter_config(), {"default": about})
     assert (card.data.library_name, card.data.pipeline_tag) == ("peft", "text-generation")
     assert "a generator of LoRAs (`mine`) wrote it" in card.text
     assert "then refined by gradient steps" in card.text
-    assert "| novelty | 0.1235 |" in card.text
+    assert "| gain on examples | 0.1235 |" in card.text
     assert "| seed | - |" in card.text
     assert card.text.count('{"prompt": "a|b", "completion": "ü"}') == 32
     assert "AutoPeftModelForCausalLM" in card.text

@@ -345,7 +345,6 @@ def test_panels_are_the_terms_that_were_logged():
         return [ax.get_title("left") for ax in plot_losses(history(*names)).axes]
 
     assert titles("loss", "behavioural_loss", "learning_rate") == ["Loss through the base model"]
-    assert titles("loss", "distillation_loss") == ["Divergence from the teachers"]
     assert titles("loss", "eval_loss") == ["Loss"]
     assert titles("loss", "reconstruction_loss", "kl", "behavioural_loss", "eval_generation_loss", "active_units") == [
         "Error of the weights", "Loss through the base model", "Information in z (KL)"

@@ -48,7 +48,6 @@ class World:
         self.seen = self.zoo.subset(["shift/1", "shift/2"])
         self.generator = self.new_generator()
         self.generator.fit_normalizer(self.seen.as_dataset())
-        self.generator.map_tasks(self.vectors)
         self.generator.eval()
 
     def new_generator(self):
@@ -275,7 +274,7 @@ def check_adapter_there_and_back(hub, world):
         "- {prompt}: {completion}\\n",
     ):
         assert told in card.text, (told, card.text)
-    assert f"| novelty | {about['novelty']:.4g} |" in card.text
+    assert f"| gain on examples | {about['gain_on_examples']:.4g} |" in card.text
     assert "for PEFT" not in card.text  # that would be PEFT's own card
 
     model = generator.generate_adapter(model, **task, adapter_name="secret", describe_task=False)

@@ -59,7 +59,6 @@ class Arm:
     zoo: str | None = None  # beside the other arms' zoo: LoRAs of the same tasks, made in another way
     behavioural: bool = True
     with_lora: bool = False  # behavioural training on the tasks alone that have a LoRA
-    distilled: bool = False  # from their LoRAs, instead of from labels
     bf16: bool = False  # the generator's own products, by autocast
 
 
@@ -98,7 +97,6 @@ ARMS = {
     "24 LoRAs": Arm(num_loras=24),
     "24 LoRAs, A trained": Arm(num_loras=24, zoo="zoo-train-a"),
     "tasks with a LoRA, labels": Arm(with_lora=True),
-    "tasks with a LoRA, distilled": Arm(with_lora=True, distilled=True),
     "LoRAs alone": Arm(behavioural=False),
     "LoRAs alone, the paper's network": Arm(config={"architecture": "conv1d"}, behavioural=False),
 }
@@ -198,8 +196,7 @@ class Bench:
             if arm.num_tasks:  # evenly over the list, whose order is by family
                 names = names[:: len(names) // arm.num_tasks][: arm.num_tasks]
             tasks = [self.suite[name] for name in names]
-            teachers = {name: seen.lora_weights(name) for name in seen} if arm.distilled else None
-            behaviour = BehaviouralDataset(tasks, vectors, num_samples=8, modes=arm.modes, teachers=teachers)
+            behaviour = BehaviouralDataset(tasks, vectors, num_samples=8, modes=arm.modes)
         generator.fit_normalizer(dataset, behaviour)
         LoraGeneratorTrainer(
             generator,
