@@ -29,7 +29,7 @@ from transformers.utils import logging
 
 from hf_icm_lora import CollectionArguments, LoraZoo, Task, ZooError, collect_zoo
 from hf_icm_lora.files import TEMPORARY, write_json
-from hf_icm_lora.model_card import run_metadata
+from hf_icm_lora.provenance import run_metadata
 
 NUM_TASKS = 3
 

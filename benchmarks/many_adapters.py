@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from hf_icm_lora import LoraGeneratorModel, fast_dtype, smollm2_generator_path, smollm2_path
 from hf_icm_lora.files import write_json
-from hf_icm_lora.model_card import run_metadata
+from hf_icm_lora.provenance import run_metadata
 
 
 @dataclass

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from benchmarks import growth, speed
 from benchmarks.suite import page
 from hf_icm_lora.files import write_json
-from hf_icm_lora.model_card import run_metadata
+from hf_icm_lora.provenance import run_metadata
 
 SMALLEST = "SmolLM2, q and v, rank 8"  # of the sizes of adapters
 

@@ -31,7 +31,7 @@ from hf_icm_lora import (
 )
 from hf_icm_lora.completion import fill_template
 from hf_icm_lora.files import write_json
-from hf_icm_lora.model_card import run_metadata
+from hf_icm_lora.provenance import run_metadata
 from hf_icm_lora.smollm2 import smollm2_gguf_path
 
 sys.path.insert(0, str(Path(__file__).parent / "suite"))

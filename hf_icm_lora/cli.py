@@ -11,7 +11,6 @@ import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
@@ -20,18 +19,10 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    HfArgumentParser,
-    PreTrainedConfig,
-    set_seed,
-)
+from transformers import HfArgumentParser, set_seed
 
-from .adapter import fast_dtype, load_adapter, save_adapter
-from .behaviour import BehaviouralCollator, BehaviouralDataset
+from .adapter import load_adapter, save_adapter
+from .base_model import find_base_model, load_base_model
 from .collection import CollectionArguments, collect_zoo
 from .completion import DEFAULT_TEMPLATE, CompletionCollator
 from .configuration_lora_generator import LoraGeneratorConfig
@@ -40,17 +31,19 @@ from .evaluation import MORE_ROWS, descriptions, evaluate_generator
 from .files import as_plain
 from .hub import CARD_FILE, push_files, require_hub_id, save_adapter_card
 from .importing import adapter_folder
-from .model_card import add_evaluation, addressed, is_local
+from .model_card import add_evaluation, addressed
 from .modeling_lora_generator import LoraGeneratorModel
 from .plots import require_matplotlib, write_plots
 from .processes import state
+from .provenance import is_local, package_versions
 from .report import REPORT_FILE, format_report, read_report
 from .serving import check_serving_compatibility, export_gguf, plain_adapter
-from .smollm2 import smollm2_generator_path, smollm2_path
+from .smollm2 import smollm2_generator_path
 from .suite import built_in_tasks
 from .task_vectors import TaskVectorExtractor, TaskVectorSpec
 from .tasks import Task, load_tasks
 from .trainer import LoraGeneratorTrainer, LoraGeneratorTrainingArguments
+from .training_data import BehaviouralCollator, BehaviouralDataset
 from .zoo import ZOO_FILE, LoraZoo
 
 Result = tuple[str, dict]  # what is printed for people, and for programs
@@ -442,22 +435,7 @@ complete -o default -F _hf_icm_lora hf-icm-lora""".lstrip()
 
 def env() -> Result:
     """Print what a bug report needs."""
-    packages = [
-        "hf_icm_lora",
-        "transformers",
-        "peft",
-        "torch",
-        "safetensors",
-        "huggingface_hub",
-        "datasets",
-        "accelerate",
-    ]
-    found = {"platform": platform.platform(), "python": platform.python_version()}
-    for name in packages:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
+    found = {"platform": platform.platform(), **package_versions()}
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     found |= {"device": str(device), "threads": torch.get_num_threads()}
     return "\n".join(f"- {name}: {value}" for name, value in found.items()), found
@@ -472,26 +450,6 @@ def open_zoo(name: str) -> LoraZoo:
 def load_generator(name: str) -> LoraGeneratorModel:
     """Load a generator from a folder or the Hub, or the shipped one."""
     return LoraGeneratorModel.from_pretrained(smollm2_generator_path() if name == "smollm2" else name)
-
-
-def find_base_model(name: str) -> tuple[str | Path, PreTrainedConfig]:
-    """Return where a base model is, and its configuration."""
-    path = smollm2_path() if name == "smollm2" else name
-    try:
-        return path, AutoConfig.from_pretrained(path)
-    except OSError as error:
-        raise OSError(f"Base model {name!r}: name another place of it with --base_model. {error}") from error
-
-
-def load_base_model(name: str, dtype: str):
-    """Load a base model and its tokenizer; encoder-decoder models by their own class."""
-    path, config = find_base_model(name)
-    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    dtype = fast_dtype() if dtype == "fastest" else getattr(torch, dtype)
-    base = auto_class.from_pretrained(path, dtype=dtype, use_safetensors=True)
-    if torch.accelerator.is_available():
-        base.to(torch.accelerator.current_accelerator())
-    return base, AutoTokenizer.from_pretrained(path)
 
 
 def select_tasks(options: TaskOptions) -> list[Task]:

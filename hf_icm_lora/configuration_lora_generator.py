@@ -8,7 +8,8 @@ from transformers import PreTrainedConfig
 
 from .completion import DEFAULT_TEMPLATE
 from .errors import IncompatibleAdapterError, TaskVectorError
-from .layout import LoraLayout, check_plain_lora
+from .layout import LoraLayout
+from .lora_config import check_plain_lora
 from .task_vectors import TaskVectorSpec
 
 MAX_PARAMETERS = 2**31  # 8 GB in fp32; a configuration that asks for more is refused before anything is allocated
@@ -46,8 +47,8 @@ class LoraGeneratorConfig(PreTrainedConfig):
         condition_size (`int`, *optional*, defaults to 256): Principal directions of the training tasks' vectors that
             the generator sees.
         reconstruction (`str`, *optional*, defaults to `"weights"`): What training on adapters compares: normalized
-            `"weights"`, or the `"products"` B @ A, which do not depend on the gauge: `from_zoo` chooses them for
-            adapters of the canonical one.
+            `"weights"`, or the `"products"` B @ A, whatever their factors: `from_zoo` chooses them for adapters of
+            any origin.
         architecture (`str`, *optional*, defaults to `"transformer"`): `"transformer"` (one token per matrix) or
             `"conv1d"` (the paper's convolutions over the flat vector).
         token_granularity (`str`, *optional*, defaults to `"matrix"`): One token per `"matrix"` or per `"rank"`
@@ -216,7 +217,7 @@ class LoraGeneratorConfig(PreTrainedConfig):
             "num_task_vectors": num_task_vectors,
             "task_vector_size": task_vector_size,
             # Of adapters of any origin the factors say little, and it is their products that a generator can learn.
-            "reconstruction": "products" if zoo.layout.gauge == "canonical" else "weights",
+            "reconstruction": "products" if zoo.layout.gauge == "free" else "weights",
         }
         return cls(**of_zoo | kwargs)
 

@@ -22,13 +22,15 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .adapter import AdapterSlot, canonical_lora_config, frozen_base, require_bare, restored
+from .adapter import AdapterSlot
+from .base_model import frozen_base, require_bare, restored
 from .behaviour import SCALES, ExampleLoss
 from .completion import CompletionCollator, fill_template, score_completions
 from .errors import EvaluationError, IncompatibleAdapterError, TaskError, TaskVectorError, ZooError
-from .model_card import run_metadata
+from .lora_config import canonical_lora_config
 from .modeling_lora_generator import LoraGeneratorModel
 from .processes import gathered, own_part, state
+from .provenance import run_metadata
 from .report import storage, summarize, write_report
 from .rivals import Rivals
 from .task_vectors import TaskVectorExtractor, TaskVectorSpec

@@ -28,10 +28,11 @@ from hf_icm_lora import (
     format_report,
     read_report,
 )
-from hf_icm_lora.adapter import attach_adapter, canonical_lora_config
+from hf_icm_lora.adapter import attach_adapter
 from hf_icm_lora.completion import CompletionCollator, score_completions
 from hf_icm_lora.evaluation import MORE_ROWS, descriptions
 from hf_icm_lora.evaluation import ROWS as ROW_TABLE
+from hf_icm_lora.lora_config import canonical_lora_config
 from hf_icm_lora.report import rank_correlation, storage
 from hf_icm_lora.rivals import Rivals
 

@@ -40,7 +40,7 @@ from hf_icm_lora import (
 )
 from hf_icm_lora.behaviour import behavioural_loss
 from hf_icm_lora.files import write_json
-from hf_icm_lora.model_card import run_metadata
+from hf_icm_lora.provenance import run_metadata
 from hf_icm_lora.task_vectors import MODES
 
 

@@ -33,7 +33,7 @@ from hf_icm_lora import (
 from hf_icm_lora.adapter import adapter_state_dict
 from hf_icm_lora.completion import score_completions
 from hf_icm_lora.files import write_json
-from hf_icm_lora.model_card import run_metadata
+from hf_icm_lora.provenance import run_metadata
 
 
 @dataclass

@@ -29,7 +29,7 @@ from hf_icm_lora import (
 )
 from hf_icm_lora.behaviour import behavioural_loss
 from hf_icm_lora.files import write_json
-from hf_icm_lora.model_card import run_metadata
+from hf_icm_lora.provenance import run_metadata
 
 # Steps of the best uniform quantizer of a normal variable of unit variance (Max 1960, table II): bits -> step.
 STEPS = {1: 1.596, 2: 0.9957, 4: 0.3352}

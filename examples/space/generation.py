@@ -13,7 +13,8 @@ from threading import Lock
 from typing import NamedTuple
 
 from hf_icm_lora import Sample, TaskError
-from hf_icm_lora.cli import load_base_model, load_generator
+from hf_icm_lora.base_model import load_base_model
+from hf_icm_lora.cli import load_generator
 from hf_icm_lora.completion import fill_template
 
 # Names as on the command line: a folder, a Hub id, or "smollm2" for what comes with the package.
