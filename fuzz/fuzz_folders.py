@@ -118,7 +118,7 @@ def check_generator(folder: Path) -> None:
     model = hf_icm_lora.LoraGeneratorModel.from_pretrained(folder)
     vector = torch.zeros(model.config.num_task_vectors, model.config.task_vector_size)
     if model.zoo_normalizer.is_fitted:
-        model.generate_lora_weights(vector)
+        model.generate_state_dict(vector)
 
 
 def test_one_input(raw: bytes) -> None:

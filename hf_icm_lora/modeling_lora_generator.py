@@ -393,18 +393,18 @@ class LoraGeneratorModel(PreTrainedModel):
 
     def forward(
         self,
+        task_vector: torch.Tensor,
         lora_weights: torch.Tensor | None = None,
-        task_vector: torch.Tensor | None = None,
         return_loss: bool = True,
         return_dict: bool | None = None,
     ) -> LoraGeneratorOutput | tuple:
-        """Reconstruct adapters, or generate them if only task vectors are given.
+        """Generate adapters from task vectors, or reconstruct those that are given with them.
 
         In training mode z is drawn from the posterior, in eval mode it is the posterior's mean.
 
         Args:
-            lora_weights (`torch.Tensor` of shape `(batch, num_weights)`, *optional*): Packed adapters.
-            task_vector (`torch.Tensor` of shape `(batch, num_task_vectors, task_vector_size)`): Their tasks' vectors.
+            task_vector (`torch.Tensor` of shape `(batch, num_task_vectors, task_vector_size)`): The tasks' vectors.
+            lora_weights (`torch.Tensor` of shape `(batch, num_weights)`, *optional*): Packed adapters of these tasks.
             return_loss (`bool`, *optional*, defaults to `True`): Whether to compute `loss`.
             return_dict (`bool`, *optional*): Whether to return a [`LoraGeneratorOutput`] instead of a tuple.
 
@@ -530,7 +530,7 @@ class LoraGeneratorModel(PreTrainedModel):
                 parametrize.register_parametrization(module, "weight", Int8())
         parametrize.register_parametrization(self.zoo_normalizer, "vector_directions", Int8())
 
-    def generate_lora_weights(
+    def generate_state_dict(
         self, task_vector: torch.Tensor, generator: torch.Generator | None = None
     ) -> dict[str, torch.Tensor]:
         """Generate an adapter as a PEFT state dict, whose scaling is 1.
@@ -705,7 +705,7 @@ class LoraGeneratorModel(PreTrainedModel):
             FileExistsError: if the folder exists.
             NotFittedError, TaskVectorError, IncompatibleAdapterError: as `decode_task_vector` and `plain_adapter`.
         """
-        state_dict = self.generate_lora_weights(task_vector, generator)
+        state_dict = self.generate_state_dict(task_vector, generator)
         config, state_dict, lost = plain_adapter(self.adapter_config(), state_dict, rank=rank, dtype=dtype)
         save_adapter(save_directory, config, state_dict)
         return lost
@@ -861,12 +861,12 @@ class LoraGeneratorModel(PreTrainedModel):
         self._check_task_vector(task_vector)
         return self.zoo_normalizer.condition(task_vector.to(self.device)).to(self.dtype)
 
-    def _check_task_vector(self, task_vector: torch.Tensor | None) -> None:
+    def _check_task_vector(self, task_vector: torch.Tensor) -> None:
         expected = (self.config.num_task_vectors, self.config.task_vector_size)
-        if task_vector is None or task_vector.ndim != 3 or tuple(task_vector.shape[1:]) != expected:
-            found = None if task_vector is None else tuple(task_vector.shape)
+        if task_vector.ndim != 3 or tuple(task_vector.shape[1:]) != expected:
             raise TaskVectorError(
-                f"Expected a task vector of shape (batch, {expected[0]}, {expected[1]}), found {found}."
+                f"Expected a task vector of shape (batch, {expected[0]}, {expected[1]}), found "
+                f"{tuple(task_vector.shape)}."
             )
         if not task_vector.isfinite().all():
             raise TaskVectorError("The task vector holds values that are not finite.")

@@ -753,7 +753,7 @@ def _without_latent(zoo, tmp_path, size, accumulation):
 def test_G5_bfloat16_on_a_cpu(zoo):
     generator = LoraGeneratorModel.from_pretrained(DATA / "generator-2", dtype=torch.bfloat16)
     vector = zoo.task_vectors.banks["capital"]["demonstrations"]
-    state_dict = generator.generate_lora_weights(vector)
+    state_dict = generator.generate_state_dict(vector)
     assert {tensor.dtype for tensor in state_dict.values()} == {torch.float32}
     model = attach_adapter(make_llama(dtype=torch.bfloat16), generator.adapter_config(), state_dict)
     assert logits(model).isfinite().all()

@@ -120,9 +120,9 @@ def test_returns_a_peft_model_in_eval_mode_with_a_frozen_active_adapter(base, ge
     assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.float32}
 
 
-def test_equals_generate_lora_weights_attached(base, generator, task_vector, load_base):
+def test_equals_generate_state_dict_attached(base, generator, task_vector, load_base):
     before = logits(base)
-    weights = generator.generate_lora_weights(task_vector)
+    weights = generator.generate_state_dict(task_vector)
     model = generator.generate_adapter(base, task_vector=task_vector)
     assert equal(adapters(model), weights)
     attached = attach_adapter(load_base(), generator.adapter_config(), weights)
@@ -139,7 +139,7 @@ def test_unload_gives_back_the_base(base, generator, task_vector):
 
 
 def test_logits_are_those_of_base_plus_b_times_a(base, generator, task_vector, load_base):
-    weights = generator.generate_lora_weights(task_vector)
+    weights = generator.generate_state_dict(task_vector)
     by_hand = load_base()
     with torch.no_grad():
         for key in weights:
@@ -181,7 +181,7 @@ def test_examples_and_descriptions_become_task_vectors(base, generator, tokenize
     inputs = {name: value for name, value in (("examples", EXAMPLES), ("description", DESCRIPTION)) if name in given}
     extractor = TaskVectorExtractor(TaskVectorSpec(**generator.config.task_vector_spec))
     vector = extractor.vector(base, tokenizer, **inputs)
-    expected = generator.generate_lora_weights(vector)
+    expected = generator.generate_state_dict(vector)
     assert equal(adapters(generator.generate_adapter(base, processing_class=tokenizer, **inputs)), expected)
 
 
@@ -216,7 +216,7 @@ def test_wrong_base_model_is_refused_with_both_fingerprints(generator, task_vect
 @pytest.mark.filterwarnings("ignore:The PEFT config's `base_model_name_or_path` was renamed")
 def test_check_base_model_can_be_switched_off(generator, task_vector):
     model = generator.generate_adapter(make_llama(seed=1), task_vector=task_vector, check_base_model=False)
-    assert equal(adapters(model), generator.generate_lora_weights(task_vector))
+    assert equal(adapters(model), generator.generate_state_dict(task_vector))
 
 
 def test_base_of_another_shape_is_refused_even_unchecked(generator, task_vector):
@@ -275,7 +275,7 @@ def test_several_descriptions_are_weighed(base, generator, tokenizer, load_base)
     one, two = (extractor.vector(base, tokenizer, description=text) for text in (first, second))
     task = {"processing_class": tokenizer}
     model = generator.generate_adapter(load_base(), description={first: 3, second: 1}, **task)
-    assert equal(adapters(model), generator.generate_lora_weights(0.75 * one + 0.25 * two))
+    assert equal(adapters(model), generator.generate_state_dict(0.75 * one + 0.25 * two))
     assert model.lora_generation["default"]["description"] == {first: 3, second: 1}
     alone = generator.generate_adapter(load_base(), description={first: 2.0}, **task)
     assert equal(adapters(alone), adapters(generator.generate_adapter(load_base(), description=first, **task)))
@@ -307,7 +307,7 @@ def test_export_writes_a_plain_adapter(generator, task_vector, tmp_path, base):
     assert generator.export_adapter(tmp_path / "half", task_vector, dtype=torch.float16) == 0.0
     config, state_dict = load_adapter(tmp_path / "half")
     assert {tensor.dtype for tensor in state_dict.values()} == {torch.float16}
-    for key, tensor in generator.generate_lora_weights(task_vector).items():
+    for key, tensor in generator.generate_state_dict(task_vector).items():
         torch.testing.assert_close(state_dict[key].float(), tensor, atol=1e-2, rtol=1e-3)
     assert (config["r"], config["lora_alpha"]) == (4, 4)
     assert 0 < generator.export_adapter(tmp_path / "small", task_vector, rank=1) < 1
@@ -326,7 +326,7 @@ def test_second_adapter_keeps_the_first(base, generator, task_vector):
     assert again is model
     assert model.active_adapters == ["two"]
     assert equal(adapters(model, "one"), weights)
-    assert equal(adapters(model, "two"), generator.generate_lora_weights(-task_vector))
+    assert equal(adapters(model, "two"), generator.generate_state_dict(-task_vector))
     assert not torch.equal(logits(model), before)
     model.set_adapter("one")
     assert torch.equal(logits(model), before)
@@ -409,7 +409,7 @@ def test_same_name_is_overwritten_in_place(base, generator, task_vector, load_ba
     again = generator.generate_adapter(model, task_vector=-task_vector)
     assert again is model
     assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == pointers
-    assert equal(adapters(model), generator.generate_lora_weights(-task_vector))
+    assert equal(adapters(model), generator.generate_state_dict(-task_vector))
     fresh = generator.generate_adapter(load_base(), task_vector=-task_vector)
     assert torch.equal(logits(model), logits(fresh))
     assert list(model.peft_config) == ["default"]

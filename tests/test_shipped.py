@@ -39,7 +39,7 @@ def test_it_writes_adapters(shipped):
     shape = (shipped.config.num_task_vectors, shipped.config.task_vector_size)
     assert shape == (len(spec.layers) * len(spec.pooling), 576)
     vector = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    weights = shipped.generate_lora_weights(vector)
+    weights = shipped.generate_state_dict(vector)
     assert all(tensor.isfinite().all() for tensor in weights.values())
     assert len(weights) == 2 * 2 * 30  # A and B of two modules in each of 30 layers
 
