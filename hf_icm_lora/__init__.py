@@ -18,6 +18,8 @@ from .errors import (
     ZooError,
 )
 from .evaluation import evaluate_generator
+from .generation import GenerationRecord
+from .hub import push_adapter, save_adapter_card
 from .layout import LoraLayout
 from .model_card import add_evaluation, generator_card
 from .modeling_lora_generator import LoraGeneratorModel, LoraGeneratorOutput
@@ -42,6 +44,7 @@ __all__ = [
     "CorruptAdapterError",
     "EvaluationError",
     "ExampleLoss",
+    "GenerationRecord",
     "IcmLoraError",
     "IncompatibleAdapterError",
     "LoraGeneratorConfig",
@@ -75,9 +78,11 @@ __all__ = [
     "load_adapter",
     "load_tasks",
     "plain_adapter",
+    "push_adapter",
     "read_report",
     "recovered_gain",
     "save_adapter",
+    "save_adapter_card",
     "save_tasks",
     "smollm2_generator_path",
     "smollm2_path",

@@ -28,7 +28,7 @@ LEVELS = [  # a module imports from earlier levels only
     {"adapter"},
     {"task_vectors"},
     {"configuration_lora_generator", "behaviour", "training_data", "importing", "serving"},
-    {"zoo", "normalization"},
+    {"zoo", "normalization", "generation"},
     {"modeling_lora_generator"},
     {"collection", "trainer", "evaluation"},
     {"metrics", "plots"},
