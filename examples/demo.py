@@ -34,6 +34,7 @@ from hf_icm_lora import (
     evaluate_generator,
     fast_dtype,
     format_report,
+    save_adapter_card,
     smollm2_generator_path,
     smollm2_path,
 )
@@ -169,7 +170,8 @@ def write_adapter(generator, base, tokenizer, task, folder: Path):
     model = generator.generate_adapter(base, processing_class=tokenizer, examples=task.demo[:12])
     seconds = time.perf_counter() - started
     after = answer(model, tokenizer, prompt, generator.config.template)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_embedding_layers=False)  # or PEFT asks the Hub for the base's vocabulary
+    save_adapter_card(model, folder)
     print(f"   {task.name}, in {seconds:.1f} s: {prompt!r}")
     print(f"      before {before!r}\n      after {after!r}\n      right {right!r}", flush=True)
     return model.unload()

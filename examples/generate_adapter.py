@@ -21,6 +21,8 @@ from hf_icm_lora import (
     LoraGeneratorModel,
     Sample,
     fast_dtype,
+    push_adapter,
+    save_adapter_card,
     smollm2_generator_path,
     smollm2_path,
 )
@@ -80,18 +82,18 @@ def main() -> None:
         refine_steps=script_args.refine_steps,
         on_unfamiliar=script_args.on_unfamiliar,
     )
-    known = model.lora_generation["default"]  # what the generator says of its own work
-    for name in ("scale", "gain_on_examples"):  # a description alone tells neither of them
-        if name in known:
-            print(f"{name}: {known[name]}")
+    known = model.lora_generation["default"]  # what is known of it
+    if known.gain_on_examples is not None:  # a description alone does not tell
+        print(f"scale: {known.scale}\ngain_on_examples: {known.gain_on_examples:.3f}")
     if held_out:
         after = loss(model, collate, held_out)
         print(f"loss per token on {len(held_out)} other examples: {before:.3f} -> {after:.3f}")
 
     model.save_pretrained(script_args.output_dir)
+    save_adapter_card(model, script_args.output_dir)  # in place of PEFT's: how it was made
     print(script_args.output_dir)
     if script_args.push_to_hub:
-        print(model.push_to_hub(script_args.hub_model_id or Path(script_args.output_dir).name))
+        print(push_adapter(model, script_args.hub_model_id or Path(script_args.output_dir).name))
 
 
 def load_examples(dataset: str, split: str) -> list[Sample]:

@@ -23,6 +23,8 @@ from .errors import (
     ZooError,
 )
 from .evaluation import evaluate_generator
+from .generation import GenerationRecord
+from .hub import push_adapter, save_adapter_card
 from .importing import import_zoo
 from .layout import LoraLayout
 from .model_card import add_evaluation, generator_card
@@ -51,6 +53,7 @@ __all__ = [
     "CorruptFileError",
     "EvaluationError",
     "ExampleLoss",
+    "GenerationRecord",
     "IcmLoraError",
     "IncompatibleAdapterError",
     "LoraGeneratorConfig",
@@ -87,9 +90,11 @@ __all__ = [
     "load_adapter",
     "load_tasks",
     "plain_adapter",
+    "push_adapter",
     "read_report",
     "recovered_gain",
     "save_adapter",
+    "save_adapter_card",
     "save_tasks",
     "smollm2_generator_path",
     "smollm2_path",

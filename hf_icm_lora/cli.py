@@ -298,7 +298,7 @@ def generate(options: GenerateOptions) -> Result:
     state_dict = get_peft_model_state_dict(model, save_embedding_layers=False)
     save_adapter(options.output_dir, generator.adapter_config(), state_dict)
     save_adapter_card(model, options.output_dir)
-    return options.output_dir, {"adapter": options.output_dir, **model.lora_generation["default"]}
+    return options.output_dir, {"adapter": options.output_dir, **model.lora_generation["default"].to_dict()}
 
 
 def evaluate(options: EvaluateOptions) -> Result:

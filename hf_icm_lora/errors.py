@@ -64,7 +64,7 @@ class NotFittedError(IcmLoraError, RuntimeError):
 
 
 class PublishingError(IcmLoraError, ValueError):
-    """What would be published names a folder of this machine, holds pickles, or lacks a place for an evaluation."""
+    """What would be published names a folder of this machine as its base model, or holds pickles."""
 
 
 class TrainingError(IcmLoraError, RuntimeError):

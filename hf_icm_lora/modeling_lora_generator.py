@@ -15,7 +15,7 @@ networks see as `condition (batch, condition_size)`, `z (batch, latent_size)`, a
 import copy
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -24,7 +24,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from huggingface_hub import CommitInfo, ModelCard, try_to_load_from_cache
-from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
 from torch.nn.utils import parametrize
@@ -36,32 +35,26 @@ from transformers.utils import CONFIG_NAME, ModelOutput, logging
 
 from .adapter import (
     AdapterSlot,
-    attach_adapter,
     save_adapter,
 )
 from .base_model import base_model_fingerprint
-from .behaviour import SCALES, ExampleLoss
 from .configuration_lora_generator import LoraGeneratorConfig
 from .errors import (
     CorruptAdapterError,
     IncompatibleAdapterError,
     NotFittedError,
-    TaskError,
     TaskVectorError,
-    UnfamiliarTaskError,
 )
 from .files import commit_files
-from .hub import CARD_FILE, carry_card, files_below, push_files, require_hub_id
+from .generation import generate_adapter
+from .hub import CARD_FILE, files_below, push_files, require_hub_id
 from .layout import LoraLayout, MatrixBlock, split
 from .lora_config import canonical_lora_config
 from .model_card import generator_card
 from .normalization import ZooNormalizer
 from .serving import plain_adapter
-from .task_vectors import TaskVectorExtractor, TaskVectorSpec
-from .tasks import to_sample
 
 MAX_MISSING = 2**25  # numbers that a checkpoint may lack, for instance an encoder's
-FALLBACKS = ("generate", "base", "raise")
 
 
 @dataclass
@@ -358,6 +351,11 @@ class LoraGeneratorModel(PreTrainedModel):
         else:
             super()._init_weights(module)
 
+    @property
+    def shared_weights(self) -> torch.Tensor:
+        """What all adapters of this generator share, `(num_shared_weights,)`, fp32."""
+        return self.zoo_normalizer.shared_weights
+
     def fit_normalizer(
         self, dataset: Dataset, behavioural_dataset: Dataset | None = None, batch_size: int = 32
     ) -> None:
@@ -542,125 +540,9 @@ class LoraGeneratorModel(PreTrainedModel):
             `dict[str, torch.Tensor]`: fp32 tensors under keys like
             `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`.
         """
-        lora_weights = self.decode_task_vector(task_vector, generator)
-        return self.layout.unpack(lora_weights, self.zoo_normalizer.shared_weights)
+        return self.layout.unpack(self.decode_task_vector(task_vector, generator), self.shared_weights)
 
-    def generate_adapter(
-        self,
-        base_model: nn.Module,
-        *,
-        task_vector: torch.Tensor | None = None,
-        examples: Sequence | None = None,
-        description: str | Mapping[str, float] | None = None,
-        processing_class=None,
-        adapter_name: str = "default",
-        generator: torch.Generator | None = None,
-        fit_scale: bool = True,
-        refine_steps: int = 0,
-        on_unfamiliar: str = "generate",
-        check_base_model: bool = True,
-        describe_task: bool = True,
-    ) -> PeftModel:
-        """Generate an adapter for a task and attach it to its base model. No gradient step is taken unless asked for.
-
-        Args:
-            base_model (`PreTrainedModel` or `PeftModel`): The model that the generator was made for. A `PeftModel`
-                gets one more adapter; an adapter that already has the name is overwritten in place.
-            task_vector (`torch.Tensor`, *optional*): As in `decode_task_vector`; instead of the next three.
-            examples (`Sequence`, *optional*): Samples of the task, `(prompt, completion)` pairs for instance.
-            description (`str` or `Mapping[str, float]`, *optional*): The task in a sentence, with or without examples;
-                or several sentences with weights, whose task vectors are averaged.
-            processing_class (*optional*): The base model's tokenizer, needed for examples and descriptions.
-            adapter_name (`str`, *optional*, defaults to `"default"`): Name of the adapter, which becomes active.
-            generator (`torch.Generator`, *optional*): If given, the latent is drawn instead of being its mean.
-            fit_scale (`bool`, *optional*, defaults to `True`): Whether to weaken the adapter to what suits the
-                examples, if there are any: to 0, 1/4, 1/2 or 3/4 of itself, if the loss on them is least then.
-            refine_steps (`int`, *optional*, defaults to 0): Gradient steps on the examples, starting from the
-                generated adapter: fine-tuning with a head start.
-            on_unfamiliar (`str`, *optional*, defaults to `"generate"`): What to do where the adapter makes the loss on
-                its own examples larger: `"generate"` it all the same, leave the `"base"` model as it is by an adapter
-                of zeros, or `"raise"`. It needs examples.
-            check_base_model (`bool`, *optional*, defaults to `True`): Whether to compare the base model's fingerprint.
-                A base in 4 or 8 bits has no comparable one.
-            describe_task (`bool`, *optional*, defaults to `True`): Whether description and examples are kept beside
-                the adapter, and so come into the card that `save_pretrained` and `push_to_hub` of the result write.
-
-        Returns:
-            `PeftModel`: in eval mode, the adapter frozen. `model.lora_generation[adapter_name]` holds what is known
-            about it: generator and settings; with examples the `scale` and the `gain_on_examples`, which is what
-            [`ExampleLoss.gain`] says.
-
-        Raises:
-            TaskError: if there is neither a task vector, nor examples, nor a description; or no `processing_class`; or
-                no examples to judge or refine by.
-            TaskVectorError: if the task vector does not fit this generator.
-            UnfamiliarTaskError: if the adapter does harm on its own examples and `on_unfamiliar="raise"`.
-            IncompatibleAdapterError: if the base model is another one. It is then unchanged.
-
-        Example:
-            >>> model = generator.generate_adapter(base, processing_class=tokenizer,  # doctest: +SKIP
-            ...     description="Give the capital of the country.", examples=[("France", "Paris")])
-        """
-        if check_base_model:
-            self.check_base_model(base_model)
-        if task_vector is None:
-            if not examples and not description:
-                raise TaskError("Expected a task_vector, examples or a description; found none of them.")
-            if processing_class is None:
-                raise TaskError("Examples and descriptions are read by the base model: pass its processing_class too.")
-            extractor = TaskVectorExtractor(TaskVectorSpec(**self.config.task_vector_spec))
-            weights = description if isinstance(description, Mapping) else {description: 1.0}
-            if not sum(weights.values()) > 0:
-                raise TaskError(f"description: expected weights with a positive sum, found {dict(weights)}.")
-            vectors = [extractor.vector(base_model, processing_class, examples, text) for text in weights]
-            # The condition is linear in the task vector: this is a point between the tasks' conditions.
-            parts = zip(weights.values(), vectors, strict=True)
-            task_vector = sum(weight * vector for weight, vector in parts) / sum(weights.values())
-        elif examples or description:
-            raise TaskError("Expected either a task_vector, or examples and/or a description; found both.")
-        if refine_steps < 0:
-            raise TaskError(f"Expected refine_steps >= 0, found {refine_steps}.")
-        if refine_steps and not examples:
-            raise TaskError("Adapters are refined by examples of the task: pass examples too.")
-        if on_unfamiliar not in FALLBACKS:
-            raise TaskError(f"on_unfamiliar: expected one of {FALLBACKS}, found {on_unfamiliar!r}.")
-        if on_unfamiliar != "generate" and not examples:
-            raise TaskError("Only examples tell whether an adapter does harm: pass examples too.")
-        about = self._origin(generator, refine_steps)
-        lora_weights = self.decode_task_vector(task_vector, generator)
-        if examples:
-            shared_weights = self.zoo_normalizer.shared_weights
-            example_loss = ExampleLoss(
-                base_model, processing_class, self.layout, shared_weights, examples, self.config.template
-            )
-            losses = example_loss.at_scales(lora_weights, SCALES if fit_scale else (0.0, 1.0))
-            about["gain_on_examples"] = 1 - losses[1.0] / losses[0.0]
-        if on_unfamiliar != "generate" and about["gain_on_examples"] < 0:
-            if on_unfamiliar == "raise":
-                raise UnfamiliarTaskError(
-                    f"The adapter makes the loss on its own examples larger, by {-about['gain_on_examples']:.1%}. "
-                    "Give other examples, fine-tune a LoRA, or pass on_unfamiliar='generate'."
-                )
-            about["fallback"] = on_unfamiliar
-            lora_weights = self.layout.scaled(lora_weights, 0.0)
-        elif fit_scale and examples:
-            about["scale"] = min(losses, key=losses.get)
-            about["gain_on_examples"] = 1 - losses[about["scale"]] / losses[0.0]
-            lora_weights = self.layout.scaled(lora_weights, about["scale"])
-        if refine_steps:
-            lora_weights = example_loss.refine(lora_weights, refine_steps)
-        if examples and (refine_steps or "fallback" in about):
-            about["gain_on_examples"] = example_loss.gain(lora_weights)
-        state_dict = self.layout.unpack(lora_weights, self.zoo_normalizer.shared_weights)
-        if describe_task and description:
-            about["description"] = description if isinstance(description, str) else dict(description)
-        if describe_task and examples:
-            samples = [to_sample(raw, f"examples[{index}]") for index, raw in enumerate(examples)]
-            about["examples"] = [{"prompt": sample.prompt, "completion": sample.completion} for sample in samples]
-        model = attach_adapter(base_model, self.adapter_config(), state_dict, adapter_name)
-        model.lora_generation = {**getattr(model, "lora_generation", {}), adapter_name: about}
-        carry_card(model)
-        return model
+    generate_adapter = generate_adapter  # the method; as a function it stands where the tokenizer is known
 
     def adapter_slot(
         self, base_model: nn.Module, adapter_name: str = "default", check_base_model: bool = True
@@ -679,8 +561,7 @@ class LoraGeneratorModel(PreTrainedModel):
         """
         if check_base_model:
             self.check_base_model(base_model)
-        shared_weights = self.zoo_normalizer.shared_weights
-        return AdapterSlot(base_model, self.adapter_config(), self.layout, shared_weights, adapter_name)
+        return AdapterSlot(base_model, self.adapter_config(), self.layout, self.shared_weights, adapter_name)
 
     def export_adapter(
         self,
@@ -709,14 +590,6 @@ class LoraGeneratorModel(PreTrainedModel):
         config, state_dict, lost = plain_adapter(self.adapter_config(), state_dict, rank=rank, dtype=dtype)
         save_adapter(save_directory, config, state_dict)
         return lost
-
-    def _origin(self, generator: torch.Generator | None, refine_steps: int) -> dict:
-        """Return by what and how an adapter is made, for its card."""
-        name, revision = self.config._name_or_path, getattr(self.config, "_commit_hash", None)
-        source = {"id": name, "revision": revision} if revision else {"folder": Path(name).name}
-        about = {"generator": source, "template": self.config.template}
-        about["seed"] = None if generator is None else generator.initial_seed()
-        return about | {"refine_steps": refine_steps}
 
     def adapter_config(self) -> dict:
         """Return the `LoraConfig` fields of generated adapters: one rank, `lora_alpha == r`, nothing else needed."""

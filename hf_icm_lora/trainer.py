@@ -311,8 +311,8 @@ class LoraGeneratorTrainer(Trainer):
         batch = dict(inputs)
         output = model(task_vector=batch.pop("task_vector"), return_loss=False, return_dict=True)
         generator = self.accelerator.unwrap_model(model)
-        shared_weights = generator.zoo_normalizer.shared_weights
-        losses = behavioural_loss(self.frozen_base, generator.layout, output.lora_weights, shared_weights, batch)
+        adapters = (generator.layout, output.lora_weights, generator.shared_weights)
+        losses = behavioural_loss(self.frozen_base, *adapters, batch)
         return losses, {"behavioural_loss": losses}, output
 
     def _kl_weight(self, training: bool) -> float:

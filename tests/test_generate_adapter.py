@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from hf_icm_lora import (
     attach_adapter,
     collect_zoo,
     load_adapter,
+    save_adapter_card,
 )
 from hf_icm_lora.adapter import adapter_state_dict
 from hf_icm_lora.base_model import base_model_fingerprint
@@ -276,7 +278,7 @@ def test_several_descriptions_are_weighed(base, generator, tokenizer, load_base)
     task = {"processing_class": tokenizer}
     model = generator.generate_adapter(load_base(), description={first: 3, second: 1}, **task)
     assert equal(adapters(model), generator.generate_state_dict(0.75 * one + 0.25 * two))
-    assert model.lora_generation["default"]["description"] == {first: 3, second: 1}
+    assert model.lora_generation["default"].description == {first: 3, second: 1}
     alone = generator.generate_adapter(load_base(), description={first: 2.0}, **task)
     assert equal(adapters(alone), adapters(generator.generate_adapter(load_base(), description=first, **task)))
     both = generator.generate_adapter(load_base(), description={first: 1, second: 1}, examples=EXAMPLES, **task)
@@ -288,7 +290,8 @@ def test_several_descriptions_are_weighed(base, generator, tokenizer, load_base)
 
 def test_the_card_names_all_descriptions(base, generator, tokenizer, tmp_path):
     weights = {"Shift by 1.": 0.75, "Shift by 2.": 0.25}
-    generator.generate_adapter(base, processing_class=tokenizer, description=weights).save_pretrained(tmp_path)
+    model = generator.generate_adapter(base, processing_class=tokenizer, description=weights)
+    save_adapter_card(model, tmp_path)
     assert "0.75 x Shift by 1.; 0.25 x Shift by 2." in (tmp_path / "README.md").read_text()
 
 
@@ -413,6 +416,94 @@ def test_same_name_is_overwritten_in_place(base, generator, task_vector, load_ba
     fresh = generator.generate_adapter(load_base(), task_vector=-task_vector)
     assert torch.equal(logits(model), logits(fresh))
     assert list(model.peft_config) == ["default"]
+
+
+# The model is PEFT's own
+
+
+@pytest.fixture
+def model(base, generator, tokenizer):
+    return generator.generate_adapter(base, processing_class=tokenizer, examples=EXAMPLES, description=DESCRIPTION)
+
+
+def test_nothing_is_bound_onto_the_model(model, load_base):
+    plain = get_peft_model(load_base(), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]))
+    assert vars(model).keys() - vars(plain).keys() == {"lora_generation"}
+    for method in ("save_pretrained", "push_to_hub", "create_or_update_model_card"):
+        assert getattr(model, method).__func__ is getattr(PeftModelForCausalLM, method)
+    assert model.peft_config["default"].target_modules == {"q_proj", "v_proj"}  # a set, as PEFT has it
+
+
+def test_the_model_is_copied_and_pickled_with_what_is_known_of_it(model, tmp_path):
+    expected, known = logits(model), model.lora_generation["default"]
+    torch.save(model, tmp_path / "model.pt")
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    for one in [*copies, torch.load(tmp_path / "model.pt", weights_only=False)]:
+        assert torch.equal(logits(one), expected)
+        assert one.lora_generation["default"] == known
+
+
+def test_what_is_known_is_a_record_of_json_values(model, generator):
+    record = model.lora_generation["default"]
+    assert (record.made_from, record.seed, record.refine_steps) == ("both", None, 0)
+    assert record.examples == tuple(Sample(*example) for example in EXAMPLES)
+    told = record.to_dict()
+    assert json.loads(json.dumps(told)) == told
+    assert told["examples"][0] == {"prompt": "ab", "completion": "bc"}
+    assert told["description"] == DESCRIPTION
+    assert not {"seed", "fallback"} & told.keys()
+    assert told.keys() - record.to_dict(describe_task=False).keys() == {"examples", "description"}
+
+
+def test_a_card_is_written_into_the_folder(model, tmp_path, load_base):
+    model.save_pretrained(tmp_path)
+    save_adapter_card(model, tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert DESCRIPTION in card
+    assert "| made from | both |" in card
+    save_adapter_card(model, tmp_path, describe_task=False)
+    assert DESCRIPTION not in (tmp_path / "README.md").read_text()
+    users = get_peft_model(load_base(), LoraConfig(r=2, target_modules=["k_proj"]))
+    with pytest.raises(IncompatibleAdapterError, match=r"that generate_adapter made, found \['default'\]"):
+        save_adapter_card(users, tmp_path)
+
+
+# No work before the arguments are checked, and none that nobody asked for
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"examples": EXAMPLES}, {"examples": [("a", "b", "c")], "processing_class": "any"},
+     {"examples": EXAMPLES, "processing_class": "any", "refine_steps": -1},
+     {"description": DESCRIPTION, "processing_class": "any", "refine_steps": 1},
+     {"description": {DESCRIPTION: 0.0}, "processing_class": "any"},
+     {"examples": EXAMPLES, "processing_class": "any", "on_unfamiliar": "stop"},
+     {"examples": EXAMPLES, "task_vector": torch.zeros(1, 2, 32)}],
+)  # fmt: skip
+def test_arguments_are_checked_before_the_base_model_is_looked_at(generator, given):
+    with pytest.raises(TaskError):
+        generator.generate_adapter(None, **given)
+
+
+def test_a_base_that_carries_adapters_is_refused_before_any_work(base, generator, model, tokenizer, monkeypatch):
+    monkeypatch.setattr(TaskVectorExtractor, "vector", lambda *_: pytest.fail("It was read."))
+    with pytest.raises(IncompatibleAdapterError, match="without adapters"):
+        generator.generate_adapter(base, processing_class=tokenizer, examples=EXAMPLES)
+
+
+@pytest.mark.parametrize(
+    ("options", "passes"),
+    [({}, 1), ({"fit_scale": False}, 0), ({"fit_scale": False, "on_unfamiliar": "base"}, 1),
+     ({"fit_scale": False, "refine_steps": 3}, 3), ({"refine_steps": 3}, 4)],
+)  # fmt: skip
+def test_the_base_reads_the_examples_as_often_as_was_asked(base, generator, tokenizer, options, passes):
+    """Apart from the task vector, for which its head is not needed."""
+    calls = []
+    base.register_forward_pre_hook(lambda *_: calls.append(1))
+    model = generator.generate_adapter(base, processing_class=tokenizer, examples=EXAMPLES, **options)
+    assert len(calls) == passes
+    known = model.lora_generation["default"].gain_on_examples
+    assert (known is None) == (not options.get("fit_scale", True) and "on_unfamiliar" not in options)
 
 
 # What is saved is an ordinary adapter
@@ -555,18 +646,18 @@ def test_fitted_scale_is_the_one_with_the_least_loss(generator, load_base, token
         losses[scale] = example_loss(model, tokenizer)
     model = generator.generate_adapter(base, **given)
     told = model.lora_generation["default"]
-    assert told["scale"] == min(losses, key=losses.get)
-    assert {0.3: told["scale"] == 1, 20.0: 0 < told["scale"] < 1, -50.0: told["scale"] == 0}[factor]
+    assert told.scale == min(losses, key=losses.get)
+    assert {0.3: told.scale == 1, 20.0: 0 < told.scale < 1, -50.0: told.scale == 0}[factor]
     packed, _ = generator.layout.pack(adapter_state_dict(model), generator.adapter_config())
-    torch.testing.assert_close(packed, told["scale"] * factor * good)
-    gain = (losses[0.0] - losses[told["scale"]]) / losses[0.0]
-    assert told["gain_on_examples"] == pytest.approx(gain, rel=1e-3, abs=1e-5)
+    torch.testing.assert_close(packed, told.scale * factor * good)
+    gain = (losses[0.0] - losses[told.scale]) / losses[0.0]
+    assert told.gain_on_examples == pytest.approx(gain, rel=1e-3, abs=1e-5)
     full = generator.generate_adapter(load_base(), **given, fit_scale=False)
-    assert "scale" not in full.lora_generation["default"]
+    assert full.lora_generation["default"].scale == 1
     packed, _ = generator.layout.pack(adapter_state_dict(full), generator.adapter_config())
     torch.testing.assert_close(packed, factor * good)
     described = generator.generate_adapter(load_base(), processing_class=tokenizer, description=DESCRIPTION)
-    assert "scale" not in described.lora_generation["default"]  # there is nothing to fit it to
+    assert described.lora_generation["default"].scale == 1  # there is nothing to fit it to
 
 
 @pytest.mark.parametrize(
@@ -589,7 +680,7 @@ def test_gain_on_examples_is_the_part_of_the_loss_that_is_gone(generator, base, 
     losses = [score_completions(base, batch).loss.sum().item()]
     model = generator.generate_adapter(base, processing_class=tokenizer, examples=EXAMPLES)
     losses.append(score_completions(model, batch).loss.sum().item())
-    gain = model.lora_generation["default"]["gain_on_examples"]
+    gain = model.lora_generation["default"].gain_on_examples
     assert gain == pytest.approx((losses[0] - losses[1]) / losses[0], rel=1e-3, abs=1e-5)
 
 
@@ -617,7 +708,7 @@ def test_the_card_forgets_deleted_adapters(generator, load_base, tokenizer, tmp_
     model = generator.generate_adapter(model, **task, description="The second task.", adapter_name="second")
     model.delete_adapter("default")
     model.set_adapter("second")
-    model.save_pretrained(tmp_path)
+    save_adapter_card(model, tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert "The second task." in card
     assert "The first task." not in card
@@ -625,12 +716,13 @@ def test_the_card_forgets_deleted_adapters(generator, load_base, tokenizer, tmp_
 
 def test_an_adapter_that_does_harm_on_its_examples_is_treated_as_asked(doing_harm, load_base, tokenizer):
     task = {"processing_class": tokenizer, "examples": EXAMPLES}
-    told = doing_harm.generate_adapter(load_base(), **task, fit_scale=False).lora_generation["default"]
-    assert told["gain_on_examples"] < 0
     told = doing_harm.generate_adapter(load_base(), **task).lora_generation["default"]
-    assert (told["gain_on_examples"], told["scale"]) == (0.0, 0.0)
-    model = doing_harm.generate_adapter(load_base(), **task, on_unfamiliar="base")
-    assert torch.equal(logits(model), logits(load_base()))
+    assert (told.gain_on_examples, told.scale, told.fallback) == (0.0, 0.0, None)
+    for fit_scale in (True, False):
+        model = doing_harm.generate_adapter(load_base(), **task, fit_scale=fit_scale, on_unfamiliar="base")
+        assert torch.equal(logits(model), logits(load_base()))
+        told = model.lora_generation["default"]
+        assert (told.gain_on_examples, told.scale, told.fallback) == (0.0, 0.0, "base")
     base = load_base()
     with pytest.raises(UnfamiliarTaskError, match="makes the loss on its own examples larger, by"):
         doing_harm.generate_adapter(base, **task, on_unfamiliar="raise")
@@ -642,9 +734,10 @@ def test_an_adapter_that_does_harm_on_its_examples_is_treated_as_asked(doing_har
 def test_an_adapter_that_helps_is_generated_whatever_was_asked(generator, load_base, tokenizer):
     task = {"processing_class": tokenizer, "examples": EXAMPLES}
     expected = generator.generate_adapter(load_base(), **task, fit_scale=False)
-    assert expected.lora_generation["default"]["gain_on_examples"] > 0
     for choice in ("base", "raise"):
         model = generator.generate_adapter(load_base(), **task, fit_scale=False, on_unfamiliar=choice)
+        told = model.lora_generation["default"]
+        assert (told.gain_on_examples > 0, told.scale, told.fallback) == (True, 1.0, None)
         assert torch.equal(weights_of(model), weights_of(expected))
 
 

@@ -586,7 +586,6 @@ def test_P9_same_seed(tmp_path, tokenizer):  # noqa: N802
 def odd_base(error=None, fails_at=0):
     """A base whose modes and flags are not uniform, with a hook of its user's, which may fail in some call."""
     base = make_llama().train()
-    base(torch.tensor([[1]]), output_hidden_states=True)  # transformers adds hooks of its own, for good
     base.model.norm.eval()
     base.model.embed_tokens.weight.requires_grad_(False)
     calls = []

@@ -25,6 +25,7 @@ from transformers import LlamaForCausalLM
 
 from hf_icm_lora import (
     CollectionArguments,
+    GenerationRecord,
     LoraGeneratorConfig,
     LoraGeneratorModel,
     TaskError,
@@ -199,7 +200,7 @@ def test_after_a_failure_the_next_user_is_served(generation, models, tmp_path, m
     ],
 )
 def test_what_is_known_is_said_in_words(generation, about, expected):
-    told = generation.in_words(about)
+    told = generation.in_words(GenerationRecord({"folder": "x"}, "{prompt} {completion}", "examples", **about))
     assert all(part in told for part in expected)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
 
-from hf_icm_lora import Sample, TaskError
+from hf_icm_lora import GenerationRecord, Sample, TaskError, save_adapter_card
 from hf_icm_lora.base_model import load_base_model
 from hf_icm_lora.cli import load_generator
 from hf_icm_lora.completion import fill_template
@@ -83,7 +83,8 @@ def generate(description: str, examples: str, query: str, folder: str | Path) ->
         )
         try:
             after = answer(model, tokenizer, query, generator.config.template)
-            model.save_pretrained(Path(folder) / "adapter")
+            model.save_pretrained(Path(folder) / "adapter", save_embedding_layers=False)
+            save_adapter_card(model, Path(folder) / "adapter")
             about = model.lora_generation["default"]
         finally:
             model.unload()
@@ -123,15 +124,15 @@ def prompt_and_end(query: str, template: str) -> tuple[str, str]:
     return fill_template(Sample(query, "x"), template)[0], template.partition("{completion}")[2]
 
 
-def in_words(about: dict) -> str:
+def in_words(about: GenerationRecord) -> str:
     """Say in plain words what is known about an adapter, as Markdown."""
-    if "gain_on_examples" not in about:
+    if about.gain_on_examples is None:
         return "How well it fits is not known: give some examples too, and it is measured on them."
-    gain = about["gain_on_examples"]
-    if about["scale"] == 0:
+    gain = about.gain_on_examples
+    if about.scale == 0:
         worth = "the adapter would do harm at any strength. It was weakened to nothing: the base model is better."
     else:
-        fitted = "it was not fitted" if about["scale"] == 1 else f"only its strength was fitted, {about['scale']:.0%}"
+        fitted = "it was not fitted" if about.scale == 1 else f"only its strength was fitted, {about.scale:.0%}"
         worth = f"the adapter takes away {gain:.0%} of the loss on your examples, to which {fitted}. " + (
             "That is little, and it will be little elsewhere."
             if gain < 0.25
