@@ -17,7 +17,7 @@ PACKAGE = Path(hf_icm_lora.__file__).parent
 ROOT = PACKAGE.parent
 SOURCES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.glob("*.py"))}
 MODULES = sorted(name for name in SOURCES if name != "__init__")
-UNTYPED = {"configuration_lora_generator", "processes", "task_vectors", "trainer"}
+UNTYPED = {"configuration_lora_generator", "task_vectors", "trainer"}
 LEVELS = [  # a module imports from earlier levels only
     {"errors"},
     {"files", "processes", "products", "provenance", "rivals"},
