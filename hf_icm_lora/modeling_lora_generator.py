@@ -54,6 +54,7 @@ from .model_card import generator_card
 from .normalization import ZooNormalizer
 from .serving import plain_adapter
 
+MAX_PARAMETERS = 2**31  # 8 GB in fp32; a configuration that asks for more is refused before anything is allocated
 MAX_MISSING = 2**25  # numbers that a checkpoint may lack, for instance an encoder's
 
 
@@ -301,6 +302,29 @@ def _encodes(config: LoraGeneratorConfig) -> bool:
     return config.has_encoder and config.prior != "none"  # without a latent there is nothing to encode into
 
 
+NETWORKS = {"transformer": TransformerCVAE, "conv1d": Conv1dCVAE}
+
+
+def check_size(config: LoraGeneratorConfig) -> None:
+    """Refuse sizes of which a generator could not be made, by making one that has no memory.
+
+    Raises:
+        IncompatibleAdapterError: with the largest tensors.
+    """
+    try:
+        with torch.device("meta"):
+            network = NETWORKS[config.architecture](config)
+            parts = nn.ModuleDict({"statistics": ZooNormalizer(config), "network": network, "prior": Prior(config)})
+    except RuntimeError as error:
+        raise IncompatibleAdapterError(f"Expected sizes of tensors that can be counted: {error}") from error
+    sizes = {name: tensor.numel() for name, tensor in parts.state_dict().items()}
+    if (total := sum(sizes.values())) > MAX_PARAMETERS:
+        largest = ", ".join(f"{name} {sizes[name]:,}" for name in sorted(sizes, key=lambda name: -sizes[name])[:3])
+        raise IncompatibleAdapterError(
+            f"Expected sizes that make up to {MAX_PARAMETERS:,} parameters, found ones that make {total:,}: {largest}."
+        )
+
+
 class LoraGeneratorModel(PreTrainedModel):
     """A conditional VAE that writes LoRA adapters for tasks that it knows by a task vector.
 
@@ -325,9 +349,10 @@ class LoraGeneratorModel(PreTrainedModel):
     def __init__(self, config: LoraGeneratorConfig):
         if config.layout is None:
             raise IncompatibleAdapterError("A generator needs a layout: make its configuration with from_zoo().")
+        check_size(config)
         super().__init__(config)
         self.zoo_normalizer = ZooNormalizer(config)
-        self.network = {"transformer": TransformerCVAE, "conv1d": Conv1dCVAE}[config.architecture](config)
+        self.network = NETWORKS[config.architecture](config)
         self.prior = Prior(config) if config.prior == "learned" else None
         self.layout: LoraLayout = config.lora_layout
         if config.weight_format == "int8":

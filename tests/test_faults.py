@@ -383,8 +383,8 @@ MODULE = ["model.layers.0.q_proj", 32, 32, 2]
     [
         *(({"latent_size": size}, "latent_size|parameters") for size in (-1, "x", 10**12, 1.5, None)),
         ({"num_encoder_layers": 65536}, "num_encoder_layers"),
-        ({"task_vector_size": 65536, "num_task_vectors": 65536, "condition_size": 65536}, "parameters, .*condition"),
-        ({"hidden_size": 65536, "intermediate_size": 65536}, "parameters, .*layers"),
+        ({"task_vector_size": 65536, "num_task_vectors": 65536, "condition_size": 65536}, "parameters, .*directions"),
+        ({"hidden_size": 65536, "intermediate_size": 65536}, r"parameters, .*_proj\.weight"),
         ({"basis_size": 65536, "condition_size": 65536}, "parameters, .*bases"),
         ({"layout": {"gauge": "frozen_a", "modules": [[MODULE[0], 2**24, 2**24, 2**24]]}}, "parameters, .*bases"),
         ({"layout": {"gauge": "frozen_a", "modules": [[MODULE[0], 32, 10**12, 2]]}}, "positive sizes"),
