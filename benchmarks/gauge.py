@@ -37,6 +37,7 @@ from hf_icm_lora import (
     built_in_tasks,
     collect_zoo,
     fast_dtype,
+    import_zoo,
     recovered_gain,
     smollm2_path,
 )
@@ -76,7 +77,7 @@ def make_zoos(base, tokenizer, tasks) -> dict[str, LoraZoo]:
     for seed, task in enumerate(tasks, start=1):
         own = collect(WORK / "mixed" / str(seed), base, tokenizer, [task], seed)
         folders[task.name] = own.task_folder(task.name) / f"step-{own.records[task.name]['best_step']}"
-    zoos["mixed, raw"], _ = LoraZoo.import_adapters(WORK / "imported", folders, base)
+    zoos["mixed, raw"], _ = import_zoo(WORK / "imported", folders, base)
     return zoos
 
 

@@ -7,19 +7,25 @@ from .collection import CollectionArguments, collect_zoo
 from .completion import CompletionCollator
 from .configuration_lora_generator import LoraGeneratorConfig
 from .errors import (
+    AlreadyExistsError,
+    ArgumentError,
     CorruptAdapterError,
+    CorruptFileError,
     EvaluationError,
     IcmLoraError,
     IncompatibleAdapterError,
     NotFittedError,
+    PublishingError,
     TaskError,
     TaskVectorError,
+    TrainingError,
     UnfamiliarTaskError,
     ZooError,
 )
 from .evaluation import evaluate_generator
 from .generation import GenerationRecord
 from .hub import push_adapter, save_adapter_card
+from .importing import import_zoo
 from .layout import LoraLayout
 from .model_card import add_evaluation, generator_card
 from .modeling_lora_generator import LoraGeneratorModel, LoraGeneratorOutput
@@ -37,11 +43,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdapterSlot",
+    "AlreadyExistsError",
+    "ArgumentError",
     "BehaviouralCollator",
     "BehaviouralDataset",
     "CollectionArguments",
     "CompletionCollator",
     "CorruptAdapterError",
+    "CorruptFileError",
     "EvaluationError",
     "ExampleLoss",
     "GenerationRecord",
@@ -55,6 +64,7 @@ __all__ = [
     "LoraLayout",
     "LoraZoo",
     "NotFittedError",
+    "PublishingError",
     "Sample",
     "Task",
     "TaskError",
@@ -62,6 +72,7 @@ __all__ = [
     "TaskVectorExtractor",
     "TaskVectorSpec",
     "TaskVectors",
+    "TrainingError",
     "UnfamiliarTaskError",
     "ZooError",
     "add_evaluation",
@@ -75,6 +86,7 @@ __all__ = [
     "fast_dtype",
     "format_report",
     "generator_card",
+    "import_zoo",
     "load_adapter",
     "load_tasks",
     "plain_adapter",

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import nn
 
 from .base_model import base_parameters, require_bare, unwrapped
-from .errors import CorruptAdapterError, IncompatibleAdapterError
+from .errors import CorruptAdapterError, CorruptFileError, IncompatibleAdapterError
 from .files import MAX_BYTES, commit_directory, read_json, read_safetensors
 from .layout import PREFIX, LoraLayout, module_names, split
 from .lora_config import (
@@ -27,6 +28,7 @@ from .lora_config import (
     lora_scaling,
     with_named_targets,
 )
+from .provenance import is_local
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 
@@ -51,7 +53,7 @@ def load_adapter(path: str | Path, max_bytes: int = MAX_BYTES) -> tuple[dict[str
     config_path, weights_path = path / CONFIG_FILE, path / WEIGHTS_FILE
     try:
         lora_config = read_json(config_path)
-    except (OSError, ValueError) as error:
+    except (OSError, CorruptFileError) as error:
         raise CorruptAdapterError(f"{config_path}: expected a PEFT configuration in JSON: {error}") from error
     if not isinstance(lora_config, dict):
         raise IncompatibleAdapterError(f"{config_path}: expected a JSON object, found {type(lora_config).__name__}.")
@@ -64,12 +66,30 @@ def load_adapter(path: str | Path, max_bytes: int = MAX_BYTES) -> tuple[dict[str
         raise CorruptAdapterError(f"{weights_path} is missing (found {found}). Only safetensors files are read.")
     try:
         state_dict, _ = read_safetensors(weights_path, max_bytes)
-    except (OSError, ValueError) as error:
+    except (OSError, CorruptFileError) as error:
         raise CorruptAdapterError(f"{weights_path}: {error}.") from error
     if not state_dict:
         raise CorruptAdapterError(f"{weights_path} holds no tensors.")
     kept = CONFIG_FIELDS.keys() - set(UNUSED_FIELDS)
     return {field: value for field, value in lora_config.items() if field in kept}, state_dict
+
+
+def adapter_folder(source: str | Path, revision: str | None = None, token: bool | str | None = None) -> Path:
+    """Return the folder of an adapter, downloaded from the Hub if it is an id there.
+
+    Args:
+        source (`str` or `Path`): A folder, or a Hub id; a `Path` is never taken for an id.
+        revision, token (*optional*): As in `huggingface_hub`.
+
+    Raises:
+        IncompatibleAdapterError: if it is neither a folder nor an id.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    if isinstance(source, Path) or is_local(source) or "/" not in source:
+        raise IncompatibleAdapterError(f"{source} is no folder, and no id on the Hub.")
+    files = [CONFIG_FILE, WEIGHTS_FILE]
+    return Path(snapshot_download(source, revision=revision, token=token, allow_patterns=files))
 
 
 def save_adapter(path: str | Path, lora_config: Mapping[str, Any], state_dict: Mapping[str, torch.Tensor]) -> None:
@@ -81,7 +101,7 @@ def save_adapter(path: str | Path, lora_config: Mapping[str, Any], state_dict: M
         state_dict (`Mapping[str, torch.Tensor]`): Keys as PEFT saves them.
 
     Raises:
-        FileExistsError: if `path` exists.
+        AlreadyExistsError: if `path` exists.
     """
     with commit_directory(path) as folder:
         tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in sorted(state_dict.items())}

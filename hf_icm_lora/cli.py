@@ -21,16 +21,16 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import SafetensorError
 from transformers import HfArgumentParser, set_seed
 
-from .adapter import load_adapter, save_adapter
+from .adapter import adapter_folder, load_adapter, save_adapter
 from .base_model import find_base_model, load_base_model
 from .collection import CollectionArguments, collect_zoo
 from .completion import DEFAULT_TEMPLATE, CompletionCollator
 from .configuration_lora_generator import LoraGeneratorConfig
-from .errors import IcmLoraError, IncompatibleAdapterError, TaskError
+from .errors import AlreadyExistsError, ArgumentError, IcmLoraError, IncompatibleAdapterError, TaskError
 from .evaluation import MORE_ROWS, descriptions, evaluate_generator
 from .files import as_plain
 from .hub import CARD_FILE, push_files, require_hub_id, save_adapter_card
-from .importing import adapter_folder
+from .importing import import_zoo
 from .model_card import add_evaluation, addressed
 from .modeling_lora_generator import LoraGeneratorModel
 from .plots import require_matplotlib, write_plots
@@ -278,7 +278,7 @@ def train(options: TrainOptions, args: LoraGeneratorTrainingArguments) -> Result
 def generate(options: GenerateOptions) -> Result:
     """Write the adapter of a task as a PEFT folder."""
     if Path(options.output_dir).exists():  # before the work, not after it
-        raise FileExistsError(f"{options.output_dir} exists already: choose another --output_dir.")
+        raise AlreadyExistsError(f"{options.output_dir} exists already: choose another --output_dir.")
     generator = load_generator(options.generator)
     name = generator.config.base_model_name_or_path if options.generator != "smollm2" else "smollm2"
     base, tokenizer = load_base_model(options.base_model or name, options.dtype)
@@ -332,7 +332,7 @@ def push(options: PushOptions) -> Result:
     target = {"private": options.private, "revision": options.revision, "create_pr": options.create_pr}
     target["commit_message"] = options.commit_message
     if options.evaluation and not (path / "config.json").exists():
-        raise IcmLoraError(f"--evaluation goes with a generator; {path} holds none.")
+        raise ArgumentError(f"--evaluation goes with a generator; {path} holds none.")
     if (path / ZOO_FILE).exists():
         rename = {"base_model_name_or_path": options.base_model, "license": options.license}
         url = LoraZoo(path).push_to_hub(options.repo_id, **rename, **target)
@@ -374,9 +374,7 @@ def push_folder(path: Path, config_file: str, options: PushOptions, target: dict
 def import_adapters(options: ImportOptions) -> Result:
     """Make a zoo of LoRAs that were trained elsewhere."""
     base, _ = load_base_model(options.base_model, options.dtype)
-    zoo, rows = LoraZoo.import_adapters(
-        options.zoo, options.adapters, base, rank=options.rank, template=options.template
-    )
+    zoo, rows = import_zoo(options.zoo, options.adapters, base, rank=options.rank, template=options.template)
     lines = [f"{row['status']}\t{row['source']}\t{row['reason'] or '; '.join(row['changes'])}" for row in rows]
     told = {"zoo": str(zoo.path), "gauge": zoo.layout.gauge, "rank": zoo.layout.max_rank, "adapters": rows}
     return "\n".join([*lines, f"{zoo}, gauge {zoo.layout.gauge}"]), told
@@ -394,7 +392,7 @@ def check(options: CheckOptions) -> Result:
 def export(options: ExportOptions) -> Result:
     """Write an adapter in the form that every server reads, or as GGUF for llama.cpp."""
     if Path(options.output).exists():
-        raise FileExistsError(f"{options.output} exists already: choose another --output.")
+        raise AlreadyExistsError(f"{options.output} exists already: choose another --output.")
     dtype, (lora_config, state_dict) = getattr(torch, options.dtype), load_adapter(adapter_folder(options.adapter))
     config, plain, lost = plain_adapter(lora_config, state_dict, rank=options.rank, dtype=dtype)
     if options.format == "gguf":

@@ -23,7 +23,7 @@ from transformers.utils import logging
 from .adapter import adapter_state_dict
 from .base_model import base_model_fingerprint, require_bare, restored
 from .completion import DEFAULT_TEMPLATE, CompletionCollator, score_completions
-from .errors import IcmLoraError, ZooError
+from .errors import AlreadyExistsError, ArgumentError, TrainingError
 from .files import sweep_temporary
 from .layout import LoraLayout
 from .lora_config import check_plain_lora, lora_config_to_dict
@@ -56,7 +56,7 @@ class CollectionArguments(TrainingArguments):
             always end it.
 
     Raises:
-        ValueError: if `on_error` is neither, or a device or the process group is in use already.
+        ArgumentError: if `on_error` is neither, or a device or the process group is in use already.
 
     > Fields of `TrainingArguments` with other defaults:
 
@@ -83,7 +83,7 @@ class CollectionArguments(TrainingArguments):
 
     def __post_init__(self):
         if self.on_error not in ("stop", "skip"):
-            raise ValueError(f"on_error: expected 'stop' or 'skip', found {self.on_error!r}.")
+            raise ArgumentError(f"on_error: expected 'stop' or 'skip', found {self.on_error!r}.")
         self.eval_strategy, self.save_strategy, self.report_to = "steps", "no", []
         self.remove_unused_columns, self.disable_tqdm, self.logging_strategy = False, True, "no"
         leave_group()  # a group would average the gradients of different tasks; see collect_zoo
@@ -121,7 +121,7 @@ def collect_zoo(
         TaskError: if a task lacks samples or a name stands twice.
         IncompatibleAdapterError: if the base already carries adapters, or the LoRA is no plain one.
         ZooError: if the directory holds a zoo of something else.
-        IcmLoraError: if a loss is not finite; with the task and the step.
+        TrainingError: if a loss is not finite; with the task and the step.
     """
     tasks = check_unique_names(tasks)
     for task in tasks:
@@ -160,9 +160,10 @@ def collect_zoo(
                         continue
                     try:
                         _collect_task(zoo, model, processing_class, task, args, start)
+                    except AlreadyExistsError:
+                        if not zoo.holds(task.name):  # else another process was faster
+                            raise
                     except Exception as error:
-                        if isinstance(error, ZooError) and zoo.holds(task.name):
-                            continue
                         told = f"{type(error).__name__}: {' '.join(str(error).split())[:1000]}"
                         _log(zoo, task, told)
                         if args.on_error == "stop" or isinstance(error, OSError):
@@ -205,7 +206,7 @@ class _TaskTrainer(Trainer):
 
     def _require_finite(self, loss: float, step: int) -> None:
         if not math.isfinite(loss):
-            raise IcmLoraError(
+            raise TrainingError(
                 f"Task {self.task.name!r}, step {step}: the loss became {loss}. Lower the learning rate, or use a "
                 "dtype with a larger range."
             )
@@ -256,7 +257,7 @@ def _collect_task(
     best, seconds = snapshots.best_step, round(time.perf_counter() - started, 2)
     zoo.add(
         task.name,
-        {step: weights for step, weights in snapshots.snapshots.items() if step <= best},
+        {step: state_dict for step, state_dict in snapshots.snapshots.items() if step <= best},
         best_step=best,
         description=task.description,
         family=task.family,

@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from peft import PeftModel
 
-from .errors import IcmLoraError, IncompatibleAdapterError
+from .errors import IncompatibleAdapterError, PublishingError
 from .files import stale_weights
 from .model_card import adapter_card
 from .provenance import LIBRARY, is_local
@@ -73,10 +73,10 @@ def require_hub_id(base_model_name_or_path: str | None, what: str) -> None:
     """Refuse to publish what names a folder of this machine as its base model.
 
     Raises:
-        IcmLoraError: if it does, or names nothing.
+        PublishingError: if it does, or names nothing.
     """
     if not base_model_name_or_path or is_local(base_model_name_or_path):
-        raise IcmLoraError(
+        raise PublishingError(
             f"Expected a base model that others can load, found {base_model_name_or_path!r}, which is no id on the "
             f"Hub: {what}."
         )
@@ -138,7 +138,7 @@ def push_adapter(
 
     Raises:
         IncompatibleAdapterError: if no adapter of the model was generated.
-        IcmLoraError: if an adapter names a local folder as its base model.
+        PublishingError: if an adapter names a local folder as its base model.
 
     Example:
         >>> push_adapter(model, "user/capital-lora", private=True)  # doctest: +SKIP

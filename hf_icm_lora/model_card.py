@@ -12,6 +12,7 @@ from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
+from .errors import PublishingError
 from .provenance import LIBRARY, is_local
 from .report import format_report, stored_bytes
 
@@ -95,7 +96,7 @@ def add_evaluation(card: ModelCard, report: Mapping[str, Any], pictures: Sequenc
     before, start, rest = card.content.partition("<!-- evaluation -->")
     _, end, after = rest.partition("<!-- end evaluation -->")
     if not end:
-        raise ValueError("The card has no place for an evaluation: expected <!-- evaluation --> ... in it.")
+        raise PublishingError("The card has no place for an evaluation: expected <!-- evaluation --> ... in it.")
     shown = [format_report(report).rstrip(), *(f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in pictures)]
     made = f"Made by `{report['command']}` on {report['date'][:10]}, seed {report['seed']}."
     renewed = ModelCard(before + start + "\n\n" + "\n\n".join([*shown, made]) + "\n\n" + end + after)

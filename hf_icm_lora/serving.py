@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .adapter import load_adapter
-from .errors import IcmLoraError, IncompatibleAdapterError
+from .errors import ArgumentError, IcmLoraError, IncompatibleAdapterError
 from .files import commit_file
 from .layout import PREFIX, LoraLayout, LoraModule, module_names
 from .lora_config import canonical_lora_config, lora_config_to_dict, with_named_targets
@@ -85,14 +85,14 @@ def check_serving_compatibility(adapter: str | Path, server: str) -> tuple[list[
         and notes on how it must be loaded. Both empty: it just works.
 
     Raises:
-        ValueError: if the server is not one of these.
+        ArgumentError: if the server is not one of these.
 
     Example:
         >>> check_serving_compatibility("adapter", "vllm")  # doctest: +SKIP
         ([], ['Rank 32: start vLLM with --max-lora-rank 32 or more.'])
     """
     if server not in SERVERS:
-        raise ValueError(f"server: expected one of {SERVERS}, found {server!r}.")
+        raise ArgumentError(f"server: expected one of {SERVERS}, found {server!r}.")
     folder = Path(adapter)
     try:
         lora_config, state_dict = load_adapter(folder)

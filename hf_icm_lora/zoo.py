@@ -24,9 +24,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo, hf_hub_download, snapshot_download
-from torch import nn
 from tqdm.auto import tqdm
-from transformers.utils import logging
 
 from .adapter import (
     CONFIG_FILE,
@@ -34,22 +32,26 @@ from .adapter import (
     load_adapter,
     save_adapter,
 )
-from .base_model import base_model_fingerprint, require_bare
-from .completion import DEFAULT_TEMPLATE
-from .errors import CorruptAdapterError, IncompatibleAdapterError, TaskVectorError, ZooError
+from .errors import (
+    AlreadyExistsError,
+    ArgumentError,
+    CorruptAdapterError,
+    CorruptFileError,
+    IncompatibleAdapterError,
+    TaskVectorError,
+    ZooError,
+)
 from .files import (
     TEMPORARY,
     commit_directory,
-    discard_directory,
     locked,
     read_json,
     safe_dirname,
     write_json,
 )
 from .hub import push_files, require_hub_id
-from .importing import common_layout, convert, inspect, shared_rows
 from .layout import LoraLayout
-from .lora_config import check_plain_lora, lora_config_to_dict, shortest_target_modules
+from .lora_config import check_plain_lora, lora_config_to_dict
 from .model_card import zoo_card
 from .task_vectors import MODES, TaskVectors
 from .training_data import LoraZooDataset
@@ -81,11 +83,10 @@ class LoraZoo:
         self.path = Path(path)
         _refuse_links(self.path, self.path / "adapters")
         self.about = _read_json(self.path / ZOO_FILE, "a zoo")
-        version = self.about.get("format_version", 0)
-        if not isinstance(version, int) or version > FORMAT_VERSION:
+        if (version := self.about.get("format_version")) != FORMAT_VERSION:
             raise ZooError(
-                f"{self.path}: format version {version!r:.200}, this package reads up to {FORMAT_VERSION}: upgrade "
-                "hf_icm_lora."
+                f"{self.path}: expected format version {FORMAT_VERSION}, found {version!r:.200}. If that is newer "
+                "than this package, upgrade hf_icm_lora."
             )
         if missing := [field for field in FIELDS if field not in self.about]:
             raise ZooError(f"{self.path / ZOO_FILE}: expected the fields {FIELDS}, found no {missing}.")
@@ -154,99 +155,6 @@ class LoraZoo:
         return zoo
 
     @classmethod
-    def import_adapters(
-        cls,
-        path: str | Path,
-        adapters: Mapping[str, str | Path] | Sequence[str | Path],
-        base_model: nn.Module,
-        *,
-        rank: int | None = None,
-        template: str = DEFAULT_TEMPLATE,
-        base_model_name_or_path: str | None = None,
-        revision: str | None = None,
-        token: bool | str | None = None,
-    ) -> tuple["LoraZoo", list[dict[str, Any]]]:
-        """Make a zoo of LoRAs that were trained elsewhere, or add them to one.
-
-        Ranks, scalings, dtypes, seeds and modules may differ from adapter to adapter. Adapters that share one A keep
-        it, and B alone varies; of all others A and B vary, and a generator learns their products.
-
-        Args:
-            path (`str` or `Path`): The zoo's directory. A zoo that stands there keeps its layout.
-            adapters (`Mapping` or `Sequence`): Task name -> PEFT folder or Hub id. Of a sequence, the last part of
-                each is the task's name.
-            base_model (`PreTrainedModel`): The base model of all of them, without adapters.
-            rank (`int`, *optional*): Rank of the zoo; by default the largest. Smaller ranks are padded, which is
-                exact; of larger ones the largest singular values of B @ A are kept.
-            template (`str`, *optional*): Text with `{prompt}` and `{completion}` that the adapters were trained on.
-            base_model_name_or_path (`str`, *optional*): What the adapters may call their base model; by default, and
-                in the zoo, the name that it was loaded by. Adapters that name another repository are refused.
-            revision, token (*optional*): As in `huggingface_hub`, for adapters on the Hub.
-
-        Returns:
-            `tuple[LoraZoo, list[dict]]`: the zoo, and a row per adapter: `task`, `source`, `status` ("taken",
-            "converted", "held" if the zoo has the task already, or "refused"), `rank`, `changes`, `lost_energy` (the
-            part of all squared singular values that a smaller rank cut off) and, if it was refused, the `reason`.
-
-        Raises:
-            IncompatibleAdapterError: if none of them can be taken; with the reasons.
-            ZooError: if two adapters have one name, or another zoo stands there.
-
-        Example:
-            >>> zoo, table = LoraZoo.import_adapters("zoo", ["user/lora-1", "user/lora-2"], base)  # doctest: +SKIP
-        """
-        if not isinstance(adapters, Mapping):
-            named = [(Path(source).name, source) for source in adapters]
-            adapters = dict(named)
-            if len(adapters) < len(named):
-                raise ZooError(f"Two adapters have one name among {[name for name, _ in named]}: pass a mapping.")
-        require_bare(base_model)
-        path, base_name = Path(path), base_model_name_or_path or base_model.config._name_or_path
-        zoo = cls(path) if (path / ZOO_FILE).exists() else None
-        zoo = zoo if zoo and zoo.records else None  # one without tasks has no A to go by
-        hide = not logging.is_progress_bar_enabled()
-        progress = tqdm(adapters.items(), desc="Reading adapters", disable=hide)
-        found = [inspect(*pair, base_model, base_name, revision, token) for pair in progress]
-        usable = [adapter for adapter in found if not adapter.refused]
-        if not usable:
-            reasons = "; ".join(f"{adapter.source}: {adapter.refused}" for adapter in found[:3])
-            raise IncompatibleAdapterError(f"None of {len(found)} adapters can be taken. {reasons}")
-        if zoo is None:
-            shared = shared_rows(usable) if rank in (None, usable[0].rank) else None
-            layout = common_layout(usable, rank, "free" if shared is None else "frozen_a")
-        else:
-            layout, shared = zoo.layout, None
-            if layout.gauge == "frozen_a":
-                factors = layout.factors(torch.zeros(layout.num_weights), zoo.shared_weights)
-                shared = {name: a for name, (a, _) in factors.items()}
-            if rank not in (None, layout.max_rank):
-                raise ZooError(f"{path} is a zoo of rank {layout.max_rank}, and cannot get adapters of rank {rank}.")
-        lora_config = zoo.lora_config if zoo else {
-            "peft_type": "LORA", "r": layout.max_rank, "lora_alpha": layout.max_rank,
-            "target_modules": shortest_target_modules((module.name for module in layout.modules), base_model),
-        } | usable[0].kept_fields  # fmt: skip
-        zoo = cls.create(
-            path,
-            layout=layout,
-            lora_config=lora_config,
-            base_model_name_or_path=base_name,
-            base_model_fingerprint=base_model_fingerprint(base_model),
-            template=template,
-        )
-        rows = []
-        for adapter in tqdm(found, desc="Importing adapters", disable=hide):
-            held = adapter.task in zoo
-            if not adapter.refused and not held:
-                try:
-                    state_dict = convert(adapter, layout, shared)
-                    about = {"source": adapter.source, "changes": adapter.changes, "lost_energy": adapter.lost_energy}
-                    zoo.add(adapter.task, {0: state_dict}, **about)
-                except IncompatibleAdapterError as error:
-                    adapter.refused = str(error)
-            rows.append(adapter.row() | ({"status": "held"} if held else {}))
-        return cls(path), rows
-
-    @classmethod
     def from_hub(
         cls,
         repo_id: str,
@@ -271,14 +179,14 @@ class LoraZoo:
 
         Raises:
             ZooError: if the repository is no zoo.
-            ValueError: if a zoo is to be streamed and to have a `local_dir`.
+            ArgumentError: if a zoo is to be streamed and to have a `local_dir`.
             RepositoryNotFoundError, GatedRepoError, LocalEntryNotFoundError and others: from `huggingface_hub`.
 
         Example:
             >>> zoo = LoraZoo.from_hub("user/my-zoo")  # doctest: +SKIP
         """
         if streaming and local_dir is not None:
-            raise ValueError("A zoo is either streamed or downloaded into a local_dir: pass one of the two.")
+            raise ArgumentError("A zoo is either streamed or downloaded into a local_dir: pass one of the two.")
         names = None if tasks is None else list(tasks)
         files = [ZOO_FILE, VECTORS_FILE]
         for folder in ["*"] if names is None else map(safe_dirname, names):
@@ -321,7 +229,7 @@ class LoraZoo:
 
         Raises:
             ZooError: if there is no task to upload.
-            IcmLoraError: if the base model is a local folder.
+            PublishingError: if the base model is a local folder.
         """
         if not self.records:
             raise ZooError(f"{self.path}: no complete task to upload.")
@@ -418,13 +326,15 @@ class LoraZoo:
             record: What else `task.json` should say, such as `best_step`, which defaults to the last one.
 
         Raises:
-            ZooError: if the task is complete already, or there is no snapshot, or none of `best_step`.
+            AlreadyExistsError: if the task is complete already.
+            ZooError: if there is no snapshot, or none of `best_step`.
             IncompatibleAdapterError, CorruptAdapterError: if a snapshot has another layout, or values that are not
                 finite.
         """
         folder = self.task_folder(name)
-        if self.holds(name):
-            raise ZooError(f"{self.path} already holds the task {name!r}.")
+        held = f"{self.path} already holds the task {name!r}: {folder.name} exists in it."
+        if folder.exists():
+            raise AlreadyExistsError(held)
         if not snapshots:
             raise ZooError(f"Task {name!r} needs at least one snapshot, found none.")
         record = {"name": name, "snapshots": sorted(snapshots), "best_step": max(snapshots)} | record
@@ -439,16 +349,14 @@ class LoraZoo:
                     f"Task {name!r}, step {step}: lora_A differs from the zoo's, but gauge {self.layout.gauge!r} "
                     "means one A for all adapters."
                 )
-        if folder.exists() and not self.holds(name):  # of an interrupted try, by a version that wrote them in place
-            discard_directory(folder)
         config = self.lora_config | {"base_model_name_or_path": self.base_model_name_or_path, "inference_mode": True}
         try:
             with commit_directory(folder) as temporary:
                 for step, state_dict in snapshots.items():
                     save_adapter(temporary / f"step-{step}", config, state_dict)
                 write_json(temporary / TASK_FILE, record)
-        except FileExistsError as error:
-            raise ZooError(f"{self.path} already holds the task {name!r}.") from error
+        except AlreadyExistsError as error:
+            raise AlreadyExistsError(held) from error
         self.records[name] = _read_record(folder / TASK_FILE) | {"folder": folder}
 
     @contextmanager
@@ -495,10 +403,10 @@ class LoraZoo:
 
     def lora_weights(self, name: str, step: int | None = None) -> torch.Tensor:
         """Read one snapshot as a packed vector `(num_weights,)`."""
-        weights, shared = self.layout.pack(self.load_snapshot(name, step), self.lora_config)
+        lora_weights, shared = self.layout.pack(self.load_snapshot(name, step), self.lora_config)
         if not torch.equal(shared, self.shared_weights):
             raise CorruptAdapterError(f"{self.records[name]['folder']}: its lora_A is not the zoo's.")
-        return weights
+        return lora_weights
 
     def add_task_vectors(self, vectors: TaskVectors) -> None:
         """Store the vectors of the zoo's tasks, in place of older ones.
@@ -576,7 +484,7 @@ def _read_json(path: Path, what: str) -> dict[str, Any]:
         content = read_json(path)
     except FileNotFoundError as error:
         raise ZooError(f"{path.parent} is not {what}: {path.name} is missing.") from error
-    except ValueError as error:
+    except CorruptFileError as error:
         raise ZooError(f"{path}: expected JSON: {error}") from error
     if not isinstance(content, dict):
         raise ZooError(f"{path}: expected a JSON object, found {type(content).__name__}.")

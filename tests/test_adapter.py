@@ -13,7 +13,14 @@ from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 
-from hf_icm_lora import CorruptAdapterError, IncompatibleAdapterError, attach_adapter, load_adapter, save_adapter
+from hf_icm_lora import (
+    AlreadyExistsError,
+    CorruptAdapterError,
+    IncompatibleAdapterError,
+    attach_adapter,
+    load_adapter,
+    save_adapter,
+)
 from hf_icm_lora.adapter import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -35,7 +42,7 @@ def logits(model, ids=IDS):
         return model(input_ids=ids, **extra).logits
 
 
-def random_weights(seed=0, rank=4):
+def make_state_dict(seed=0, rank=4):
     """A state dict for `CONFIG` on the tiny Llama (two layers, 32 wide, keys and values 16 wide)."""
     generator = torch.Generator().manual_seed(seed)
     state_dict = {}
@@ -71,7 +78,7 @@ def assert_as_before(base, before):
 @pytest.fixture
 def folder(tmp_path):
     path = tmp_path / "adapter"
-    save_adapter(path, CONFIG, random_weights())
+    save_adapter(path, CONFIG, make_state_dict())
     return path
 
 
@@ -80,8 +87,8 @@ def folder(tmp_path):
 
 def test_round_trip_keeps_every_bit(folder):
     config, state_dict = load_adapter(folder)
-    assert state_dict.keys() == random_weights().keys()
-    assert all(torch.equal(state_dict[key], tensor) for key, tensor in random_weights().items())
+    assert state_dict.keys() == make_state_dict().keys()
+    assert all(torch.equal(state_dict[key], tensor) for key, tensor in make_state_dict().items())
     assert lora_config_to_dict(config) == lora_config_to_dict(CONFIG)
 
 
@@ -111,7 +118,7 @@ def _no_tensors(folder):
 
 def _not_finite(value):
     def spoil(folder):
-        state_dict = random_weights()
+        state_dict = make_state_dict()
         state_dict[f"{V1}.lora_B.weight"][3, 1] = value
         save_file(state_dict, folder / WEIGHTS_FILE)
 
@@ -128,7 +135,7 @@ def _config(**fields):
 
 def _only_pickle(folder):
     (folder / WEIGHTS_FILE).unlink()
-    torch.save(random_weights(), folder / "adapter_model.bin")
+    torch.save(make_state_dict(), folder / "adapter_model.bin")
 
 
 @pytest.mark.parametrize(
@@ -170,7 +177,7 @@ def test_folder_that_is_not_there(tmp_path):
 
 
 def test_peft_reads_what_is_saved(folder, llama):
-    ours = attach_adapter(make_llama(), CONFIG, random_weights())
+    ours = attach_adapter(make_llama(), CONFIG, make_state_dict())
     theirs = PeftModel.from_pretrained(llama, folder)
     assert isinstance(theirs, PeftModelForCausalLM)
     assert torch.equal(logits(theirs), logits(ours))
@@ -184,20 +191,20 @@ def test_saved_configuration_says_what_peft_would(folder):
 
 def test_saved_configuration_does_not_depend_on_the_hash_seed(tmp_path):
     modules = [f"module_{letter}" for letter in "hgfedcbaponmlkji"]
-    save_adapter(tmp_path / "adapter", CONFIG | {"target_modules": modules}, random_weights())
+    save_adapter(tmp_path / "adapter", CONFIG | {"target_modules": modules}, make_state_dict())
     assert json.loads((tmp_path / "adapter" / CONFIG_FILE).read_text())["target_modules"] == sorted(modules)
 
 
 def test_existing_folder_is_not_overwritten(folder):
     before = (folder / WEIGHTS_FILE).read_bytes()
-    with pytest.raises(FileExistsError, match="exists already"):
-        save_adapter(folder, CONFIG, random_weights(seed=1))
+    with pytest.raises(AlreadyExistsError, match="exists already"):
+        save_adapter(folder, CONFIG, make_state_dict(seed=1))
     assert (folder / WEIGHTS_FILE).read_bytes() == before
 
 
 def test_failed_save_leaves_nothing(tmp_path):
     with pytest.raises(TypeError, match="no_such_field"):  # after the weights are written
-        save_adapter(tmp_path / "adapter", CONFIG | {"no_such_field": 1}, random_weights())
+        save_adapter(tmp_path / "adapter", CONFIG | {"no_such_field": 1}, make_state_dict())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -206,11 +213,11 @@ def test_failed_save_leaves_nothing(tmp_path):
 
 @pytest.mark.parametrize(("task_type", "expected"), [("CAUSAL_LM", PeftModelForCausalLM), (None, PeftModel)])
 def test_attached_model_has_the_type_of_its_task(llama, task_type, expected):
-    assert type(attach_adapter(llama, CONFIG | {"task_type": task_type}, random_weights())) is expected
+    assert type(attach_adapter(llama, CONFIG | {"task_type": task_type}, make_state_dict())) is expected
 
 
 def test_configuration_in_the_model_is_the_one_that_peft_would_have_made(llama):
-    ours = attach_adapter(llama, CONFIG, random_weights()).peft_config["default"]
+    ours = attach_adapter(llama, CONFIG, make_state_dict()).peft_config["default"]
     theirs = get_peft_model(make_llama(), LoraConfig(**CONFIG)).peft_config["default"]
     assert ours.target_modules == {"q_proj", "v_proj"}
     assert ours.base_model_name_or_path is None  # what this copy of the base is called says nothing
@@ -218,7 +225,7 @@ def test_configuration_in_the_model_is_the_one_that_peft_would_have_made(llama):
 
 
 def test_attached_weights_are_the_given_ones_frozen_and_their_own(llama):
-    given = random_weights()
+    given = make_state_dict()
     model = attach_adapter(llama.train(), CONFIG, given)
     assert adapter_state_dict(model).keys() == given.keys()
     assert all(torch.equal(tensor, given[key]) for key, tensor in adapter_state_dict(model).items())
@@ -234,29 +241,29 @@ def test_attached_weights_are_the_given_ones_frozen_and_their_own(llama):
 
 def test_given_configuration_is_not_changed(llama):
     config = copy.deepcopy(CONFIG)
-    attach_adapter(llama, config, random_weights())
+    attach_adapter(llama, config, make_state_dict())
     assert config == CONFIG
 
 
 def test_reading_and_attaching_fit_together(folder, llama):
     model = attach_adapter(llama, *load_adapter(folder))
-    assert all(torch.equal(tensor, random_weights()[key]) for key, tensor in adapter_state_dict(model).items())
+    assert all(torch.equal(tensor, make_state_dict()[key]) for key, tensor in adapter_state_dict(model).items())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_adapter_takes_the_dtype_of_the_base(dtype):
-    model = attach_adapter(make_llama(dtype=dtype), CONFIG, random_weights())
+    model = attach_adapter(make_llama(dtype=dtype), CONFIG, make_state_dict())
     assert {tensor.dtype for tensor in adapter_state_dict(model).values()} == {dtype}
     assert logits(model).isfinite().all()
 
 
 def test_second_adapter_joins_the_first_and_is_active(llama):
-    model = attach_adapter(llama, CONFIG, random_weights(0), "one")
+    model = attach_adapter(llama, CONFIG, make_state_dict(0), "one")
     first = logits(model)
-    assert attach_adapter(model, CONFIG | {"r": 2}, random_weights(1, rank=2), "two") is model
+    assert attach_adapter(model, CONFIG | {"r": 2}, make_state_dict(1, rank=2), "two") is model
     assert list(model.peft_config) == ["one", "two"]
     assert model.active_adapter == "two"
-    alone = attach_adapter(make_llama(), CONFIG | {"r": 2}, random_weights(1, rank=2))
+    alone = attach_adapter(make_llama(), CONFIG | {"r": 2}, make_state_dict(1, rank=2))
     torch.testing.assert_close(logits(model), logits(alone))
     assert not any(parameter.requires_grad for parameter in model.parameters())
     model.set_adapter("one")
@@ -264,16 +271,16 @@ def test_second_adapter_joins_the_first_and_is_active(llama):
 
 
 def test_same_name_is_overwritten_in_place(llama):
-    model = attach_adapter(llama, CONFIG, random_weights(0), "one")
-    attach_adapter(model, CONFIG, random_weights(1), "two")
-    attach_adapter(model, CONFIG, random_weights(2), "one")
+    model = attach_adapter(llama, CONFIG, make_state_dict(0), "one")
+    attach_adapter(model, CONFIG, make_state_dict(1), "two")
+    attach_adapter(model, CONFIG, make_state_dict(2), "one")
     pointers = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
-    assert attach_adapter(model, CONFIG, random_weights(3), "one") is model
+    assert attach_adapter(model, CONFIG, make_state_dict(3), "one") is model
     assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == pointers
     assert model.active_adapter == "one"
     for name, seed in (("one", 3), ("two", 1)):
         found = adapter_state_dict(model, name)
-        assert all(torch.equal(found[key], tensor) for key, tensor in random_weights(seed).items())
+        assert all(torch.equal(found[key], tensor) for key, tensor in make_state_dict(seed).items())
 
 
 @pytest.mark.parametrize(
@@ -282,34 +289,34 @@ def test_same_name_is_overwritten_in_place(llama):
     ids=["alpha", "rslora", "alpha_pattern", "alpha_pattern_regex"],
 )
 def test_overwriting_takes_over_the_scaling_too(llama, fields):
-    model = attach_adapter(llama, CONFIG, random_weights(0))
-    attach_adapter(model, CONFIG | fields, random_weights(1))
-    fresh = attach_adapter(make_llama(), CONFIG | fields, random_weights(1))
+    model = attach_adapter(llama, CONFIG, make_state_dict(0))
+    attach_adapter(model, CONFIG | fields, make_state_dict(1))
+    fresh = attach_adapter(make_llama(), CONFIG | fields, make_state_dict(1))
     torch.testing.assert_close(logits(model), logits(fresh))
 
 
 def _without(*names):
-    return {key: t for key, t in random_weights().items() if not any(name in key for name in names)}
+    return {key: t for key, t in make_state_dict().items() if not any(name in key for name in names)}
 
 
 def _resized(key, *shape):
-    return random_weights() | {key: torch.ones(shape)}
+    return make_state_dict() | {key: torch.ones(shape)}
 
 
 BAD_WEIGHTS = [
     pytest.param({}, _without("layers.1.self_attn.v_proj"), "without weights", id="module_missing"),
-    pytest.param({"target_modules": ["q_proj"]}, random_weights(), "without a place", id="module_unexpected"),
+    pytest.param({"target_modules": ["q_proj"]}, make_state_dict(), "without a place", id="module_unexpected"),
     pytest.param({}, _without("layers.0.self_attn.q_proj.lora_B"), "found one of them for", id="half_missing"),
     pytest.param({}, {}, "without weights", id="empty"),
-    pytest.param({"r": 8}, random_weights(), "q_proj.*found rank 4, but LoraConfig says 8", id="rank"),
+    pytest.param({"r": 8}, make_state_dict(), "q_proj.*found rank 4, but LoraConfig says 8", id="rank"),
     pytest.param({}, _resized(f"{Q0}.lora_A.weight", 4, 48), r"\(4, 48\), which does not fit", id="width"),
     pytest.param({}, _resized(f"{V1}.lora_A.weight", 4, 16), "v_proj", id="sides_exchanged"),
     pytest.param(
-        {}, {key.replace("model.layers", "transformer.h"): t for key, t in random_weights().items()},
+        {}, {key.replace("model.layers", "transformer.h"): t for key, t in make_state_dict().items()},
         "LlamaForCausalLM.* has no module 'transformer.h.0.self_attn.q_proj'", id="other_base",
     ),
-    pytest.param({}, random_weights() | {"nonsense": torch.ones(1)}, "nonsense", id="stray_key"),
-    pytest.param({"target_modules": ["no_such"]}, random_weights(), "no_such", id="no_such_target"),
+    pytest.param({}, make_state_dict() | {"nonsense": torch.ones(1)}, "nonsense", id="stray_key"),
+    pytest.param({"target_modules": ["no_such"]}, make_state_dict(), "no_such", id="no_such_target"),
 ]  # fmt: skip
 
 
@@ -322,12 +329,12 @@ def test_weights_that_do_not_fit_leave_a_base_as_it_was(llama, fields, weights, 
     with pytest.raises(IncompatibleAdapterError, match=message):
         attach_adapter(llama, CONFIG | fields, weights)
     assert_as_before(llama, before)
-    assert attach_adapter(llama, CONFIG, random_weights())  # and it can still take one that fits
+    assert attach_adapter(llama, CONFIG, make_state_dict())  # and it can still take one that fits
 
 
 @pytest.mark.parametrize(("fields", "weights", "message"), BAD_WEIGHTS)
 def test_weights_that_do_not_fit_leave_other_adapters_as_they_were(llama, fields, weights, message):
-    model = attach_adapter(llama, CONFIG, random_weights(), "one")
+    model = attach_adapter(llama, CONFIG, make_state_dict(), "one")
     before = snapshot(model)
     with pytest.raises(IncompatibleAdapterError, match=message):
         attach_adapter(model, CONFIG | fields, weights, "two")
@@ -342,14 +349,14 @@ def test_weights_that_do_not_fit_leave_other_adapters_as_they_were(llama, fields
         pytest.param(
             {}, _without("layers.1.self_attn.v_proj"), "'one' exists with another layout", id="module_missing"
         ),
-        pytest.param({"r": 2}, random_weights(rank=2), r"is \(4, 32\) in the model, \(2, 32\) in", id="other_rank"),
-        pytest.param({"r": 8}, random_weights(), "found rank 4, but LoraConfig says 8", id="rank"),
-        pytest.param({}, random_weights() | {"nonsense": torch.ones(1)}, "nonsense", id="stray_key"),
-        pytest.param({"use_dora": True}, random_weights(), "use_dora", id="dora"),
+        pytest.param({"r": 2}, make_state_dict(rank=2), r"is \(4, 32\) in the model, \(2, 32\) in", id="other_rank"),
+        pytest.param({"r": 8}, make_state_dict(), "found rank 4, but LoraConfig says 8", id="rank"),
+        pytest.param({}, make_state_dict() | {"nonsense": torch.ones(1)}, "nonsense", id="stray_key"),
+        pytest.param({"use_dora": True}, make_state_dict(), "use_dora", id="dora"),
     ],
 )
 def test_failed_overwriting_leaves_the_adapter_as_it_was(llama, fields, weights, message):
-    model = attach_adapter(llama, CONFIG, random_weights(), "one")
+    model = attach_adapter(llama, CONFIG, make_state_dict(), "one")
     before = snapshot(model)
     with pytest.raises(IncompatibleAdapterError, match=message):
         attach_adapter(model, CONFIG | fields, weights, "one")
@@ -357,14 +364,14 @@ def test_failed_overwriting_leaves_the_adapter_as_it_was(llama, fields, weights,
 
 
 def test_overwriting_names_the_first_tensor_that_differs(llama):
-    model = attach_adapter(llama, CONFIG, random_weights(), "one")
+    model = attach_adapter(llama, CONFIG, make_state_dict(), "one")
     with pytest.raises(IncompatibleAdapterError, match=re.escape(f"{V1}.lora_A.weight is (4, 32) in the model, None")):
         attach_adapter(model, CONFIG, _without("layers.1.self_attn.v_proj"), "one")
 
 
 def test_ranks_may_differ_from_module_to_module(llama):
     weights = {key: t if "q_proj" in key else t[:2] if "lora_A" in key else t[:, :2]
-               for key, t in random_weights().items()}  # fmt: skip
+               for key, t in make_state_dict().items()}  # fmt: skip
     model = attach_adapter(llama, CONFIG | {"rank_pattern": {"v_proj": 2}}, weights)
     assert all(torch.equal(tensor, weights[key]) for key, tensor in adapter_state_dict(model).items())
     with pytest.raises(IncompatibleAdapterError, match="v_proj.lora_A.weight: found rank 2, but LoraConfig says 4"):
@@ -375,7 +382,7 @@ def test_adapter_of_another_architecture_is_refused(llama):
     gpt2 = make_gpt2()
     before = snapshot(gpt2)
     with pytest.raises(IncompatibleAdapterError, match="Load the base model that the adapter was made for"):
-        attach_adapter(gpt2, CONFIG, random_weights())
+        attach_adapter(gpt2, CONFIG, make_state_dict())
     assert_as_before(gpt2, before)
 
 

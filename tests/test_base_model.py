@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import make_gpt2, make_llama, make_t5
 from peft import LoraConfig, get_peft_model
-from test_adapter import CONFIG, assert_as_before, logits, random_weights, snapshot
+from test_adapter import CONFIG, assert_as_before, logits, make_state_dict, snapshot
 
 from hf_icm_lora import attach_adapter, base_model_fingerprint, fast_dtype
 from hf_icm_lora.base_model import frozen_base, load_base_model
@@ -65,7 +65,7 @@ def test_fingerprint_tells_bases_apart(any_model):
 @pytest.mark.parametrize("error", [None, KeyError])
 def test_frozen_base_is_the_plain_base_and_everything_is_restored(llama, inner, error):
     plain = logits(llama)
-    model = attach_adapter(llama, CONFIG, random_weights())
+    model = attach_adapter(llama, CONFIG, make_state_dict())
     adapted = logits(model)
     model.train()
     llama.model.norm.eval()
@@ -88,7 +88,7 @@ def test_frozen_base_is_the_plain_base_and_everything_is_restored(llama, inner, 
 
 
 def test_frozen_base_leaves_disabled_adapters_disabled(llama):
-    model = attach_adapter(llama, CONFIG, random_weights())
+    model = attach_adapter(llama, CONFIG, make_state_dict())
     with model.disable_adapter():
         plain = logits(model)
         with frozen_base(model) as base:

@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_icm_lora import LoraGeneratorModel, LoraZoo, load_adapter, save_tasks
+from hf_icm_lora import LoraGeneratorModel, LoraZoo, ZooError, load_adapter, save_tasks
 from hf_icm_lora.cli import COMMANDS, main
 from hf_icm_lora.report import read_report
 
@@ -330,9 +330,9 @@ def test_gguf_of_an_adapter_that_names_no_base_model(folder, tmp_path, capsys):
 
 
 def test_traceback_on_demand(tmp_path):
-    with pytest.raises(FileExistsError, match="is not a zoo"):
+    with pytest.raises(ZooError, match="is not a zoo"):
         main(["--traceback", "vectors", "--zoo", str(tmp_path)])
-    with pytest.raises(FileExistsError, match="is not a zoo"):
+    with pytest.raises(ZooError, match="is not a zoo"):
         main(["vectors", "--zoo", str(tmp_path), "--traceback"])
 
 

@@ -26,6 +26,7 @@ from transformers import AutoModel, GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
 
 from hf_icm_lora import (
+    AlreadyExistsError,
     BehaviouralDataset,
     CompletionCollator,
     CorruptAdapterError,
@@ -37,6 +38,7 @@ from hf_icm_lora import (
     LoraGeneratorTrainingArguments,
     LoraLayout,
     LoraZoo,
+    PublishingError,
     Sample,
     Task,
     TaskError,
@@ -441,7 +443,7 @@ def test_F12_truncated_generator(generator_folder):
     ("file", "fields", "message"),
     [
         ("zoo.json", {"lora_config": []}, "lora_config"),
-        ("zoo.json", {"format_version": ""}, "format version ''"),
+        ("zoo.json", {"format_version": ""}, "expected format version 1, found ''"),
         ("zoo.json", {"lora_config": {"r": 2, "lora_alpha": 2, "alpha_pattern": {BOMB: 2}}}, "alpha_pattern"),
         ("zoo.json", {"template": 3}, "template"),
         ("zoo.json", {"layout": {"gauge": "frozen_a", "modules": [["..", 1, 1, 1]]}}, "path of a module"),
@@ -591,7 +593,7 @@ def test_T2_twins_among_names(zoo, one, other, apart):
         zoo.add(other, {1: weights})
         assert zoo.task_folder(one).name.lower() != zoo.task_folder(other).name.lower()
     else:
-        with pytest.raises(ZooError, match="already holds"):
+        with pytest.raises(AlreadyExistsError, match="already holds"):
             zoo.add(other, {1: weights})
 
 
@@ -788,7 +790,7 @@ def test_G7_padding_never_counts(tokenizer, llama):
 def test_H7_local_base_is_seen_before_a_push(zoo, tmp_path):
     zoo.about["base_model_name_or_path"] = zoo.base_model_name_or_path = str(tmp_path / "base")
     assert is_local(zoo.base_model_name_or_path)
-    with pytest.raises(IcmLoraError, match="no id on the Hub"):
+    with pytest.raises(PublishingError, match="no id on the Hub"):
         zoo.push_to_hub("user/zoo")
 
 

@@ -14,6 +14,7 @@ from hf_icm_lora import (
     LoraGeneratorModel,
     LoraGeneratorTrainer,
     LoraGeneratorTrainingArguments,
+    PublishingError,
     TaskVectorExtractor,
     TaskVectorSpec,
     add_evaluation,
@@ -141,7 +142,7 @@ def test_evaluation_in_text_and_metadata_and_in_place_of_an_older_one(world):
     twice = add_evaluation(card, report)
     assert twice.text.count("| wrong_condition |") == card.text.count("| wrong_condition |")
     assert ".png" not in twice.text
-    with pytest.raises(ValueError, match="no place for an evaluation"):
+    with pytest.raises(PublishingError, match="no place for an evaluation"):
         add_evaluation(ModelCard("# Another card"), report)
 
 

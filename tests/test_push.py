@@ -199,7 +199,7 @@ def trainer(world, **more):
 def check_trainer(hub, world):
     from huggingface_hub import ModelCard
 
-    from hf_icm_lora import IcmLoraError, LoraGeneratorModel
+    from hf_icm_lora import IcmLoraError, LoraGeneratorModel, PublishingError
 
     one = trainer(
         world, push_to_hub=True, hub_model_id="user/trained", hub_strategy="every_save", hub_always_push=True
@@ -231,7 +231,7 @@ def check_trainer(hub, world):
         trainer(world, push_to_hub=True, hub_strategy="checkpoint")
     local = trainer(world)
     local.model.config.base_model_name_or_path = str(world.folder / "base")
-    with pytest.raises(IcmLoraError, match="no id on the Hub"):
+    with pytest.raises(PublishingError, match="no id on the Hub"):
         local.push_to_hub()
 
 
@@ -314,9 +314,9 @@ def check_zoo_there_and_back(hub, world):
     from datasets import load_dataset
     from huggingface_hub import DatasetCard
 
-    from hf_icm_lora import IcmLoraError, LoraZoo, ZooError
+    from hf_icm_lora import LoraZoo, PublishingError, ZooError
 
-    with pytest.raises(IcmLoraError, match="no id on the Hub: pass its id as base_model_name_or_path"):
+    with pytest.raises(PublishingError, match="no id on the Hub: pass its id as base_model_name_or_path"):
         world.zoo.push_to_hub("user/zoo")
     hub.log.clear()
     world.zoo.push_to_hub("user/zoo", base_model_name_or_path="user/base", license="mit", private=True)
@@ -348,7 +348,7 @@ def check_a_streamed_zoo(hub, world):
 
     import torch
 
-    from hf_icm_lora import LoraZoo, ZooError
+    from hf_icm_lora import ArgumentError, LoraZoo, ZooError
     from hf_icm_lora.training_data import LoraZooDataset
 
     world.zoo.push_to_hub("user/streamed", base_model_name_or_path="user/base")
@@ -369,7 +369,7 @@ def check_a_streamed_zoo(hub, world):
     tempfile.tempdir = None
     with pytest.raises(ZooError, match="a streamed zoo is for reading"):
         zoo.push_to_hub("user/again", base_model_name_or_path="user/base")
-    with pytest.raises(ValueError, match="either streamed or downloaded"):
+    with pytest.raises(ArgumentError, match="either streamed or downloaded"):
         LoraZoo.from_hub("user/streamed", streaming=True, local_dir=world.folder / "streamed")
     shutil.rmtree(zoo.path.parent.parent)
     assert list(LoraZoo.from_hub("user/streamed", ["shift/2"])) == ["shift/2"]
@@ -379,9 +379,9 @@ def check_a_streamed_zoo(hub, world):
 def check_adapters_are_imported_by_id(hub, world):
     import torch
 
-    from hf_icm_lora import LoraZoo, check_serving_compatibility
+    from hf_icm_lora import LoraZoo, check_serving_compatibility, import_zoo
+    from hf_icm_lora.adapter import adapter_folder
     from hf_icm_lora.cli import main
-    from hf_icm_lora.importing import adapter_folder
 
     base = world.base
     base.push_to_hub("user/base")
@@ -395,16 +395,14 @@ def check_adapters_are_imported_by_id(hub, world):
         model.push_to_hub(f"user/imported-{seed}")
         base = model.unload()
     names = ["user/imported-1", "user/imported-2", "user/base", "user/nothing"]
-    zoo, table = LoraZoo.import_adapters(world.folder / "imported", names, base, base_model_name_or_path="user/base")
+    zoo, table = import_zoo(world.folder / "imported", names, base, base_model_name_or_path="user/base")
     assert list(zoo) == ["imported-1", "imported-2"]
     assert [row["status"] for row in table] == ["taken", "taken", "refused", "refused"]
     assert "adapter_config.json" in table[2]["reason"]
     assert "404" in table[3]["reason"]
     assert zoo.layout.gauge == "frozen_a"
     assert zoo.records["imported-1"]["source"] == "user/imported-1"
-    _, table = LoraZoo.import_adapters(
-        world.folder / "other", names[:2], base, base_model_name_or_path="user/base", rank=2
-    )
+    _, table = import_zoo(world.folder / "other", names[:2], base, base_model_name_or_path="user/base", rank=2)
     other = LoraZoo(world.folder / "other")
     assert other.layout.gauge == "free"
     other.push_to_hub("user/other")

@@ -17,8 +17,10 @@ PACKAGE = Path(hf_icm_lora.__file__).parent
 ROOT = PACKAGE.parent
 SOURCES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.glob("*.py"))}
 MODULES = sorted(name for name in SOURCES if name != "__init__")
+UNTYPED = {"evaluation", "metrics", "plots", "processes"}
 LEVELS = [  # a module imports from earlier levels only
-    {"errors", "files", "processes", "products", "provenance", "rivals"},
+    {"errors"},
+    {"files", "processes", "products", "provenance", "rivals"},
     {"report", "lora_config"},
     {"model_card"},
     {"hub"},
@@ -27,10 +29,10 @@ LEVELS = [  # a module imports from earlier levels only
     {"base_model"},
     {"adapter"},
     {"task_vectors"},
-    {"configuration_lora_generator", "behaviour", "training_data", "importing", "serving"},
+    {"configuration_lora_generator", "behaviour", "training_data", "serving"},
     {"zoo", "normalization", "generation"},
     {"modeling_lora_generator"},
-    {"collection", "trainer", "evaluation"},
+    {"collection", "importing", "trainer", "evaluation"},
     {"metrics", "plots"},
     {"cli"},
 ]
@@ -128,6 +130,21 @@ def test_the_search_for_forbidden_calls_finds_them():
     assert calls(ast.parse("x.y.cuda(); eval('1'); model.eval(); torch.load('f')")) == {
         "x.y.cuda", "eval", "model.eval", "torch.load"
     }  # fmt: skip
+
+
+def test_errors_have_a_type_of_the_package_and_a_built_in_one():
+    errors = {name: getattr(hf_icm_lora, name) for name in hf_icm_lora.__all__ if name.endswith("Error")}
+    drawn = re.findall(r"[├└]── (\w+) ", hf_icm_lora.errors.__doc__)
+    assert sorted(drawn) == sorted(errors.keys() - {"IcmLoraError"})
+    for name in drawn:
+        assert issubclass(errors[name], hf_icm_lora.IcmLoraError)
+        assert issubclass(errors[name], (ValueError, RuntimeError, FileExistsError))
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - UNTYPED))
+def test_no_error_is_raised_without_a_type_of_its_own(name):
+    raised = {ast.unparse(node.exc) for node in ast.walk(SOURCES[name]) if isinstance(node, ast.Raise) and node.exc}
+    assert {error.partition("(")[0] for error in raised} & {"ValueError", "IcmLoraError", "Exception"} == set()
 
 
 @pytest.mark.parametrize("name", hf_icm_lora.__all__)
