@@ -12,7 +12,7 @@ from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
-from .errors import PublishingError
+from .errors import EvaluationError
 from .provenance import LIBRARY, is_local
 from .report import format_report, stored_bytes
 
@@ -91,17 +91,22 @@ def add_evaluation(card: ModelCard, report: Mapping[str, Any], pictures: Sequenc
         pictures (`Sequence[str]`, *optional*): Names of image files beside the card.
 
     Raises:
-        ValueError: if the card has no place for it.
+        EvaluationError: if the card has no place for it.
     """
     before, start, rest = card.content.partition("<!-- evaluation -->")
     _, end, after = rest.partition("<!-- end evaluation -->")
-    if not end:
-        raise PublishingError("The card has no place for an evaluation: expected <!-- evaluation --> ... in it.")
+    heading = re.search("^# (.+)$", card.text, re.MULTILINE)
+    if not end or not heading:
+        raise EvaluationError(
+            "The card has no place for an evaluation: expected a heading, <!-- evaluation --> and, after it, "
+            "<!-- end evaluation -->."
+        )
     shown = [format_report(report).rstrip(), *(f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in pictures)]
     made = f"Made by `{report['command']}` on {report['date'][:10]}, seed {report['seed']}."
     renewed = ModelCard(before + start + "\n\n" + "\n\n".join([*shown, made]) + "\n\n" + end + after)
-    renewed.data.model_name = renewed.data.get("model_name") or re.search("^# (.+)$", renewed.text, re.MULTILINE)[1]
-    renewed.data.eval_results = [
+    data: Any = renewed.data
+    data.model_name = data.get("model_name") or heading[1]
+    data.eval_results = [
         EvalResult(
             task_type="text-generation",
             task_name="LoRA generation",
@@ -135,7 +140,8 @@ def addressed(card: ModelCard, repo_id: str, local_base: str, base: str) -> Mode
         content = content.replace(f'from_pretrained("{name}")', f'from_pretrained("{base}")')
         content = content.replace(f"`{name}`", _link(base))
     moved = ModelCard(content)
-    moved.data.base_model, moved.data.base_model_relation = base, "adapter"
+    data: Any = moved.data
+    data.base_model, data.base_model_relation = base, "adapter"
     return moved
 
 
@@ -245,7 +251,7 @@ def _link(base: str) -> str:
 
 
 def _auto_class(lora_config: Mapping[str, Any] | None) -> str:
-    return AUTO_CLASSES.get((lora_config or {}).get("task_type"), "AutoModel")
+    return AUTO_CLASSES.get((lora_config or {}).get("task_type") or "", "AutoModel")
 
 
 def _target_modules(lora_config: Mapping[str, Any]) -> str:

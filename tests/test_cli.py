@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_icm_lora import LoraGeneratorModel, LoraZoo, ZooError, load_adapter, save_tasks
 from hf_icm_lora.cli import COMMANDS, main
+from hf_icm_lora.evaluation import MORE_ROWS, descriptions
 from hf_icm_lora.report import read_report
 
 SEEN, UNSEEN = ["shift/1", "shift/2", "shift/3"], ["shift/4"]
@@ -234,6 +235,13 @@ def test_help(argv, capsys):
         main(argv)
     assert caught.value.code == 0
     assert "usage: hf-icm-lora" in capsys.readouterr().out
+
+
+def test_help_says_what_the_further_rows_are(capsys):
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--help"])
+    help_text = " ".join(capsys.readouterr().out.split())
+    assert all(f"{row}: {text}" in help_text for row, text in descriptions(MORE_ROWS).items())
 
 
 @pytest.mark.parametrize(

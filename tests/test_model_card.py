@@ -10,11 +10,11 @@ from peft import LoraConfig
 
 from hf_icm_lora import (
     CollectionArguments,
+    EvaluationError,
     LoraGeneratorConfig,
     LoraGeneratorModel,
     LoraGeneratorTrainer,
     LoraGeneratorTrainingArguments,
-    PublishingError,
     TaskVectorExtractor,
     TaskVectorSpec,
     add_evaluation,
@@ -142,8 +142,9 @@ def test_evaluation_in_text_and_metadata_and_in_place_of_an_older_one(world):
     twice = add_evaluation(card, report)
     assert twice.text.count("| wrong_condition |") == card.text.count("| wrong_condition |")
     assert ".png" not in twice.text
-    with pytest.raises(PublishingError, match="no place for an evaluation"):
-        add_evaluation(ModelCard("# Another card"), report)
+    for text in ("# Another card", "<!-- evaluation --> <!-- end evaluation -->", "# A\n<!-- evaluation -->"):
+        with pytest.raises(EvaluationError, match="no place for an evaluation"):
+            add_evaluation(ModelCard(text), report)
 
 
 def test_a_thousand_tasks_are_told_by_family(world):
