@@ -30,8 +30,8 @@ from hf_icm_lora import (
     smollm2_generator_path,
     smollm2_path,
 )
+from hf_icm_lora.behaviour import behavioural_loss
 from hf_icm_lora.files import write_json
-from hf_icm_lora.functional import functional_loss
 from hf_icm_lora.model_card import run_metadata
 
 sys.path.insert(0, str(Path(__file__).parent / "suite"))
@@ -82,7 +82,7 @@ def main() -> None:
 
     def loss(lora_weights: torch.Tensor, name: str) -> float:
         batch = collate(suite[name].test)
-        return functional_loss(base, zoo.layout, lora_weights[None], zoo.shared_weights, batch).item()
+        return behavioural_loss(base, zoo.layout, lora_weights[None], zoo.shared_weights, batch).item()
 
     @cache
     def bounds(name: str) -> tuple[float, float]:

@@ -42,8 +42,8 @@ from hf_icm_lora import (
     recovered_gain,
     smollm2_path,
 )
+from hf_icm_lora.behaviour import behavioural_loss
 from hf_icm_lora.files import write_json
-from hf_icm_lora.functional import functional_loss
 from hf_icm_lora.model_card import run_metadata
 
 sys.path.insert(0, str(Path(__file__).parent / "suite"))
@@ -109,7 +109,7 @@ def main() -> None:
 
     @torch.no_grad()
     def loss(zoo: LoraZoo, weights: torch.Tensor, name: str) -> float:
-        return functional_loss(base, zoo.layout, weights[None], zoo.shared_weights, batches[name]).item()
+        return behavioural_loss(base, zoo.layout, weights[None], zoo.shared_weights, batches[name]).item()
 
     arms = {name: (zoo, {"reconstruction": "weights"}) for name, zoo in zoos.items()}
     arms["mixed, products"] = (zoos["mixed, canonical"], {"reconstruction": "products"})

@@ -1,6 +1,7 @@
 """LoRA adapters written by a conditional VAE from in-context task vectors (arXiv 2501.17635)."""
 
 from .adapter import AdapterSlot, attach_adapter, base_model_fingerprint, fast_dtype, load_adapter, save_adapter
+from .behaviour import BehaviouralCollator, BehaviouralDataset, ExampleLoss
 from .collection import CollectionArguments, collect_zoo
 from .completion import CompletionCollator
 from .configuration_lora_generator import LoraGeneratorConfig
@@ -15,7 +16,6 @@ from .errors import (
     ZooError,
 )
 from .evaluation import evaluate_generator, read_report, recovered_gain
-from .functional import FunctionalCollator, FunctionalDataset
 from .layout import LoraLayout
 from .model_card import add_evaluation, format_report, generator_card
 from .modeling_lora_generator import LoraGeneratorModel, LoraGeneratorOutput
@@ -31,11 +31,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdapterSlot",
+    "BehaviouralCollator",
+    "BehaviouralDataset",
     "CollectionArguments",
     "CompletionCollator",
     "CorruptAdapterError",
-    "FunctionalCollator",
-    "FunctionalDataset",
+    "ExampleLoss",
     "IcmLoraError",
     "IncompatibleAdapterError",
     "LoraGeneratorConfig",

@@ -31,13 +31,13 @@ from transformers import (
 )
 
 from .adapter import fast_dtype, load_adapter, save_adapter
+from .behaviour import BehaviouralCollator, BehaviouralDataset
 from .collection import CollectionArguments, collect_zoo
 from .completion import DEFAULT_TEMPLATE, CompletionCollator
 from .configuration_lora_generator import LoraGeneratorConfig
 from .errors import IcmLoraError, IncompatibleAdapterError, TaskError
 from .evaluation import MORE_ROWS, evaluate_generator, read_report
 from .files import as_plain
-from .functional import FunctionalCollator, FunctionalDataset
 from .hub import CARD_FILE, push_files, require_hub_id, save_adapter_card
 from .importing import adapter_folder
 from .model_card import add_evaluation, addressed, format_report, is_local
@@ -103,7 +103,7 @@ class VectorsOptions(BaseOptions, TaskOptions, ZooOption):
 @dataclass
 class TrainOptions(BaseOptions, TaskOptions, ZooOption):
     unseen: list[str] | None = field(default=None, metadata={"help": "Tasks to keep out of training, for evaluation."})
-    functional_steps: int = field(
+    behavioural_steps: int = field(
         default=0,
         metadata={"help": "Steps through the base model after those on the zoo, on the samples of all chosen tasks."},
     )
@@ -239,11 +239,11 @@ def train(options: TrainOptions, args: LoraGeneratorTrainingArguments) -> Result
         prior=options.prior,
     )
     vectors, behaviour = zoo.task_vectors, None
-    if options.functional_steps:
+    if options.behavioural_steps:
         tasks = [task for task in select_tasks(options) if task.name not in unseen]
         base, tokenizer = load_base_model(options.base_model or zoo.base_model_name_or_path, options.dtype)
         vectors = TaskVectorExtractor(vectors.spec).extract(base, tokenizer, tasks)
-        behaviour = FunctionalDataset(tasks, vectors)
+        behaviour = BehaviouralDataset(tasks, vectors)
     set_seed(args.seed)  # the Trainer's own call comes after the weights are drawn
     generator = LoraGeneratorModel(config)
     generator.fit_normalizer(seen.as_dataset(), behaviour)
@@ -257,17 +257,17 @@ def train(options: TrainOptions, args: LoraGeneratorTrainingArguments) -> Result
     trainer.train(resume_from_checkpoint=True if checkpoint == "True" else checkpoint)
     metrics = trainer.evaluate() if unseen else {}
     if behaviour is not None:
-        functional = copy.copy(args)
-        functional.output_dir = str(Path(args.output_dir) / "functional")
-        functional.max_steps = options.functional_steps
-        functional.push_to_hub = False  # the result is pushed, below
+        behavioural = copy.copy(args)
+        behavioural.output_dir = str(Path(args.output_dir) / "behaviour")
+        behavioural.max_steps = options.behavioural_steps
+        behavioural.push_to_hub = False  # the result is pushed, below
         collate = CompletionCollator(tokenizer, base.config.is_encoder_decoder, zoo.template, row_length=64)
         LoraGeneratorTrainer(
             generator,
-            functional,
+            behavioural,
             base_model=base,
             train_dataset=behaviour,
-            data_collator=FunctionalCollator(collate),
+            data_collator=BehaviouralCollator(collate),
         ).train()
     if len(generator.config.training_tasks) > 1:
         generator.map_tasks(vectors)

@@ -49,11 +49,12 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .adapter import attach_adapter, canonical_lora_config, frozen_base, require_bare, restored
+from .behaviour import SCALES, ExampleLoss
 from .completion import CompletionCollator, fill_template, score_completions
 from .errors import IncompatibleAdapterError, NotFittedError, TaskError, ZooError
 from .files import commit_file, write_json
 from .model_card import format_report, run_metadata, stored_bytes
-from .modeling_lora_generator import SCALES, UNFAMILIAR, LoraGeneratorModel
+from .modeling_lora_generator import UNFAMILIAR, LoraGeneratorModel
 from .processes import gathered, own_part, state
 from .task_vectors import TaskVectorExtractor, TaskVectorSpec
 from .tasks import Task, check_unique_names
@@ -197,27 +198,29 @@ def evaluate_generator(
                     "ridge": rivals.ridge(own),
                 }
                 examples = task.demo[:num_examples]
-                gain = generator.gain_on_examples(examples, generated, model, processing_class)
+                example_loss = ExampleLoss(
+                    model, processing_class, zoo.layout, zoo.shared_weights, examples, zoo.template
+                )
+                gain = example_loss.gain(generated)
                 for row, given in (("description", None), ("both", examples)):
                     if row in more_rows:
                         vector = extractor.vector(model, processing_class, given, task.description)
                         weights[row] = generator.decode_task_vector(vector).cpu()
                 if "scaled" in more_rows:
                     with _timed(seconds.setdefault("scaled", [])):
-                        scale = generator.best_scale(examples, generated, model, processing_class)
-                        weights["scaled"] = zoo.layout.scaled(generated, scale)
+                        losses = example_loss.at_scales(generated)
+                        weights["scaled"] = zoo.layout.scaled(generated, min(losses, key=losses.get))
                 for name, other_extractor in zip(others, other_extractors, strict=True):
                     vector = other_extractor.vector(model, processing_class, examples)
                     weights[name] = others[name].decode_task_vector(vector).cpu()
                 if "best_rival" in more_rows:
                     candidates = [zoo.layout.scaled(weights[row], s) for row in PLAIN_RIVALS for s in SCALES]
-                    weights["best_rival"] = generator.fit_to_examples(examples, candidates, model, processing_class)
+                    losses = example_loss(torch.stack(candidates)).tolist()
+                    weights["best_rival"] = candidates[losses.index(min(losses))]
                 if "best_of_n" in more_rows:
                     with _timed(seconds.setdefault("best_of_n", [])):
-                        candidates = generator.candidates(own, num_samples)
-                        weights["best_of_n"] = generator.fit_to_examples(
-                            examples, candidates, model, processing_class
-                        ).cpu()
+                        candidates = [adapter.cpu() for adapter in generator.candidates(own, num_samples)]
+                        weights["best_of_n"] = candidates[int(example_loss(torch.stack(candidates)).argmin())]
                 if "fallback" in more_rows:
                     unfamiliar = generator.novelty(own)[0] > UNFAMILIAR or gain < 0  # on_unfamiliar="base"
                     weights["fallback"] = torch.zeros_like(generated) if unfamiliar else generated
@@ -229,10 +232,7 @@ def evaluate_generator(
                 ):
                     if row in more_rows:
                         with _timed(seconds.setdefault(row, [])):
-                            fitted = generator.fit_to_examples(
-                                examples, [start], model, processing_class, refine_steps, **rate
-                            )
-                        weights[row] = fitted.cpu()
+                            weights[row] = example_loss.refine(start, refine_steps, **rate)
                 shown = "".join("".join(fill_template(sample, zoo.template)) for sample in examples)
                 for row in chosen_rows:
                     context = shown if row == "few_shot_prompt" else ""

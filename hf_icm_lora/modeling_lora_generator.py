@@ -39,10 +39,9 @@ from .adapter import (
     attach_adapter,
     base_model_fingerprint,
     canonical_lora_config,
-    frozen_base,
     save_adapter,
 )
-from .completion import CompletionCollator
+from .behaviour import SCALES, BehaviouralDataset, ExampleLoss
 from .configuration_lora_generator import LoraGeneratorConfig
 from .errors import (
     CorruptAdapterError,
@@ -53,7 +52,6 @@ from .errors import (
     UnfamiliarTaskError,
 )
 from .files import commit_files
-from .functional import FunctionalDataset, functional_loss, refine_lora_weights
 from .gauge import product_error
 from .hub import CARD_FILE, carry_card, files_below, push_files, require_hub_id
 from .layout import LoraLayout, MatrixBlock, split
@@ -65,7 +63,6 @@ from .tasks import to_sample
 MAX_MISSING = 2**25  # numbers that a checkpoint may lack, for instance an encoder's
 UNFAMILIAR = 0.99  # novelty above which a task counts as unfamiliar
 FALLBACKS = ("generate", "base", "nearest", "mean", "raise")
-SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of B @ A; a stronger adapter than the generated one gained nothing
 
 
 @dataclass
@@ -488,7 +485,7 @@ class LoraGeneratorModel(PreTrainedModel):
             super()._init_weights(module)
 
     def fit_normalizer(
-        self, dataset: Dataset, functional_dataset: FunctionalDataset | None = None, batch_size: int = 32
+        self, dataset: Dataset, behavioural_dataset: BehaviouralDataset | None = None, batch_size: int = 32
     ) -> None:
         """Compute the normalization statistics from the training split, once, before training.
 
@@ -496,8 +493,8 @@ class LoraGeneratorModel(PreTrainedModel):
             dataset (`LoraZooDataset`): As from `LoraZoo.as_dataset()`: with `each_adapter()`, which yields
                 `(num_weights,)`, and the attributes `shared_weights` `(num_shared_weights,)` and `task_vectors`
                 `(num_vectors, num_task_vectors, task_vector_size)`.
-            functional_dataset (`FunctionalDataset`, *optional*): What behavioural training will go through after that:
-                with it, the condition also tells the tasks apart that have no LoRA.
+            behavioural_dataset (`BehaviouralDataset`, *optional*): What behavioural training will go through after
+                that: with it, the condition also tells the tasks apart that have no LoRA.
             batch_size (`int`, *optional*, defaults to 32): Adapters per step.
 
         Raises:
@@ -510,7 +507,7 @@ class LoraGeneratorModel(PreTrainedModel):
                 f"Expected {normalizer.shared_weights.numel()} shared weights, found "
                 f"{tuple(dataset.shared_weights.shape)}: the dataset comes from a zoo of another layout."
             )
-        vectors = torch.cat([d.task_vectors for d in (dataset, functional_dataset) if d is not None])
+        vectors = torch.cat([d.task_vectors for d in (dataset, behavioural_dataset) if d is not None])
         self._check_task_vector(vectors)
         normalizer.fit_vectors(vectors)
         # A bar from 2 s on.
@@ -769,16 +766,18 @@ class LoraGeneratorModel(PreTrainedModel):
             # The map is of demonstrations, from which descriptions lie far away.
             known = task_vector[: len(task_vector) // len(MODES)] if examples and description else task_vector
             about["novelty"], about["nearest_task"] = self.novelty(known)
-        given = (base_model, processing_class)
+        if examples:
+            shared_weights = self.zoo_normalizer.shared_weights
+            example_loss = ExampleLoss(
+                base_model, processing_class, self.layout, shared_weights, examples, self.config.template
+            )
         if num_samples == 1:
             lora_weights = self.decode_task_vector(task_vector, generator)
         else:
             candidates = self.candidates(task_vector, num_samples, generator)
-            lora_weights = self.fit_to_examples(examples, candidates, *given)
+            lora_weights = candidates[int(example_loss(torch.stack(candidates)).argmin())]
         if examples:
-            scales = SCALES if fit_scale else (0.0, 1.0)
-            scaled = [self.layout.scaled(lora_weights, scale) for scale in scales]
-            losses = dict(zip(scales, self._losses(examples, scaled, *given), strict=True))
+            losses = example_loss.at_scales(lora_weights, SCALES if fit_scale else (0.0, 1.0))
             about["gain_on_examples"] = 1 - losses[1.0] / losses[0.0]
         if on_unfamiliar != "generate" and (reason := self._unfamiliar(about)):
             if on_unfamiliar == "raise":
@@ -792,9 +791,9 @@ class LoraGeneratorModel(PreTrainedModel):
             about["gain_on_examples"] = 1 - losses[about["scale"]] / losses[0.0]
             lora_weights = self.layout.scaled(lora_weights, about["scale"])
         if refine_steps:
-            lora_weights = self.fit_to_examples(examples, [lora_weights], *given, refine_steps)
+            lora_weights = example_loss.refine(lora_weights, refine_steps)
         if examples and (refine_steps or "fallback" in about):
-            about["gain_on_examples"] = self.gain_on_examples(examples, lora_weights, *given)
+            about["gain_on_examples"] = example_loss.gain(lora_weights)
         state_dict = self.layout.unpack(lora_weights, self.zoo_normalizer.shared_weights)
         if describe_task and description:
             about["description"] = description if isinstance(description, str) else dict(description)
@@ -922,7 +921,7 @@ class LoraGeneratorModel(PreTrainedModel):
     def candidates(
         self, task_vector: torch.Tensor, num_samples: int, generator: torch.Generator | None = None
     ) -> list[torch.Tensor]:
-        """Generate several packed adapters for one task, for `fit_to_examples` to choose from.
+        """Generate several packed adapters for one task, for `ExampleLoss` to choose from.
 
         Args:
             task_vector (`torch.Tensor`): As in `decode_task_vector`.
@@ -935,99 +934,6 @@ class LoraGeneratorModel(PreTrainedModel):
         drawn_from = torch.Generator().manual_seed(0) if generator is None else generator
         draws = [self.decode_task_vector(task_vector, drawn_from) for _ in range(num_samples - 1)]
         return [self.decode_task_vector(task_vector), *draws]
-
-    def fit_to_examples(
-        self,
-        examples: Sequence,
-        candidates: Sequence[torch.Tensor],
-        base_model: nn.Module,
-        processing_class,
-        num_steps: int = 0,
-        learning_rate: float = 3e-3,
-    ) -> torch.Tensor:
-        """Choose among packed adapters by their loss on examples, and refine the best by gradient steps on them.
-
-        Args:
-            examples (`Sequence`): Samples of the task.
-            candidates (`Sequence[torch.Tensor]`): Each `(num_weights,)`, as from `decode_task_vector`.
-            base_model (`PreTrainedModel` or `PeftModel`): The base. Its adapters, if any, are off meanwhile.
-            processing_class: Its tokenizer.
-            num_steps (`int`, *optional*, defaults to 0): Steps, each on all examples.
-            learning_rate (`float`, *optional*, defaults to 3e-3): At the first step; it falls to zero.
-
-        Returns:
-            `torch.Tensor` of shape `(num_weights,)`.
-        """
-        best = candidates[0]
-        if len(candidates) > 1:
-            losses = self._losses(examples, candidates, base_model, processing_class)
-            best = candidates[losses.index(min(losses))]
-        if not num_steps:
-            return best
-        with frozen_base(base_model) as base:
-            base.requires_grad_(False)
-            batch, shared_weights = self._examples_batch(examples, base, processing_class)
-            best = best.to(shared_weights.device)
-            return refine_lora_weights(base, self.layout, best, shared_weights, batch, num_steps, learning_rate)
-
-    def best_scale(
-        self, examples: Sequence, lora_weights: torch.Tensor, base_model: nn.Module, processing_class
-    ) -> float:
-        """Return the scale of an adapter, from 0 to 1 in steps of 1/4, that has the least loss on examples.
-
-        Where a generator is wrong, it is wrong at full strength. That shows on the examples that it wrote from, since
-        it was not fitted to them.
-
-        Args:
-            examples (`Sequence`): Samples of the task.
-            lora_weights (`torch.Tensor` of shape `(num_weights,)`): As from `decode_task_vector`. What
-                [`LoraLayout.scaled`] makes of them has the scale.
-            base_model, processing_class: As in `fit_to_examples`.
-        """
-        scaled = [self.layout.scaled(lora_weights, scale) for scale in SCALES]
-        losses = self._losses(examples, scaled, base_model, processing_class)
-        return SCALES[losses.index(min(losses))]
-
-    def gain_on_examples(
-        self, examples: Sequence, lora_weights: torch.Tensor, base_model: nn.Module, processing_class
-    ) -> float:
-        """Return which part of the base model's loss on examples an adapter takes away.
-
-        A generated adapter was not fitted to the examples that its task vector came from, so this tells how much it
-        is worth on others. Of a refined one it says little.
-
-        Args:
-            examples (`Sequence`): Samples of the task.
-            lora_weights (`torch.Tensor` of shape `(num_weights,)`): As from `decode_task_vector`.
-            base_model, processing_class: As in `fit_to_examples`.
-
-        Returns:
-            `float`: 1 if nothing is left of the loss, 0 if the adapter changes nothing, below if it does harm.
-        """
-        both = [torch.zeros_like(lora_weights), lora_weights]
-        before, after = self._losses(examples, both, base_model, processing_class)
-        return (before - after) / before
-
-    @torch.no_grad()
-    def _losses(
-        self, examples: Sequence, candidates: Sequence[torch.Tensor], base_model: nn.Module, processing_class
-    ) -> list[float]:
-        """Return the loss on examples of each packed adapter."""
-        with frozen_base(base_model) as base:
-            batch, shared_weights = self._examples_batch(examples, base, processing_class)
-            return [
-                functional_loss(base, self.layout, own.to(shared_weights.device)[None], shared_weights, batch).item()
-                for own in candidates
-            ]
-
-    def _examples_batch(
-        self, examples: Sequence, base: nn.Module, processing_class
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Return a batch of examples, and the shared weights where the base model is."""
-        samples = [to_sample(raw, f"examples[{index}]") for index, raw in enumerate(examples)]
-        is_encoder_decoder = base.config.is_encoder_decoder
-        collate = CompletionCollator(processing_class, is_encoder_decoder, self.config.template, row_length=64)
-        return collate(samples), self.zoo_normalizer.shared_weights.to(next(base.parameters()).device)
 
     def adapter_config(self) -> dict:
         """Return the `LoraConfig` fields of generated adapters: one rank, `lora_alpha == r`, nothing else needed."""

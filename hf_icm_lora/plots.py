@@ -41,8 +41,7 @@ MARKS: dict[str, tuple[str, dict]] = {  # row of the report -> its name in the l
 }
 LOSSES = {  # what is measured -> its unit, and its names in the log
     "Error of the weights": ("squared error (1: the mean adapter)", ("reconstruction_loss", "generation_loss")),
-    "Loss through the base model": ("nats per token", ("functional_loss",)),
-    "Divergence from the teachers": ("nats per token", ("distillation_loss",)),
+    "Loss through the base model": ("nats per token", ("behavioural_loss",)),
     "Information in z (KL)": ("nats", ("kl",)),
     "Loss": ("as optimized", ("loss",)),
 }

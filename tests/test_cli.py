@@ -102,7 +102,7 @@ def test_trained_generator_is_json_and_safetensors(folder):
 
 def test_training_goes_on_through_the_base_model(folder, tmp_path):
     assert train(folder, tmp_path / "one", "--unseen", *UNSEEN, "--dtype", "float32") == 0
-    more = ("--functional_steps", "3", "--tasks", str(folder / "tasks.jsonl"), "--dtype", "float32")
+    more = ("--behavioural_steps", "3", "--tasks", str(folder / "tasks.jsonl"), "--dtype", "float32")
     assert train(folder, tmp_path / "more", "--unseen", *UNSEEN, *more) == 0
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "more"))
     changed = {name for name in one if not torch.equal(one[name], other[name])}

@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 import hf_icm_lora.evaluation as evaluation
 from hf_icm_lora import (
     CollectionArguments,
+    ExampleLoss,
     IncompatibleAdapterError,
     LoraGeneratorConfig,
     LoraGeneratorModel,
@@ -203,7 +204,6 @@ def test_further_rows(zoo, generator, tokenizer):
     assert list(table) == [*ROWS, "description", "both", "scaled", "refined", "fine_tuned"]
     assert {"scaled", "refined", "fine_tuned"} <= report["seconds"].keys()
     examples = tasks[0].demo[:12]
-    base = make_llama()
     alone = {
         "description": generator.generate_adapter(
             make_llama(), processing_class=tokenizer, description=tasks[0].description
@@ -225,9 +225,11 @@ def test_further_rows(zoo, generator, tokenizer):
             scores = score_completions(model, CompletionCollator(tokenizer)(tasks[0].test))
         expected = (scores.loss.sum() / scores.num_tokens.sum()).item()
         assert table[row]["tasks"][tasks[0].name]["loss"] == pytest.approx(expected, rel=1e-3)
-    start = torch.zeros(generator.layout.num_weights)
-    fitted = generator.fit_to_examples(examples, [start], base, tokenizer, 4)
-    assert fitted.abs().max() > 0
+    nothing = zoo.layout.scaled(zoo.lora_weights(SEEN[0]), 0.0)
+    example_loss = ExampleLoss(make_llama(), tokenizer, zoo.layout, zoo.shared_weights, examples)
+    fitted = attached(zoo, example_loss.refine(nothing, 4, learning_rate=1e-2))
+    loss = loss_of(fitted, tokenizer, tasks[0])
+    assert table["fine_tuned"]["tasks"][tasks[0].name]["loss"] == pytest.approx(loss, rel=1e-3)
     with pytest.raises(ValueError, match=r"more_rows: expected some of .*, found \['paper'\]"):
         evaluate_generator(generator, make_llama(), tokenizer, zoo, tasks, more_rows=["paper"])
     silent = [Task(tasks[0].name, demo=tasks[0].demo, test=tasks[0].test)]
@@ -298,28 +300,22 @@ def test_fallback_is_nothing_where_the_task_is_unfamiliar_or_the_adapter_does_ha
         return known.setdefault(float(vector.sum()), (1.0, 0.5, 0.7, 0.8)[min(len(known), 3)]), SEEN[0]
 
     monkeypatch.setattr(generator, "novelty", novelty)
-    gain_on_examples, harmful = generator.gain_on_examples, -0.1
+    extractor = TaskVectorExtractor(TaskVectorSpec(**generator.config.task_vector_spec))
+    vectors = [extractor.vector(make_llama(), tokenizer, task.demo[:12]) for task in tasks]
+    decode = generator.decode_task_vector
 
-    def gain(examples, *arguments):
-        return harmful if examples[0] == tasks[1].demo[0] else gain_on_examples(examples, *arguments)
+    def decode_and_harm(vector):
+        return (-50 if torch.equal(vector, vectors[1]) else 1) * decode(vector)
 
-    monkeypatch.setattr(generator, "gain_on_examples", gain)
+    monkeypatch.setattr(generator, "decode_task_vector", decode_and_harm)
     report = evaluate_generator(generator, make_llama(), tokenizer, zoo, tasks, more_rows=["fallback"])
     monkeypatch.undo()
     seen = report["splits"]["seen"]
-    assert (
-        gain_on_examples(
-            tasks[2].demo[:12],
-            generator.decode_task_vector(
-                TaskVectorExtractor(TaskVectorSpec(**generator.config.task_vector_spec)).vector(
-                    make_llama(), tokenizer, tasks[2].demo[:12]
-                )
-            ),
-            make_llama(),
-            tokenizer,
-        )
-        > 0
-    )  # so that the third is the adapter's own
+    gains = [seen["generated"]["tasks"][name]["gain_on_examples"] for name in SEEN]
+    assert gains[1] < 0 < gains[2]
+    examples = tasks[2].demo[:12]
+    example_loss = ExampleLoss(make_llama(), tokenizer, zoo.layout, zoo.shared_weights, examples)
+    assert gains[2] == pytest.approx(example_loss.gain(decode(vectors[2])), rel=1e-3)
     taken = ["base", "base", "generated"]
     assert [seen["fallback"]["tasks"][n]["loss"] for n in SEEN] == [
         seen[row]["tasks"][n]["loss"] for row, n in zip(taken, SEEN, strict=True)
@@ -327,9 +323,6 @@ def test_fallback_is_nothing_where_the_task_is_unfamiliar_or_the_adapter_does_ha
     assert [seen["generated"]["tasks"][name]["novelty"] for name in SEEN] == [1.0, 0.5, 0.7]
     gains = [seen["generated"]["tasks"][name]["recovered_gain"] for name in SEEN]
     assert seen["generated"]["novelty_correlation"] == evaluation.rank_correlation([1.0, 0.5, 0.7], gains)
-    gain = seen["generated"]["tasks"][SEEN[0]]["gain_on_examples"]
-    model = generator.generate_adapter(make_llama(), processing_class=tokenizer, examples=tasks[0].demo[:12])
-    assert model.lora_generation["default"]["gain_on_examples"] == pytest.approx(gain, rel=1e-3, abs=1e-5)
     told = format_report(report)
     assert re.search(r"Rank correlation with G .*: the gain on the examples -?[01].\d\d, novelty -?[01].\d\d\.", told)
 

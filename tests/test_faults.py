@@ -27,9 +27,9 @@ from transformers import AutoModel, GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
 
 from hf_icm_lora import (
+    BehaviouralDataset,
     CompletionCollator,
     CorruptAdapterError,
-    FunctionalDataset,
     IcmLoraError,
     IncompatibleAdapterError,
     LoraGeneratorConfig,
@@ -659,9 +659,9 @@ def test_T4_same_task_in_training_and_held_out(zoo, tmp_path, warned):
     assert warned == ["All tasks of eval_dataset are in train_dataset: its losses are of seen tasks."]
 
 
-def test_T4_functional_datasets_know_their_tasks(zoo):
+def test_T4_behavioural_datasets_know_their_tasks(zoo):
     tasks = [Task(name, train=EXAMPLES) for name in zoo]
-    assert FunctionalDataset(tasks, zoo.task_vectors, num_samples=1).task_names == list(zoo)
+    assert BehaviouralDataset(tasks, zoo.task_vectors, num_samples=1).task_names == list(zoo)
 
 
 def short_gpt2():

@@ -344,10 +344,9 @@ def test_panels_are_the_terms_that_were_logged():
     def titles(*names):
         return [ax.get_title("left") for ax in plot_losses(history(*names)).axes]
 
-    assert titles("loss", "functional_loss", "learning_rate") == ["Loss through the base model"]
-    assert titles("loss", "distillation_loss") == ["Divergence from the teachers"]
+    assert titles("loss", "behavioural_loss", "learning_rate") == ["Loss through the base model"]
     assert titles("loss", "eval_loss") == ["Loss"]
-    assert titles("loss", "reconstruction_loss", "kl", "functional_loss", "eval_generation_loss", "active_units") == [
+    assert titles("loss", "reconstruction_loss", "kl", "behavioural_loss", "eval_generation_loss", "active_units") == [
         "Error of the weights", "Loss through the base model", "Information in z (KL)"
     ]  # fmt: skip
 
@@ -368,7 +367,7 @@ def test_training_is_a_line_and_evaluation_points():
 
 
 def test_short_runs_are_drawn_as_logged_and_read_from_a_file(tmp_path):
-    state = history("functional_loss")
+    state = history("behavioural_loss")
     (tmp_path / "trainer_state.json").write_text(json.dumps(state))
     (ax,) = plot_losses(tmp_path / "trainer_state.json").axes
     assert ax.lines[0].get_xydata().tolist() == ax.lines[1].get_xydata().tolist() == [
@@ -525,8 +524,8 @@ def folder(tmp_path_factory, tokenizer):
         "True",
     ]
     assert main([*train, *small, "--latent_size", "8", "--disable_tqdm", "True"]) == 0
-    functional = folder / "generator" / "functional" / "checkpoint-4"
-    shutil.copytree(folder / "generator" / "checkpoint-4", functional)
+    behavioural = folder / "generator" / "behaviour" / "checkpoint-4"
+    shutil.copytree(folder / "generator" / "checkpoint-4", behavioural)
     short = folder / "generator" / "short" / "checkpoint-1"
     short.mkdir(parents=True)
     (short / "trainer_state.json").write_text('{"log_history": []}')
@@ -537,7 +536,7 @@ def folder(tmp_path_factory, tokenizer):
 
 
 def test_command_writes_all_pictures_beside_the_report(folder):
-    pictures = {"losses", "losses-functional", "maps", "module_errors", "recovered_gain"}
+    pictures = {"losses", "losses-behaviour", "maps", "module_errors", "recovered_gain"}
     expected = {"evaluation.json", "evaluation.md", *(f"{name}.png" for name in pictures)}
     assert {path.name for path in (folder / "with").iterdir()} == expected
     for name in pictures:

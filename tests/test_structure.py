@@ -24,7 +24,7 @@ LEVELS = [  # a module imports from earlier levels only
     {"suite", "smollm2", "completion", "layout"},
     {"adapter"},
     {"task_vectors"},
-    {"configuration_lora_generator", "functional", "importing", "serving"},
+    {"configuration_lora_generator", "behaviour", "importing", "serving"},
     {"zoo", "modeling_lora_generator"},
     {"collection", "trainer", "evaluation"},
     {"metrics", "plots"},
@@ -68,8 +68,8 @@ def test_trainer_and_generator_know_no_zoo():
         return imports_of(name) | {deeper for other in imports_of(name) for deeper in all_imports(other)}
 
     assert "zoo" not in all_imports("trainer")
-    assert "zoo" not in all_imports("modeling_lora_generator") | all_imports("functional")
-    assert "modeling_lora_generator" not in all_imports("functional")
+    assert "zoo" not in all_imports("modeling_lora_generator") | all_imports("behaviour")
+    assert "modeling_lora_generator" not in all_imports("behaviour")
     assert "modeling_lora_generator" not in all_imports("zoo")
     assert "zoo" in all_imports("evaluation")  # the search itself works
 

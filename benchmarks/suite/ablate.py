@@ -23,9 +23,9 @@ from train import SIZES
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
 
 from hf_icm_lora import (
+    BehaviouralCollator,
+    BehaviouralDataset,
     CompletionCollator,
-    FunctionalCollator,
-    FunctionalDataset,
     LoraGeneratorConfig,
     LoraGeneratorModel,
     LoraGeneratorTrainer,
@@ -38,8 +38,8 @@ from hf_icm_lora import (
     recovered_gain,
     smollm2_path,
 )
+from hf_icm_lora.behaviour import behavioural_loss
 from hf_icm_lora.files import write_json
-from hf_icm_lora.functional import functional_loss
 from hf_icm_lora.model_card import run_metadata
 from hf_icm_lora.task_vectors import MODES
 
@@ -57,9 +57,8 @@ class Arm:
     num_snapshots: int = 1
     num_loras: int = 48
     zoo: str | None = None  # beside the other arms' zoo: LoRAs of the same tasks, made in another way
-    functional: bool = True
+    behavioural: bool = True
     with_lora: bool = False  # behavioural training on the tasks alone that have a LoRA
-    distilled: bool = False  # from their LoRAs, instead of from labels
     bf16: bool = False  # the generator's own products, by autocast
 
 
@@ -98,9 +97,8 @@ ARMS = {
     "24 LoRAs": Arm(num_loras=24),
     "24 LoRAs, A trained": Arm(num_loras=24, zoo="zoo-train-a"),
     "tasks with a LoRA, labels": Arm(with_lora=True),
-    "tasks with a LoRA, distilled": Arm(with_lora=True, distilled=True),
-    "LoRAs alone": Arm(functional=False),
-    "LoRAs alone, the paper's network": Arm(config={"architecture": "conv1d"}, functional=False),
+    "LoRAs alone": Arm(behavioural=False),
+    "LoRAs alone, the paper's network": Arm(config={"architecture": "conv1d"}, behavioural=False),
 }
 
 
@@ -109,7 +107,7 @@ class AblateOptions:
     arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": "Names of arms, by default all."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     reconstruction_steps: int = field(default=100)
-    functional_steps: int = field(default=50)
+    behavioural_steps: int = field(default=50)
     zoo: str = field(default="build/suite/zoo", metadata={"help": "The zoo of collect.py."})
     vectors: str = field(default="build/suite/task_vectors.safetensors", metadata={"help": "Made by train.py."})
     output: str = field(default="benchmarks/results/ablations.json", metadata={"help": "Where the figures go."})
@@ -167,7 +165,7 @@ class Bench:
     @torch.no_grad()
     def loss(self, zoo: LoraZoo, lora_weights: torch.Tensor, name: str) -> float:
         batch = self.batches[name]
-        return functional_loss(self.base, zoo.layout, lora_weights[None], zoo.shared_weights, batch).item()
+        return behavioural_loss(self.base, zoo.layout, lora_weights[None], zoo.shared_weights, batch).item()
 
     def run(self, arm: Arm, seed: int) -> dict:
         options, vectors = self.options, narrowed(self.vectors, arm)
@@ -191,15 +189,14 @@ class Bench:
         }
         start = time.perf_counter()
         dataset, behaviour = seen.as_dataset(num_snapshots=arm.num_snapshots, modes=arm.modes), None
-        if arm.functional:
+        if arm.behavioural:
             names = SPLITS["seen"] + SPLITS["samples"]
             if arm.with_lora:
                 names = list(seen)
             if arm.num_tasks:  # evenly over the list, whose order is by family
                 names = names[:: len(names) // arm.num_tasks][: arm.num_tasks]
             tasks = [self.suite[name] for name in names]
-            teachers = {name: seen.lora_weights(name) for name in seen} if arm.distilled else None
-            behaviour = FunctionalDataset(tasks, vectors, num_samples=8, modes=arm.modes, teachers=teachers)
+            behaviour = BehaviouralDataset(tasks, vectors, num_samples=8, modes=arm.modes)
         generator.fit_normalizer(dataset, behaviour)
         LoraGeneratorTrainer(
             generator,
@@ -210,10 +207,10 @@ class Bench:
             collate = CompletionCollator(self.tokenizer, template=self.zoo.template, row_length=48)
             LoraGeneratorTrainer(
                 generator,
-                LoraGeneratorTrainingArguments(max_steps=options.functional_steps, learning_rate=6e-3, **common),
+                LoraGeneratorTrainingArguments(max_steps=options.behavioural_steps, learning_rate=6e-3, **common),
                 base_model=self.base,
                 train_dataset=behaviour,
-                data_collator=FunctionalCollator(collate),
+                data_collator=BehaviouralCollator(collate),
             ).train()
         seconds = time.perf_counter() - start
         mode = "description" if arm.modes == ("description",) else "demonstrations"
@@ -239,7 +236,7 @@ def main() -> None:
             if all(run["seed"] != seed for run in runs):
                 runs.append(bench.run(ARMS[name], seed))
                 steps = {"reconstruction_steps": options.reconstruction_steps}
-                steps |= {"functional_steps": options.functional_steps, "num_loras": len(bench.zoo)}
+                steps |= {"behavioural_steps": options.behavioural_steps, "num_loras": len(bench.zoo)}
                 write_json(output, {**run_metadata(0), **steps, "arms": report["arms"]})
     print(ablations(report))
 

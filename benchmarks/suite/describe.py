@@ -28,8 +28,8 @@ from hf_icm_lora import (
     smollm2_generator_path,
     smollm2_path,
 )
+from hf_icm_lora.behaviour import ExampleLoss, behavioural_loss
 from hf_icm_lora.files import write_json
-from hf_icm_lora.functional import functional_loss
 from hf_icm_lora.model_card import run_metadata
 
 # The first rule that matches is used once.
@@ -86,7 +86,7 @@ def main() -> None:
             batch, examples = collate(task.test), task.demo[:12]
 
             def loss(lora_weights: torch.Tensor, batch=batch) -> float:
-                return functional_loss(base, zoo.layout, lora_weights[None], zoo.shared_weights, batch).item()
+                return behavioural_loss(base, zoo.layout, lora_weights[None], zoo.shared_weights, batch).item()
 
             bounds = loss(torch.zeros(zoo.layout.num_weights)), loss(zoo.lora_weights(name))
             for row, given in {
@@ -98,8 +98,10 @@ def main() -> None:
                 weights = generator.decode_task_vector(extractor.vector(base, tokenizer, **given))
                 made = {row: weights}
                 if "examples" in given:
-                    scale = generator.best_scale(examples, weights, base, tokenizer)
-                    made[f"{row}, scaled"] = zoo.layout.scaled(weights, scale)
+                    losses = ExampleLoss(
+                        base, tokenizer, zoo.layout, zoo.shared_weights, examples, zoo.template
+                    ).at_scales(weights)
+                    made[f"{row}, scaled"] = zoo.layout.scaled(weights, min(losses, key=losses.get))
                 for label, own in made.items():
                     gain = recovered_gain(bounds[0], loss(own), bounds[1])
                     if gain is not None:

@@ -28,9 +28,9 @@ from hf_icm_lora import (
     smollm2_generator_path,
     smollm2_path,
 )
+from hf_icm_lora.behaviour import behavioural_loss
 from hf_icm_lora.completion import fill_template
 from hf_icm_lora.files import write_json
-from hf_icm_lora.functional import functional_loss
 from hf_icm_lora.model_card import run_metadata
 
 
@@ -75,7 +75,7 @@ def main() -> None:
             length = None if context else 64
             collate = CompletionCollator(tokenizer, False, zoo.template, context, 1024, row_length=length)
             batch = collate(task.test)
-            return functional_loss(base, zoo.layout, lora_weights[None], zoo.shared_weights, batch).item()
+            return behavioural_loss(base, zoo.layout, lora_weights[None], zoo.shared_weights, batch).item()
 
         base_loss, task_lora_loss = loss(no_adapter), loss(zoo.lora_weights(name))
         for given, others in ((task.demo[:most], task.demo[-most:]), (task.demo[-most:], task.demo[:most])):

@@ -28,9 +28,9 @@ from hf_icm_lora import (
     smollm2_generator_path,
     smollm2_path,
 )
+from hf_icm_lora.behaviour import ExampleLoss, behavioural_loss
 from hf_icm_lora.evaluation import FINE_TUNE_RATE
 from hf_icm_lora.files import write_json
-from hf_icm_lora.functional import functional_loss
 from hf_icm_lora.model_card import run_metadata
 
 
@@ -62,12 +62,13 @@ def main() -> None:
         examples, batch = task.demo[: options.num_examples], collate(task.test)
 
         def loss(lora_weights: torch.Tensor, batch=batch) -> float:
-            return functional_loss(base, zoo.layout, lora_weights[None], zoo.shared_weights, batch).item()
+            return behavioural_loss(base, zoo.layout, lora_weights[None], zoo.shared_weights, batch).item()
 
         start = time.perf_counter()
         generated = generator.decode_task_vector(extractor.vector(base, tokenizer, examples))
         generation = time.perf_counter() - start
         zero = torch.zeros_like(generated)
+        example_loss = ExampleLoss(base, tokenizer, zoo.layout, zoo.shared_weights, examples, zoo.template)
         bounds = loss(zero), loss(zoo.lora_weights(name))
         for row, beginning, before, rate in (
             ("refined", generated, generation, {}),
@@ -76,7 +77,7 @@ def main() -> None:
             table[row][name] = {}
             for steps in options.steps:
                 start = time.perf_counter()
-                weights = generator.fit_to_examples(examples, [beginning], base, tokenizer, steps, **rate)
+                weights = example_loss.refine(beginning, steps, **rate)
                 seconds = before + time.perf_counter() - start
                 gain = recovered_gain(bounds[0], loss(weights), bounds[1])
                 table[row][name][steps] = {"recovered_gain": gain, "seconds": seconds}

@@ -27,8 +27,8 @@ from hf_icm_lora import (
     smollm2_generator_path,
     smollm2_path,
 )
+from hf_icm_lora.behaviour import behavioural_loss
 from hf_icm_lora.files import write_json
-from hf_icm_lora.functional import functional_loss
 from hf_icm_lora.model_card import run_metadata
 
 # Steps of the best uniform quantizer of a normal variable of unit variance (Max 1960, table II): bits -> step.
@@ -101,7 +101,7 @@ def main() -> None:
         batch = CompletionCollator(tokenizer, template=zoo.template, row_length=64)(suite[names[i]].test)
         variants = {"base": torch.zeros_like(mean), "task_lora": weights[i]} | {k: v[1][i] for k, v in kept.items()}
         loss = {
-            label: functional_loss(base, zoo.layout, variant[None], zoo.shared_weights, batch).item()
+            label: behavioural_loss(base, zoo.layout, variant[None], zoo.shared_weights, batch).item()
             for label, variant in variants.items()
         }
         for label in kept:

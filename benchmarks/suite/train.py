@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_icm_lora import (
+    BehaviouralCollator,
+    BehaviouralDataset,
     CompletionCollator,
-    FunctionalCollator,
-    FunctionalDataset,
     LoraGeneratorConfig,
     LoraGeneratorModel,
     LoraGeneratorTrainer,
@@ -48,7 +48,7 @@ class TrainOptions:
     seed: int = field(default=0, metadata={"help": "Of initialization and training."})
     num_loras: int = field(default=48, metadata={"help": "LoRAs of seen tasks for reconstruction."})
     reconstruction_steps: int = field(default=300, metadata={"help": "Steps on the zoo's LoRAs."})
-    functional_steps: int = field(default=1600, metadata={"help": "Steps through the base model; may be 0."})
+    behavioural_steps: int = field(default=1600, metadata={"help": "Steps through the base model; may be 0."})
     learning_rate: float = field(default=8e-3, metadata={"help": "Of behavioural training."})
 
 
@@ -67,7 +67,7 @@ def main() -> None:
         vectors = extractor.extract(base, tokenizer, tasks)
         vectors.save(options.vectors)
 
-    functional_dataset = FunctionalDataset(tasks, vectors, num_samples=8)
+    behavioural_dataset = BehaviouralDataset(tasks, vectors, num_samples=8)
     common = {"seed": options.seed, "report_to": "none", "save_only_model": False}
     set_seed(options.seed)
     checkpoints = output_dir / "checkpoints"
@@ -80,7 +80,7 @@ def main() -> None:
         sizes = {"architecture": options.architecture, **SIZES[options.architecture]}
         generator = LoraGeneratorModel(LoraGeneratorConfig.from_zoo(zoo, **sizes))
         dataset = zoo.as_dataset(num_snapshots=1)
-        generator.fit_normalizer(dataset, functional_dataset)
+        generator.fit_normalizer(dataset, behavioural_dataset)
         trainer = LoraGeneratorTrainer(
             generator,
             LoraGeneratorTrainingArguments(
@@ -93,19 +93,19 @@ def main() -> None:
         trainer.save_state()
         generator = generator.without_encoder()  # reconstruction is over, and the encoder is half the size
 
-    if options.functional_steps:
+    if options.behavioural_steps:
         trainer = LoraGeneratorTrainer(
             generator,
             LoraGeneratorTrainingArguments(
-                output_dir=str(checkpoints), max_steps=options.functional_steps, per_device_train_batch_size=16,
+                output_dir=str(checkpoints), max_steps=options.behavioural_steps, per_device_train_batch_size=16,
                 learning_rate=options.learning_rate, logging_steps=25, save_steps=300,
                 # Constant for the first half: a longer run can go on from a checkpoint before its end.
                 lr_scheduler_type="warmup_stable_decay",
-                lr_scheduler_kwargs={"num_decay_steps": options.functional_steps // 2}, **common,
+                lr_scheduler_kwargs={"num_decay_steps": options.behavioural_steps // 2}, **common,
             ),
             base_model=base,
-            train_dataset=functional_dataset,
-            data_collator=FunctionalCollator(CompletionCollator(tokenizer, template=SPEC.template, row_length=48)),
+            train_dataset=behavioural_dataset,
+            data_collator=BehaviouralCollator(CompletionCollator(tokenizer, template=SPEC.template, row_length=48)),
         )  # fmt: skip
         trainer.train(resume_from_checkpoint=last)
         trainer.save_state()
