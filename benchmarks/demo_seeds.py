@@ -11,8 +11,8 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
-from hf_icm_lora.evaluation import read_report
 from hf_icm_lora.files import write_json
+from hf_icm_lora.report import read_report
 
 ROOT = Path(__file__).parent.parent
 

@@ -23,7 +23,7 @@ from benchmarks.speed import RandomAdapters, in_own_process, peak_gib
 from hf_icm_lora import LoraGeneratorConfig, LoraGeneratorModel, LoraLayout, LoraZoo, TaskVectors, TaskVectorSpec
 from hf_icm_lora.files import safe_dirname
 from hf_icm_lora.layout import PREFIX, LoraModule
-from hf_icm_lora.model_card import stored_bytes
+from hf_icm_lora.report import stored_bytes
 
 WORK = Path("build/growth")
 TASKS_BATCH_SIZE, BATCH_SIZE, STEPS = 16, 4, 5

@@ -38,7 +38,7 @@ from hf_icm_lora import (
     smollm2_path,
 )
 from hf_icm_lora.completion import fill_template
-from hf_icm_lora.evaluation import write_report
+from hf_icm_lora.report import write_report
 
 SEEN = (
     "country_names/german", "country_names/french", "country_names/spanish", "country_facts/capital",

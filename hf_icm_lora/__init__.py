@@ -7,6 +7,7 @@ from .completion import CompletionCollator
 from .configuration_lora_generator import LoraGeneratorConfig
 from .errors import (
     CorruptAdapterError,
+    EvaluationError,
     IcmLoraError,
     IncompatibleAdapterError,
     NotFittedError,
@@ -15,10 +16,11 @@ from .errors import (
     UnfamiliarTaskError,
     ZooError,
 )
-from .evaluation import evaluate_generator, read_report, recovered_gain
+from .evaluation import evaluate_generator
 from .layout import LoraLayout
-from .model_card import add_evaluation, format_report, generator_card
+from .model_card import add_evaluation, generator_card
 from .modeling_lora_generator import LoraGeneratorModel, LoraGeneratorOutput
+from .report import format_report, read_report, recovered_gain
 from .serving import check_serving_compatibility, export_gguf, plain_adapter
 from .smollm2 import smollm2_generator_path, smollm2_path
 from .suite import built_in_tasks
@@ -36,6 +38,7 @@ __all__ = [
     "CollectionArguments",
     "CompletionCollator",
     "CorruptAdapterError",
+    "EvaluationError",
     "ExampleLoss",
     "IcmLoraError",
     "IncompatibleAdapterError",

@@ -36,14 +36,15 @@ from .collection import CollectionArguments, collect_zoo
 from .completion import DEFAULT_TEMPLATE, CompletionCollator
 from .configuration_lora_generator import LoraGeneratorConfig
 from .errors import IcmLoraError, IncompatibleAdapterError, TaskError
-from .evaluation import MORE_ROWS, evaluate_generator, read_report
+from .evaluation import MORE_ROWS, evaluate_generator
 from .files import as_plain
 from .hub import CARD_FILE, push_files, require_hub_id, save_adapter_card
 from .importing import adapter_folder
-from .model_card import add_evaluation, addressed, format_report, is_local
+from .model_card import add_evaluation, addressed, is_local
 from .modeling_lora_generator import LoraGeneratorModel
 from .plots import require_matplotlib, write_plots
 from .processes import state
+from .report import REPORT_FILE, format_report, read_report
 from .serving import check_serving_compatibility, export_gguf, plain_adapter
 from .smollm2 import smollm2_generator_path, smollm2_path
 from .suite import built_in_tasks
@@ -363,11 +364,11 @@ def push_folder(path: Path, config_file: str, options: PushOptions, target: dict
     if (path / CARD_FILE).exists():
         card = addressed(ModelCard.load(path / CARD_FILE), options.repo_id, local_base, base)
         if options.evaluation:
-            report = read_report(Path(options.evaluation) / "evaluation.json")
+            report = read_report(Path(options.evaluation) / REPORT_FILE)
             pictures = sorted(Path(options.evaluation).glob("*.png"))
             card = add_evaluation(card, report, [f"evaluation/{picture.name}" for picture in pictures])
             files |= {f"evaluation/{picture.name}": picture for picture in pictures}
-            files["evaluation/evaluation.json"] = Path(options.evaluation) / "evaluation.json"
+            files[f"evaluation/{REPORT_FILE}"] = Path(options.evaluation) / REPORT_FILE
         if options.license:
             card.data.license = options.license
         files[CARD_FILE] = card.content.encode()

@@ -20,10 +20,9 @@ and, when asked for,
     scaled            the generated adapter at the scale from 0 to 1 that has the least loss on the examples: what
                       `generate_adapter` does, where all rows but this and the next are at full strength
     best_rival        of the four plain rivals at the same scales, the one with the least loss on the examples
-    best_of_n         of `num_samples` generated adapters, the one with the least loss on the examples
     refined           the generated adapter after `refine_steps` gradient steps on the examples
     fine_tuned        as many steps on the same examples from no adapter at all
-    fallback          nothing where the task is unfamiliar or the adapter does harm on the examples, else that adapter
+    fallback          nothing where the generated adapter does harm on the examples, else that adapter
     noisy_nearest     of the seen LoRAs the one nearest to the generated adapter, plus noise to be as far from it
 
 Other generators can be scored in the same run, each as a row of its own.
@@ -32,8 +31,6 @@ For a seen task, `nearest_lora` and `top_k_merge` may not choose the task itself
 chosen by leaving one seen task out, in weight space, so no rival sees a test sample either.
 """
 
-import json
-import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -51,11 +48,12 @@ from transformers.utils import logging
 from .adapter import attach_adapter, canonical_lora_config, frozen_base, require_bare, restored
 from .behaviour import SCALES, ExampleLoss
 from .completion import CompletionCollator, fill_template, score_completions
-from .errors import IncompatibleAdapterError, NotFittedError, TaskError, ZooError
-from .files import commit_file, write_json
-from .model_card import format_report, run_metadata, stored_bytes
-from .modeling_lora_generator import UNFAMILIAR, LoraGeneratorModel
+from .errors import IncompatibleAdapterError, TaskError, ZooError
+from .model_card import run_metadata
+from .modeling_lora_generator import LoraGeneratorModel
 from .processes import gathered, own_part, state
+from .report import storage, summarize, write_report
+from .rivals import Rivals
 from .task_vectors import TaskVectorExtractor, TaskVectorSpec
 from .tasks import Task, check_unique_names
 from .zoo import LoraZoo
@@ -63,24 +61,7 @@ from .zoo import LoraZoo
 PLAIN_RIVALS = ("mean_lora", "nearest_lora", "top_k_merge", "ridge")  # made of the seen tasks' LoRAs alone
 ROWS = ("base", "task_lora", "generated", "wrong_condition", *PLAIN_RIVALS, "few_shot_prompt")
 FINE_TUNE_RATE = 1e-2  # of the row fine_tuned: from B = 0 it has farther to go than from a generated adapter
-MORE_ROWS = (
-    "description", "both", "scaled", "best_rival", "best_of_n", "refined", "fine_tuned", "fallback", "noisy_nearest"
-)  # fmt: skip
-
-
-def recovered_gain(base_loss: float, loss: float, task_lora_loss: float) -> float | None:
-    """Return G clipped to [-1, 1], or `None` where fine-tuning itself gained nothing, so that G means nothing.
-
-    A loss that is not finite is the worst there is: -1.
-
-    Example:
-        >>> recovered_gain(base_loss=3.0, loss=1.5, task_lora_loss=1.0)
-        0.75
-    """
-    gain = base_loss - task_lora_loss
-    if not gain > 0:
-        return None
-    return max(-1.0, min(1.0, (base_loss - loss) / gain)) if math.isfinite(loss) else -1.0
+MORE_ROWS = ("description", "both", "scaled", "best_rival", "refined", "fine_tuned", "fallback", "noisy_nearest")
 
 
 def evaluate_generator(
@@ -92,7 +73,6 @@ def evaluate_generator(
     *,
     num_examples: int = 12,
     more_rows: Sequence[str] = (),
-    num_samples: int = 8,
     refine_steps: int = 20,
     other_generators: Mapping[str, LoraGeneratorModel] | None = None,
     batch_size: int = 32,
@@ -112,8 +92,7 @@ def evaluate_generator(
         num_examples (`int`, *optional*, defaults to 12): `demo` samples that the generator, the rivals that need a
             task vector, and the few-shot prompt are given, the same for all.
         more_rows (`Sequence[str]`, *optional*): Further rows, out of `"description"`, `"both"`, `"scaled"`,
-            `"best_rival"`, `"best_of_n"`, `"refined"`, `"fine_tuned"`, `"fallback"` and `"noisy_nearest"`.
-        num_samples (`int`, *optional*, defaults to 8): Adapters of the row `best_of_n`.
+            `"best_rival"`, `"refined"`, `"fine_tuned"`, `"fallback"` and `"noisy_nearest"`.
         refine_steps (`int`, *optional*, defaults to 20): Gradient steps of the rows `refined` and `fine_tuned`.
         other_generators (`Mapping[str, LoraGeneratorModel]`, *optional*): More generators of the same layout and
             lora_A, scored on the same examples: row name -> generator.
@@ -125,7 +104,6 @@ def evaluate_generator(
 
     Raises:
         IncompatibleAdapterError: if zoo, generators and base model do not belong together.
-        NotFittedError: if the row `"fallback"` is asked for and the generator has no map of its training tasks.
         TaskError: if there is no task, or one lacks samples or, for the rows `"description"` and `"both"`, a
             description.
         ValueError: if a further row is unknown, or another generator has the name of a row.
@@ -150,8 +128,6 @@ def evaluate_generator(
     if taken := sorted({*ROWS, *MORE_ROWS} & others.keys()):
         raise ValueError(f"other_generators: {taken} are names of rows already.")
     chosen_rows = (*ROWS, *(row for row in MORE_ROWS if row in more_rows), *others)
-    if "fallback" in more_rows and generator.task_map is None:
-        raise NotFittedError("The row 'fallback' needs a map of the training tasks: call map_tasks(task_vectors).")
     tasks = check_unique_names(tasks)
     if not tasks:
         raise TaskError("Expected at least one task to score, found none.")
@@ -177,7 +153,11 @@ def evaluate_generator(
         with _timed(seconds["task_vector"]):
             vectors[task.name] = extractor.vector(base_model, processing_class, task.demo[:num_examples])
     vectors = gathered(vectors)
-    rivals = _Rivals(zoo.subset(seen_in_zoo))
+    banks = zoo.task_vectors.banks
+    rivals = Rivals(
+        {name: zoo.lora_weights(name) for name in seen_in_zoo},
+        {name: banks[name]["demonstrations"] for name in seen_in_zoo},
+    )
     rows: dict[str, dict[str, dict[str, dict]]] = {split: {row: {} for row in chosen_rows} for split in splits}
     own_parts = {split: own_part(members) for split, members in splits.items()}
     total = sum(map(len, own_parts.values())) * len(chosen_rows)
@@ -217,13 +197,8 @@ def evaluate_generator(
                     candidates = [zoo.layout.scaled(weights[row], s) for row in PLAIN_RIVALS for s in SCALES]
                     losses = example_loss(torch.stack(candidates)).tolist()
                     weights["best_rival"] = candidates[losses.index(min(losses))]
-                if "best_of_n" in more_rows:
-                    with _timed(seconds.setdefault("best_of_n", [])):
-                        candidates = [adapter.cpu() for adapter in generator.candidates(own, num_samples)]
-                        weights["best_of_n"] = candidates[int(example_loss(torch.stack(candidates)).argmin())]
                 if "fallback" in more_rows:
-                    unfamiliar = generator.novelty(own)[0] > UNFAMILIAR or gain < 0  # on_unfamiliar="base"
-                    weights["fallback"] = torch.zeros_like(generated) if unfamiliar else generated
+                    weights["fallback"] = torch.zeros_like(generated) if gain < 0 else generated
                 if "noisy_nearest" in more_rows:
                     weights["noisy_nearest"] = rivals.noisy_nearest(generated, task.name)
                 for row, start, rate in (
@@ -248,8 +223,6 @@ def evaluate_generator(
                     progress.update()
                 rows[split]["generated"][task.name] |= _weight_errors(generated, weights["task_lora"])
                 rows[split]["generated"][task.name]["gain_on_examples"] = gain
-                if generator.task_map is not None:
-                    rows[split]["generated"][task.name]["novelty"] = generator.novelty(own)[0]
                 for row, own_weights in weights.items():
                     rows[split][row][task.name]["nearest_seen_distance"] = rivals.distance(own_weights, task.name)
     progress.close()
@@ -261,8 +234,8 @@ def evaluate_generator(
     report = {
         **run_metadata(generator.config.task_vector_spec["seed"]),
         "num_examples": num_examples,
-        "splits": {split: _summarize(tables) for split, tables in rows.items() if tables["base"]},
-        "storage": storage(generator, zoo),
+        "splits": {split: summarize(tables) for split, tables in rows.items() if tables["base"]},
+        "storage": storage(generator, len(seen_in_zoo)),
         "seconds": {
             **{name: round(statistics.median(times), 4) for name, times in seconds.items() if times},
             "fine_tuning": round(statistics.mean(zoo.records[task.name].get("seconds", 0.0) for task in tasks), 2),
@@ -299,82 +272,6 @@ def _another(task: Task, members: Sequence[Task], tasks: Sequence[Task]) -> Task
     return others[(others.index(task) + len(others) // 2) % len(others)]
 
 
-class _Rivals:
-    """What can be done with the seen tasks' LoRAs and vectors without training anything.
-
-    Task vectors are standardized per entry and averaged over draws; cosines are taken between those.
-    """
-
-    def __init__(self, seen: LoraZoo, top_k: int = 4):
-        banks = seen.task_vectors.banks
-        self.names = list(seen)
-        self.weights = torch.stack([seen.lora_weights(name) for name in self.names])  # (tasks, num_weights)
-        self.mean = self.weights.mean(0)
-        self.deviation = (self.weights - self.mean).square().sum(1).mean().sqrt().clamp(min=1e-12)
-        vectors = torch.stack([banks[name]["demonstrations"].mean(0).flatten() for name in self.names])
-        self.center, self.scale = vectors.mean(0), vectors.std(0, correction=0).clamp(min=1e-6)
-        self.vectors = self._standardize(vectors)  # (tasks, features)
-        self.top_k = min(top_k, len(self.names) - 1)
-        self.temperature = min((0.02, 0.05, 0.1, 0.2, 0.5), key=self._merge_error)
-        self.kernel = self.vectors @ self.vectors.T / self.vectors.shape[1]
-        self.penalty = min((0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0), key=self._ridge_error)
-        self.dual = torch.linalg.solve(self._penalized(self.penalty), self.weights - self.mean)  # (tasks, num_weights)
-
-    def nearest(self, vector: torch.Tensor, task: str) -> torch.Tensor:
-        return self.weights[self._cosines(vector, task).argmax()]
-
-    def top_k_merge(self, vector: torch.Tensor, task: str) -> torch.Tensor:
-        return self._merge(self._cosines(vector, task), self.temperature)
-
-    def ridge(self, vector: torch.Tensor) -> torch.Tensor:
-        query = self._standardize(vector.mean(0).flatten())
-        return self.mean + (self.vectors @ query / len(query)) @ self.dual
-
-    def distance(self, weights: torch.Tensor, task: str) -> float:
-        """Return the distance to the nearest seen adapter of another task; 1 is their usual one from their mean."""
-        return (self._nearest_by_weights(weights, task)[1] / self.deviation).item()
-
-    def noisy_nearest(self, weights: torch.Tensor, task: str) -> torch.Tensor:
-        """Return the nearest seen adapter of another task, with noise of the length of its distance."""
-        nearest, distance = self._nearest_by_weights(weights, task)
-        noise = torch.randn(len(weights), generator=torch.Generator().manual_seed(0))
-        return nearest + noise * (distance / noise.norm())
-
-    def _nearest_by_weights(self, weights: torch.Tensor, task: str) -> tuple[torch.Tensor, torch.Tensor]:
-        others = [index for index, name in enumerate(self.names) if name != task] or [0]  # one task has no other
-        distance, index = (self.weights[others] - weights).norm(dim=1).min(0)
-        return self.weights[others[index]], distance
-
-    def _standardize(self, vectors: torch.Tensor) -> torch.Tensor:
-        return (vectors - self.center) / self.scale
-
-    def _cosines(self, vector: torch.Tensor, task: str) -> torch.Tensor:
-        query = self._standardize(vector.mean(0).flatten())
-        cosines = nn.functional.cosine_similarity(self.vectors, query[None])
-        if task in self.names and len(self.names) > 1:
-            cosines[self.names.index(task)] = -torch.inf
-        return cosines
-
-    def _merge(self, cosines: torch.Tensor, temperature: float) -> torch.Tensor:
-        values, indices = cosines.topk(max(1, self.top_k))
-        return (values / temperature).softmax(0) @ self.weights[indices]
-
-    def _merge_error(self, temperature: float) -> float:
-        cosines = nn.functional.cosine_similarity(self.vectors[:, None], self.vectors[None], dim=2)
-        cosines.fill_diagonal_(-torch.inf)
-        merged = torch.stack([self._merge(row, temperature) for row in cosines])
-        return (merged - self.weights).square().mean().item()
-
-    def _penalized(self, penalty: float) -> torch.Tensor:
-        return self.kernel + penalty * torch.eye(len(self.names))
-
-    def _ridge_error(self, penalty: float) -> float:
-        # The closed form of leaving one task out: its residual is its dual weight over the inverse's diagonal.
-        inverse = torch.linalg.inv(self._penalized(penalty))
-        residuals = inverse @ (self.weights - self.mean) / inverse.diagonal()[:, None]
-        return residuals.square().mean().item()
-
-
 class _timed:  # noqa: N801
     """Append the seconds spent in the `with` block to a list."""
 
@@ -405,71 +302,3 @@ def _weight_errors(generated: torch.Tensor, target: torch.Tensor) -> dict[str, f
         "relative_error": ((generated - target).norm() / target.norm().clamp(min=1e-12)).item(),
         "cosine": nn.functional.cosine_similarity(generated, target, dim=0).item(),
     }
-
-
-def _summarize(tables: Mapping[str, Mapping[str, dict]]) -> dict[str, dict]:
-    summary = {}
-    for row, scores in tables.items():
-        for name, score in scores.items():
-            base, oracle = tables["base"][name]["loss"], tables["task_lora"][name]["loss"]
-            score["recovered_gain"] = recovered_gain(base, score["loss"], oracle)
-        gains = [score["recovered_gain"] for score in scores.values() if score["recovered_gain"] is not None]
-        summary[row] = {
-            "mean_recovered_gain": statistics.mean(gains) if gains else None,
-            "median_recovered_gain": statistics.median(gains) if gains else None,
-            "min_recovered_gain": min(gains, default=None),
-            "mean_loss": statistics.mean(score["loss"] for score in scores.values()),
-            "exact_match": statistics.mean(score["exact_match"] for score in scores.values()),
-            "tasks": scores,
-        }
-        distances = [score["nearest_seen_distance"] for score in scores.values() if "nearest_seen_distance" in score]
-        if distances:
-            summary[row]["nearest_seen_distance"] = statistics.mean(distances)
-        for sign in ("novelty", "gain_on_examples"):  # do they tell G?
-            judged = [s for s in scores.values() if sign in s and s["recovered_gain"] is not None]
-            if judged:
-                pairs = [(score[sign], score["recovered_gain"]) for score in judged]
-                summary[row][f"{sign}_correlation"] = rank_correlation(*zip(*pairs, strict=True))
-    return summary
-
-
-def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Return Spearman's rank correlation, ties sharing their mean rank; `None` if one side is constant.
-
-    Example:
-        >>> rank_correlation([0.1, 0.5, 0.9], [3.0, 2.0, 1.0])
-        -1.0
-    """
-    if len(set(x)) < 2 or len(set(y)) < 2:
-        return None
-    ranks = ([sum((o < v) + (o == v) / 2 for o in values) for v in values] for values in (x, y))
-    return statistics.correlation(*ranks)
-
-
-def storage(generator: LoraGeneratorModel, zoo: LoraZoo) -> dict[str, Any]:
-    """Compare the generator's size with that of one fp16 adapter per seen task.
-
-    Returns:
-        `dict`: `generator_bytes` (as stored), `adapter_bytes` (one in fp16), `shared_bytes` (what all adapters share,
-        in fp16), `num_seen_tasks`, `ratio` of the first to all adapters and what they share, and `break_even_tasks`,
-        the number of adapters from which on the generator is smaller.
-    """
-    size_of = stored_bytes(generator)
-    num_seen = len(set(generator.config.training_tasks or ()).intersection(zoo))
-    all_adapters = size_of["adapter_bytes"] * num_seen + size_of["shared_bytes"]
-    ratio = round(size_of["generator_bytes"] / all_adapters, 3) if num_seen else None
-    return size_of | {"num_seen_tasks": num_seen, "ratio": ratio}
-
-
-def write_report(report: Mapping[str, Any], output_dir: str | Path) -> None:
-    """Write `evaluation.json` and `evaluation.md` into a directory."""
-    output_dir = Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(output_dir / "evaluation.json", report)
-    with commit_file(output_dir / "evaluation.md") as temporary:
-        temporary.write_text(format_report(report), encoding="utf-8")
-
-
-def read_report(path: str | Path) -> dict[str, Any]:
-    """Read a report that [`write_report`] wrote."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))

@@ -21,8 +21,8 @@ from datasets import Features, Value
 from datasets import Sequence as ListOf
 
 from .errors import IncompatibleAdapterError
-from .evaluation import recovered_gain
 from .layout import LoraLayout, split
+from .report import recovered_gain
 
 CITATION = """\
 @inproceedings{shao2025incontext,

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
+from .report import format_report, stored_bytes
+
 TEMPLATES = Path(__file__).parent / "templates"
 LIBRARY = "hf_icm_lora"
 AUTO_CLASSES = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM"}
@@ -57,18 +59,6 @@ def public_arguments(arguments: Sequence[str]) -> list[str]:
         told.append(option + equals + value)
         secret = not equals and bool(re.match("--?.*(token|key|secret|password)", argument, re.IGNORECASE))
     return told
-
-
-def stored_bytes(generator) -> dict[str, int]:
-    """Return the bytes of a generator and of fp16 adapters, as in [`storage`], which needs a zoo for the rest."""
-    generator_bytes = sum(tensor.numel() * tensor.element_size() for tensor in generator.state_dict().values())
-    adapter_bytes, shared_bytes = 2 * generator.layout.num_weights, 2 * generator.layout.num_shared_weights
-    return {
-        "generator_bytes": generator_bytes,
-        "adapter_bytes": adapter_bytes,
-        "shared_bytes": shared_bytes,
-        "break_even_tasks": max(0, -(-(generator_bytes - shared_bytes) // adapter_bytes)),
-    }
 
 
 def is_local(name_or_path: str) -> bool:
@@ -272,43 +262,6 @@ def zoo_card(zoo, *, repo_id: str, base_model_name_or_path: str, license: str | 
         vectors=" and the vectors of their tasks" if zoo.has_task_vectors else "",
         rows=zoo.task_table(),
     )
-
-
-def format_report(report: Mapping[str, Any]) -> str:
-    """Return the report as Markdown: a table per split, then storage and times."""
-    parts = []
-    for split, rows in report["splits"].items():
-        excluded = [n for n, s in rows["generated"]["tasks"].items() if s["recovered_gain"] is None]
-        lines = [
-            f"### {split.replace('_', ' ').capitalize()} tasks ({len(rows['base']['tasks'])})\n",
-            "| row | mean G | median G | min G | loss | exact match |",
-            "|---|---|---|---|---|---|",
-        ]
-        for row, summary in rows.items():
-            gains = [summary[f"{kind}_recovered_gain"] for kind in ("mean", "median", "min")]
-            cells = ["-" if gain is None else f"{gain:.2f}" for gain in gains]
-            cells += [f"{summary['mean_loss']:.3f}", f"{100 * summary['exact_match']:.0f} %"]
-            lines.append(f"| {row} | " + " | ".join(cells) + " |")
-        near = {row: rows[row].get("nearest_seen_distance") for row in ("generated", "task_lora", "mean_lora")}
-        if None not in near.values():
-            told = ", ".join(f"{row} {distance:.2f}" for row, distance in near.items())
-            lines.append(f"\nDistance to the nearest other seen adapter, in the seen ones' deviation: {told}.")
-        signs = {"the gain on the examples": "gain_on_examples", "novelty": "novelty"}
-        told = {what: rows["generated"].get(f"{sign}_correlation") for what, sign in signs.items()}
-        told = ", ".join(f"{what} {value:.2f}" for what, value in told.items() if value is not None)
-        if told:
-            lines.append(f"\nRank correlation with G of the generated adapters: {told}.")
-        if excluded:
-            lines.append(f"\nWithout G, since fine-tuning gained nothing: {', '.join(excluded)}.")
-        parts.append("\n".join(lines))
-    store, seconds = report["storage"], report["seconds"]
-    parts.append(
-        f"Generator {store['generator_bytes'] / 1e6:.1f} MB, one fp16 adapter {store['adapter_bytes'] / 1e6:.2f} MB: "
-        f"smaller than {store['break_even_tasks']} adapters or more ({store['num_seen_tasks']} seen tasks).\n"
-        f"Seconds: task vector {seconds['task_vector']:.2f}, generation {seconds['generation']:.3f}, attachment "
-        f"{seconds['attachment']:.3f}; fine-tuning one LoRA {seconds['fine_tuning']:.1f}."
-    )
-    return "\n\n".join(parts) + "\n"
 
 
 def _card_data(kind: type, base: str, license: str | None, tags: Sequence[str]):

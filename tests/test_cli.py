@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_icm_lora import LoraGeneratorModel, LoraZoo, load_adapter, save_tasks
 from hf_icm_lora.cli import COMMANDS, main
-from hf_icm_lora.evaluation import read_report
+from hf_icm_lora.report import read_report
 
 SEEN, UNSEEN = ["shift/1", "shift/2", "shift/3"], ["shift/4"]
 SMALL = ["--hidden_size", "32", "--latent_size", "8", "--max_steps", "4", "--save_strategy", "no", "--report_to",

@@ -39,8 +39,8 @@ from hf_icm_lora import (
     load_adapter,
     save_adapter,
 )
-from hf_icm_lora.evaluation import read_report
 from hf_icm_lora.files import TEMPORARY, sweep_temporary, write_json
+from hf_icm_lora.report import read_report
 
 SAVERS = [hf_icm_lora.adapter, hf_icm_lora.zoo, hf_icm_lora.task_vectors]
 CALLS = ["mkdir", "rename", "replace", "fsync", "chmod", "unlink", "rmdir"]
@@ -350,10 +350,10 @@ def test_exported_gguf_over_an_older_one(tmp_path, mode):
 def test_report_over_an_older_one(tmp_path, mode):
     def check(root, _, done):
         found = read_report(root / "report.json")
-        assert found == {"new": 1} or (found == {"old": 1} and not done)
+        assert found == {"splits": "new"} or (found == {"splits": "old"} and not done)
 
-    write = lambda root: write_json(root / "report.json", {"new": 1})  # noqa: E731
-    old = lambda root: write_json(root / "report.json", {"old": 1})  # noqa: E731
+    write = lambda root: write_json(root / "report.json", {"splits": "new"})  # noqa: E731
+    old = lambda root: write_json(root / "report.json", {"splits": "old"})  # noqa: E731
     assert matrix(tmp_path, write, check, mode, old) >= 4
 
 

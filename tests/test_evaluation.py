@@ -1,8 +1,6 @@
 """evaluate_generator: every figure means what its name says, and nothing is touched."""
 
 import json
-import math
-import re
 
 import pytest
 import torch
@@ -18,7 +16,6 @@ from hf_icm_lora import (
     LoraGeneratorConfig,
     LoraGeneratorModel,
     LoraZoo,
-    NotFittedError,
     Task,
     TaskError,
     TaskVectorExtractor,
@@ -27,11 +24,12 @@ from hf_icm_lora import (
     collect_zoo,
     evaluate_generator,
     format_report,
-    recovered_gain,
+    read_report,
 )
 from hf_icm_lora.adapter import attach_adapter, canonical_lora_config
 from hf_icm_lora.completion import CompletionCollator, score_completions
-from hf_icm_lora.evaluation import read_report
+from hf_icm_lora.report import rank_correlation, storage
+from hf_icm_lora.rivals import Rivals
 
 SEEN, UNSEEN = ["shift/1", "shift/2", "shift/3"], ["shift/4"]
 ROWS = ["base", "task_lora", "generated", "wrong_condition", "mean_lora", "nearest_lora", "top_k_merge", "ridge",
@@ -82,7 +80,8 @@ def report(zoo, generator, tokenizer, report_dir):
 
 @pytest.fixture
 def rivals(zoo):
-    return evaluation._Rivals(zoo.subset(SEEN))
+    weights = {name: zoo.lora_weights(name) for name in SEEN}
+    return Rivals(weights, {name: zoo.task_vectors.banks[name]["demonstrations"] for name in SEEN})
 
 
 def state(model):
@@ -100,15 +99,6 @@ def assert_unchanged(model, before):
     assert not any(isinstance(module, LoraLayer) for module in model.modules())
     assert torch.equal(logits, before[0])
     assert rest == before[1]
-
-
-@pytest.mark.parametrize(
-    ("base", "loss", "oracle", "gain"),
-    [(3, 3, 1, 0), (3, 1, 1, 1), (3, 2, 1, 0.5), (3, 0, 1, 1), (3, 9, 1, -1), (3, 4, 1, -0.5), (1, 0, 1, None),
-     (1, 1, 2, None), (1, 0.5, 1.5, None), (2, 5, 1, -1), (3, math.nan, 1, -1), (3, math.inf, 1, -1)],
-)  # fmt: skip
-def test_recovered_gain(base, loss, oracle, gain):
-    assert recovered_gain(base, loss, oracle) == gain
 
 
 # The report
@@ -138,28 +128,12 @@ def test_report_is_strict_json_and_stands_in_its_files(report, report_dir):
     assert (report_dir / "evaluation.md").read_text(encoding="utf-8") == format_report(report)
 
 
-def test_table_shows_every_row(report):
-    table = format_report(report)
-    assert "### Seen tasks (3)" in table
-    assert "### Unseen tasks (1)" in table
-    assert all(table.count(f"| {row} |") == 2 for row in ROWS)
-
-
 def test_base_gains_nothing_and_the_task_lora_everything(report):
     scores = [(split, name) for split, names in (("seen", SEEN), ("unseen", UNSEEN)) for name in names]
     gains = {row: [report["splits"][s][row]["tasks"][n]["recovered_gain"] for s, n in scores] for row in ROWS}
     assert gains["base"] == [0] * 4
     assert gains["task_lora"] == [1] * 4
     assert all(-1 <= gain <= 1 for row in gains.values() for gain in row)
-
-
-def test_summary_is_that_of_its_tasks(report):
-    for row in report["splits"]["seen"].values():
-        gains = sorted(score["recovered_gain"] for score in row["tasks"].values())
-        assert row["mean_recovered_gain"] == pytest.approx(sum(gains) / 3)
-        assert row["median_recovered_gain"] == gains[1]
-        assert row["min_recovered_gain"] == gains[0]
-        assert row["mean_loss"] == pytest.approx(sum(score["loss"] for score in row["tasks"].values()) / 3)
 
 
 def test_losses_are_those_of_transformers(report, zoo, tokenizer):
@@ -249,19 +223,6 @@ def attached(zoo, lora_weights):
     return attach_adapter(make_llama(), canonical_lora_config(zoo.lora_config, zoo.layout.max_rank), state_dict)
 
 
-def test_best_of_n_is_the_adapter_that_num_samples_gives(zoo, generator, tokenizer):
-    task = make_tasks()[0]
-    report = evaluate_generator(
-        generator, make_llama(), tokenizer, zoo, [task], more_rows=["best_of_n"], num_samples=3
-    )
-    model = generator.generate_adapter(
-        make_llama(), processing_class=tokenizer, examples=task.demo[:12], num_samples=3, fit_scale=False
-    )
-    row = report["splits"]["seen"]["best_of_n"]["tasks"][task.name]
-    assert row["loss"] == pytest.approx(loss_of(model, tokenizer, task), rel=1e-3)
-    assert report["seconds"]["best_of_n"] > 0
-
-
 def test_best_rival_has_the_least_loss_on_the_examples(zoo, generator, tokenizer, rivals):
     task = make_tasks()[3]
     report = evaluate_generator(generator, make_llama(), tokenizer, zoo, [task], more_rows=["best_rival"])
@@ -289,17 +250,8 @@ def test_noisy_nearest_is_as_far_as_the_generated_adapter(zoo, generator, tokeni
     assert rows["noisy_nearest"]["loss"] == pytest.approx(loss_of(attached(zoo, noisy), tokenizer, task), rel=1e-3)
 
 
-def test_fallback_is_nothing_where_the_task_is_unfamiliar_or_the_adapter_does_harm(zoo, tokenizer, monkeypatch):
-    tasks, generator = make_tasks(), make_generator(zoo.subset(SEEN))
-    with pytest.raises(NotFittedError, match="'fallback' needs a map"):
-        evaluate_generator(generator, make_llama(), tokenizer, zoo, tasks, more_rows=["fallback"])
-    generator.map_tasks(zoo.task_vectors)
-    known: dict[float, float] = {}  # by a vector's sum, in the order of the tasks
-
-    def novelty(vector):
-        return known.setdefault(float(vector.sum()), (1.0, 0.5, 0.7, 0.8)[min(len(known), 3)]), SEEN[0]
-
-    monkeypatch.setattr(generator, "novelty", novelty)
+def test_fallback_is_nothing_where_the_adapter_does_harm(zoo, generator, tokenizer, monkeypatch):
+    tasks = make_tasks()
     extractor = TaskVectorExtractor(TaskVectorSpec(**generator.config.task_vector_spec))
     vectors = [extractor.vector(make_llama(), tokenizer, task.demo[:12]) for task in tasks]
     decode = generator.decode_task_vector
@@ -311,20 +263,18 @@ def test_fallback_is_nothing_where_the_task_is_unfamiliar_or_the_adapter_does_ha
     report = evaluate_generator(generator, make_llama(), tokenizer, zoo, tasks, more_rows=["fallback"])
     monkeypatch.undo()
     seen = report["splits"]["seen"]
-    gains = [seen["generated"]["tasks"][name]["gain_on_examples"] for name in SEEN]
-    assert gains[1] < 0 < gains[2]
+    signs = [seen["generated"]["tasks"][name]["gain_on_examples"] for name in SEEN]
+    assert signs[0] > 0 > signs[1]
+    assert signs[2] > 0
     examples = tasks[2].demo[:12]
     example_loss = ExampleLoss(make_llama(), tokenizer, zoo.layout, zoo.shared_weights, examples)
-    assert gains[2] == pytest.approx(example_loss.gain(decode(vectors[2])), rel=1e-3)
-    taken = ["base", "base", "generated"]
+    assert signs[2] == pytest.approx(example_loss.gain(decode(vectors[2])), rel=1e-3)
+    taken = ["generated", "base", "generated"]
     assert [seen["fallback"]["tasks"][n]["loss"] for n in SEEN] == [
         seen[row]["tasks"][n]["loss"] for row, n in zip(taken, SEEN, strict=True)
     ]
-    assert [seen["generated"]["tasks"][name]["novelty"] for name in SEEN] == [1.0, 0.5, 0.7]
     gains = [seen["generated"]["tasks"][name]["recovered_gain"] for name in SEEN]
-    assert seen["generated"]["novelty_correlation"] == evaluation.rank_correlation([1.0, 0.5, 0.7], gains)
-    told = format_report(report)
-    assert re.search(r"Rank correlation with G .*: the gain on the examples -?[01].\d\d, novelty -?[01].\d\d\.", told)
+    assert seen["generated"]["gain_on_examples_correlation"] == rank_correlation(signs, gains)
 
 
 def test_other_generators_are_rows(zoo, generator, tokenizer):
@@ -341,19 +291,6 @@ def test_other_generators_are_rows(zoo, generator, tokenizer):
     assert row["loss"] == pytest.approx(loss_of(model, tokenizer, task), rel=1e-3)
     with pytest.raises(ValueError, match=r"other_generators: \['ridge'\] are names of rows already"):
         evaluate_generator(generator, make_llama(), tokenizer, zoo, [task], other_generators={"ridge": other})
-
-
-@pytest.mark.parametrize(
-    ("x", "y", "expected"),
-    [
-        ([1, 2, 3], [5, 6, 90], 1),
-        ([1, 2, 3], [3, 2, 1], -1),
-        ([1, 1, 2], [1, 2, 3], 0.75**0.5),
-        ([1, 1], [1, 2], None),
-    ],
-)
-def test_rank_correlation(x, y, expected):
-    assert evaluation.rank_correlation(x, y) == (None if expected is None else pytest.approx(expected))
 
 
 def test_distance_to_the_nearest_seen_adapter(report, zoo):
@@ -374,19 +311,9 @@ def test_distance_to_the_nearest_seen_adapter(report, zoo):
 
 
 def test_storage(report, zoo, generator):
-    storage = report["storage"]
-    parameters = sum(tensor.numel() for tensor in generator.state_dict().values())
-    assert storage["generator_bytes"] == 4 * parameters
-    assert storage["adapter_bytes"] == 2 * zoo.layout.num_weights
-    assert storage["shared_bytes"] == 2 * zoo.layout.num_shared_weights > 0
-    assert storage["num_seen_tasks"] == 3
-
-    def adapters(count):
-        return count * storage["adapter_bytes"] + storage["shared_bytes"]
-
-    assert storage["ratio"] == pytest.approx(storage["generator_bytes"] / adapters(3), abs=1e-3)
-    count = storage["break_even_tasks"]
-    assert adapters(count - 1) < storage["generator_bytes"] <= adapters(count)
+    assert report["storage"] == storage(generator, 3)
+    assert report["storage"]["adapter_bytes"] == 2 * zoo.layout.num_weights
+    assert report["storage"]["shared_bytes"] == 2 * zoo.layout.num_shared_weights > 0
 
 
 def test_seconds_are_measured(report):
@@ -403,28 +330,6 @@ def test_split_without_tasks_is_left_out(zoo, generator, tokenizer, names):
     assert list(report["splits"]) == (["seen"] if names == SEEN else ["unseen"])
     json.dumps(report, allow_nan=False)
     format_report(report)
-
-
-def test_task_that_fine_tuning_did_not_help_has_no_gain(zoo, generator, tokenizer, monkeypatch):
-    """Its row stays, with the loss; means leave it out; the table says so."""
-    score = evaluation._score
-
-    def spoiled(model, collate, task, batch_size):
-        scores = score(model, collate, task, batch_size)
-        return scores | {"loss": 5.0} if task.name in ("shift/1", "shift/4") else scores
-
-    monkeypatch.setattr(evaluation, "_score", spoiled)
-    report = evaluate_generator(generator, make_llama(), tokenizer, zoo, make_tasks())
-    seen, unseen = report["splits"]["seen"]["generated"], report["splits"]["unseen"]["generated"]
-    assert seen["tasks"]["shift/1"]["recovered_gain"] is None
-    others = [seen["tasks"][name]["recovered_gain"] for name in SEEN[1:]]
-    assert seen["mean_recovered_gain"] == pytest.approx(sum(others) / 2)
-    assert unseen["mean_recovered_gain"] is unseen["median_recovered_gain"] is unseen["min_recovered_gain"] is None
-    assert unseen["mean_loss"] == 5.0
-    json.dumps(report, allow_nan=False)
-    table = format_report(report)
-    assert "| generated | - | - | - | 5.000 |" in table
-    assert "fine-tuning gained nothing: shift/1" in table
 
 
 def test_zoo_that_trains_both_matrices(tmp_path, tokenizer):
@@ -513,66 +418,6 @@ def test_everyone_is_given_the_same_examples(zoo, generator, tokenizer, monkeypa
     shown = [context for context in contexts if context]
     assert shown == ["".join(f"- {s.prompt}: {s.completion}\n" for s in task.demo[:5]) for task in tasks]
     assert len(contexts) - len(shown) == 4 * (len(ROWS) - 1)
-
-
-def test_nearest_and_merge_never_pick_the_task_itself(zoo, rivals):
-    banks = zoo.task_vectors.banks
-    for index, name in enumerate(SEEN):
-        vector = banks[name]["demonstrations"]
-        nearest = rivals.nearest(vector, name)
-        assert any(torch.equal(nearest, zoo.lora_weights(other)) for other in SEEN if other != name)
-        assert torch.equal(rivals.nearest(vector, "unknown"), zoo.lora_weights(name))
-        merged = rivals.top_k_merge(vector, name)
-        kept = rivals.weights[index].clone()
-        rivals.weights[index] = 1e6
-        assert torch.equal(rivals.top_k_merge(vector, name), merged)
-        rivals.weights[index] = kept
-
-
-def test_merge_is_a_convex_combination(zoo, rivals):
-    vector = zoo.task_vectors.banks["shift/4"]["demonstrations"]
-    merged = rivals.top_k_merge(vector, "shift/4")
-    assert (merged <= rivals.weights.max(0).values + 1e-6).all()
-    assert (merged >= rivals.weights.min(0).values - 1e-6).all()
-
-
-def test_mean_is_that_of_the_seen_tasks(zoo, rivals):
-    expected = torch.stack([zoo.lora_weights(name) for name in SEEN]).mean(0)
-    assert torch.equal(rivals.mean, expected)
-
-
-def test_ridge_reproduces_the_seen_tasks_as_its_penalty_vanishes(zoo, rivals):
-    banks = zoo.task_vectors.banks
-
-    def worst(penalty):
-        rivals.dual = torch.linalg.solve(rivals._penalized(penalty), rivals.weights - rivals.mean)
-        errors = [rivals.ridge(banks[n]["demonstrations"]) - rivals.weights[i] for i, n in enumerate(rivals.names)]
-        return max(error.norm() / rivals.weights.norm() for error in errors)
-
-    assert worst(1e-5) < 1e-3
-    assert worst(1e-5) < worst(1e-1) < worst(10.0)
-    rivals.dual = torch.linalg.solve(rivals._penalized(1e8), rivals.weights - rivals.mean)
-    torch.testing.assert_close(rivals.ridge(banks["shift/4"]["demonstrations"]), rivals.mean, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("penalty", [0.01, 0.3, 10.0])
-def test_leaving_one_out_in_closed_form_equals_brute_force(rivals, penalty):
-    """Up to what centres the data, which is the mean over all seen tasks in both."""
-    targets, residuals = rivals.weights - rivals.mean, []
-    for i in range(len(rivals.names)):
-        rest = [j for j in range(len(rivals.names)) if j != i]
-        kernel = rivals.kernel[rest][:, rest] + penalty * torch.eye(len(rest))
-        residuals.append(targets[i] - rivals.kernel[i, rest] @ torch.linalg.solve(kernel, targets[rest]))
-    expected = torch.stack(residuals).square().mean().item()
-    assert rivals._ridge_error(penalty) == pytest.approx(expected, rel=1e-3)
-
-
-def test_penalty_and_temperature_are_the_best_of_those_tried(rivals):
-    errors = {penalty: rivals._ridge_error(penalty) for penalty in (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)}
-    assert errors[rivals.penalty] == min(errors.values())
-    errors = {temperature: rivals._merge_error(temperature) for temperature in (0.02, 0.05, 0.1, 0.2, 0.5)}
-    assert errors[rivals.temperature] == min(errors.values())
-    assert len(set(errors.values())) > 1
 
 
 # Refusals, before anything is computed

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_icm_lora
 from hf_icm_lora import LoraGeneratorModel, LoraZoo, UnfamiliarTaskError, load_tasks
-from hf_icm_lora.evaluation import read_report
+from hf_icm_lora.report import read_report
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPTS = ("collect_zoo", "train_generator", "generate_adapter", "evaluate_generator")

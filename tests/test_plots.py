@@ -170,7 +170,7 @@ def test_base_and_fine_tuning_are_lines_and_all_dots_are_inside():
 
 
 def test_rows_on_request_are_drawn_when_they_are_there():
-    figure = plot_recovered_gain(make_report(GAINS, ["description", "refined", "best_of_n"]))
+    figure = plot_recovered_gain(make_report(GAINS, ["description", "refined", "fallback"]))
     drawn = ["generated from the examples", "refined on the examples", "from the description alone",
              "best plain rival", "examples in the prompt"]  # fmt: skip
     assert [text.get_text() for text in figure.legends[0].get_texts()] == drawn

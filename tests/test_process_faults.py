@@ -623,8 +623,7 @@ def work_on(base, work, zoo, generator, tokenizer, folder):
     if work == "vectors":
         TaskVectorExtractor(TaskVectorSpec(num_draws=2), batch_size=8).extract(base, tokenizer, tasks)
     elif work == "evaluate":
-        more = ["best_of_n", "refined"]
-        evaluate_generator(generator, base, tokenizer, zoo, tasks, num_examples=3, more_rows=more)
+        evaluate_generator(generator, base, tokenizer, zoo, tasks, num_examples=3, more_rows=["scaled", "refined"])
     elif work == "fit":
         example_loss = ExampleLoss(base, tokenizer, zoo.layout, zoo.shared_weights, [("ab", "bc")])
         example_loss(torch.zeros(2, zoo.layout.num_weights))

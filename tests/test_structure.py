@@ -18,7 +18,9 @@ ROOT = PACKAGE.parent
 SOURCES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.glob("*.py"))}
 MODULES = sorted(name for name in SOURCES if name != "__init__")
 LEVELS = [  # a module imports from earlier levels only
-    {"errors", "files", "model_card", "gauge", "processes"},
+    {"errors", "files", "gauge", "processes", "rivals"},
+    {"report"},
+    {"model_card"},
     {"hub"},
     {"tasks"},
     {"suite", "smollm2", "completion", "layout"},
