@@ -57,7 +57,7 @@ def main() -> None:
         text = "".join("".join(fill_template(s, generator.config.template)) for s in task.test[: options.num_samples])
         ids = tokenizer(text)["input_ids"]
         batch = torch.tensor([ids])
-        state_dict = generator.generate_lora_weights(bench.vector(task.demo[:12]))
+        state_dict = generator.generate_state_dict(bench.vector(task.demo[:12]))
         plain = base(input_ids=batch).logits[0]
         model = attach_adapter(base, generator.adapter_config(), state_dict)
         adapted = model(input_ids=batch).logits[0]

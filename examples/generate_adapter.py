@@ -39,10 +39,9 @@ class ScriptArguments:
     base_model: str | None = field(
         default=None, metadata={"help": "Path or Hub id; by default the generator's, or the packaged SmolLM2-135M."}
     )
-    on_unfamiliar: Literal["generate", "base", "nearest", "mean", "raise"] = field(
-        default="generate", metadata={"help": "What to do for a task that is far from the training tasks."}
+    on_unfamiliar: Literal["generate", "base", "raise"] = field(
+        default="generate", metadata={"help": "What to do where the adapter does harm on its own examples."}
     )
-    num_samples: int = field(default=1, metadata={"help": "Adapters to write; the best on the examples is kept."})
     fit_scale: bool = field(default=True, metadata={"help": "Whether to weaken it to what suits the examples."})
     refine_steps: int = field(default=0, metadata={"help": "Gradient steps on the examples after that."})
     push_to_hub: bool = field(default=False, metadata={"help": "Upload the adapter as well."})
@@ -77,13 +76,12 @@ def main() -> None:
         processing_class=tokenizer,
         examples=examples,
         description=script_args.description,
-        num_samples=script_args.num_samples,
         fit_scale=script_args.fit_scale,
         refine_steps=script_args.refine_steps,
         on_unfamiliar=script_args.on_unfamiliar,
     )
     known = model.lora_generation["default"]  # what the generator says of its own work
-    for name in ("novelty", "nearest_task", "scale", "gain_on_examples"):  # a description alone tells none of them
+    for name in ("scale", "gain_on_examples"):  # a description alone tells neither of them
         if name in known:
             print(f"{name}: {known[name]}")
     if held_out:

@@ -152,8 +152,6 @@ def main() -> None:
         )
         train(trainer)
 
-    if len(generator.config.training_tasks) > 1:
-        generator.map_tasks(zoo.task_vectors)  # so that it can say how unfamiliar a new task is
     if training_args.push_to_hub:
         trainer.push_to_hub()
     else:

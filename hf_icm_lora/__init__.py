@@ -1,7 +1,8 @@
 """LoRA adapters written by a conditional VAE from in-context task vectors (arXiv 2501.17635)."""
 
-from .adapter import AdapterSlot, attach_adapter, base_model_fingerprint, fast_dtype, load_adapter, save_adapter
-from .behaviour import BehaviouralCollator, BehaviouralDataset, ExampleLoss
+from .adapter import AdapterSlot, attach_adapter, load_adapter, save_adapter
+from .base_model import base_model_fingerprint, fast_dtype
+from .behaviour import ExampleLoss
 from .collection import CollectionArguments, collect_zoo
 from .completion import CompletionCollator
 from .configuration_lora_generator import LoraGeneratorConfig
@@ -27,6 +28,7 @@ from .suite import built_in_tasks
 from .task_vectors import TaskVectorExtractor, TaskVectors, TaskVectorSpec
 from .tasks import Sample, Task, load_tasks, save_tasks, task_from_dataset
 from .trainer import LoraGeneratorTrainer, LoraGeneratorTrainingArguments
+from .training_data import BehaviouralCollator, BehaviouralDataset
 from .zoo import LoraZoo
 
 __version__ = "0.1.0"

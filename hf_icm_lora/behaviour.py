@@ -7,97 +7,19 @@ at about the time and memory of one LoRA fine-tuning step.
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import cycle, islice
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .adapter import frozen_base
+from .base_model import frozen_base
 from .completion import DEFAULT_TEMPLATE, IGNORED, CompletionCollator, score_completions
-from .errors import TaskError, TaskVectorError
-from .files import sha256_of
+from .errors import TaskError
 from .layout import LoraLayout
-from .task_vectors import MODES, TaskVectors, joined
-from .tasks import Sample, Task, check_unique_names, to_sample
+from .tasks import to_sample
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of B @ A; a stronger adapter than the generated one gained nothing
-
-
-class BehaviouralDataset(Dataset):
-    """Task vectors, each with some of its task's training samples; one epoch shows all vectors and all samples.
-
-    Args:
-        tasks (`Sequence[Task]`): Tasks with `train` samples; no LoRA is needed.
-        task_vectors (`TaskVectors`): With a bank for each of them.
-        num_samples (`int`, *optional*, defaults to 4): Samples that go with a vector.
-        modes (`Sequence[str]`, *optional*): As in [`LoraZoo.as_dataset`].
-
-    Items: `{"task_vector": (num_task_vectors, task_vector_size), "samples": tuple of Sample}`. The attribute
-    `task_names` says whose they are.
-
-    Raises:
-        TaskError: if there is no task, one has fewer than `num_samples` `train` samples, or a name stands twice.
-        TaskVectorError: if a task has no vectors.
-    """
-
-    def __init__(
-        self,
-        tasks: Sequence[Task],
-        task_vectors: TaskVectors,
-        num_samples: int = 4,
-        modes: Sequence[str] = MODES,
-    ):
-        self.tasks = check_unique_names(tasks)
-        self.task_names = [task.name for task in self.tasks]
-        if not self.tasks or num_samples < 1:
-            raise TaskError(f"Expected at least one task and one sample, found {len(self.tasks)} and {num_samples}.")
-        self.items: list[tuple[int, tuple[Sample, ...]]] = []
-        vectors: list[torch.Tensor] = []
-        for task in self.tasks:
-            task.require("train", num_samples, "behavioural training")
-            banks = task_vectors.banks.get(task.name, {})
-            bank = [banks[mode] for mode in modes if mode in banks]
-            if not bank:
-                raise TaskVectorError(f"Task {task.name!r} has no task vectors of the modes {tuple(modes)}.")
-            draws = joined(bank)
-            first = sum(map(len, vectors))
-            vectors.append(draws)
-            rng = torch.Generator().manual_seed(int(sha256_of(task.name)[:12], 16))
-            shuffled = cycle(task.train[i] for i in torch.randperm(len(task.train), generator=rng))
-            for index in range(max(len(draws), -(-len(task.train) // num_samples))):
-                self.items.append((first + index % len(draws), tuple(islice(shuffled, num_samples))))
-        self.task_vectors = torch.cat(vectors)  # (draws of all tasks, num_task_vectors, task_vector_size)
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> dict:
-        draw, samples = self.items[index]
-        return {"task_vector": self.task_vectors[draw], "samples": samples}
-
-
-class BehaviouralCollator:
-    """Collate items of a [`BehaviouralDataset`]: one adapter per item, an equal number of adjacent rows for each.
-
-    Args:
-        collate_samples (`CompletionCollator`): Turns samples into `input_ids`, `attention_mask` and `labels`. With its
-            `row_length`, each item has one row, with as many of its samples as fit: all tasks then have about as many
-            tokens in the loss, with little padding.
-    """
-
-    def __init__(self, collate_samples: CompletionCollator):
-        self.collate_samples = collate_samples
-
-    def __call__(self, items: Sequence[dict]) -> dict[str, torch.Tensor]:
-        collate = self.collate_samples
-        if collate.row_length is None:
-            batch = collate([sample for item in items for sample in item["samples"]])
-        else:
-            batch = collate.collate_rows([next(collate.fill_rows(item["samples"])) for item in items])
-        return {"task_vector": torch.stack([item["task_vector"] for item in items]), **batch}
 
 
 @contextmanager

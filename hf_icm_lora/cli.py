@@ -11,7 +11,6 @@ import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
@@ -20,37 +19,31 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    HfArgumentParser,
-    PreTrainedConfig,
-    set_seed,
-)
+from transformers import HfArgumentParser, set_seed
 
-from .adapter import fast_dtype, load_adapter, save_adapter
-from .behaviour import BehaviouralCollator, BehaviouralDataset
+from .adapter import load_adapter, save_adapter
+from .base_model import find_base_model, load_base_model
 from .collection import CollectionArguments, collect_zoo
 from .completion import DEFAULT_TEMPLATE, CompletionCollator
 from .configuration_lora_generator import LoraGeneratorConfig
 from .errors import IcmLoraError, IncompatibleAdapterError, TaskError
-from .evaluation import MORE_ROWS, evaluate_generator
+from .evaluation import MORE_ROWS, descriptions, evaluate_generator
 from .files import as_plain
 from .hub import CARD_FILE, push_files, require_hub_id, save_adapter_card
 from .importing import adapter_folder
-from .model_card import add_evaluation, addressed, is_local
+from .model_card import add_evaluation, addressed
 from .modeling_lora_generator import LoraGeneratorModel
 from .plots import require_matplotlib, write_plots
 from .processes import state
+from .provenance import is_local, package_versions
 from .report import REPORT_FILE, format_report, read_report
 from .serving import check_serving_compatibility, export_gguf, plain_adapter
-from .smollm2 import smollm2_generator_path, smollm2_path
+from .smollm2 import smollm2_generator_path
 from .suite import built_in_tasks
 from .task_vectors import TaskVectorExtractor, TaskVectorSpec
 from .tasks import Task, load_tasks
 from .trainer import LoraGeneratorTrainer, LoraGeneratorTrainingArguments
+from .training_data import BehaviouralCollator, BehaviouralDataset
 from .zoo import ZOO_FILE, LoraZoo
 
 Result = tuple[str, dict]  # what is printed for people, and for programs
@@ -125,12 +118,16 @@ class GenerateOptions(BaseOptions):
     )
     examples: str | None = field(default=None, metadata={"help": "JSON Lines with prompt and completion."})
     description: str | None = field(default=None, metadata={"help": "The task in a sentence."})
-    num_samples: int = field(default=1, metadata={"help": "Adapters to write; the best on the examples is kept."})
     fit_scale: bool = field(default=True, metadata={"help": "Whether to weaken it to what suits the examples."})
     refine_steps: int = field(default=0, metadata={"help": "Gradient steps on the examples after that."})
-    on_unfamiliar: Literal["generate", "base", "nearest", "mean", "raise"] = field(
-        default="generate", metadata={"help": "What to do for a task that is far from the training tasks."}
+    on_unfamiliar: Literal["generate", "base", "raise"] = field(
+        default="generate", metadata={"help": "What to do where the adapter does harm on its own examples."}
     )
+
+
+_FURTHER_ROWS = " ".join(
+    ["Further rows to score.", *(f"{row}: {text}" for row, text in descriptions(MORE_ROWS).items())]
+)
 
 
 @dataclass
@@ -138,7 +135,7 @@ class EvaluateOptions(BaseOptions, TaskOptions, ZooOption):
     generator: str = field(default="generator", metadata={"help": "Path or Hub id, or 'smollm2' for the shipped one."})
     output_dir: str = field(default="evaluation", metadata={"help": "Where evaluation.json and .md go."})
     num_examples: int = field(default=12, metadata={"help": "Examples per task that everyone is given."})
-    more_rows: list[str] = field(default_factory=list, metadata={"help": f"Some of {', '.join(MORE_ROWS)}."})
+    more_rows: list[str] = field(default_factory=list, metadata={"help": _FURTHER_ROWS})
     refine_steps: int = field(default=20, metadata={"help": "Of the rows refined and fine_tuned."})
     plots: bool = field(default=False, metadata={"help": "Draw pictures (PNG) into output_dir; needs matplotlib."})
 
@@ -270,8 +267,6 @@ def train(options: TrainOptions, args: LoraGeneratorTrainingArguments) -> Result
             train_dataset=behaviour,
             data_collator=BehaviouralCollator(collate),
         ).train()
-    if len(generator.config.training_tasks) > 1:
-        generator.map_tasks(vectors)
     generator.save_pretrained(args.output_dir)
     trainer.create_model_card()
     if args.push_to_hub:
@@ -296,7 +291,6 @@ def generate(options: GenerateOptions) -> Result:
         processing_class=tokenizer,
         examples=examples,
         description=options.description,
-        num_samples=options.num_samples,
         fit_scale=options.fit_scale,
         refine_steps=options.refine_steps,
         on_unfamiliar=options.on_unfamiliar,
@@ -441,22 +435,7 @@ complete -o default -F _hf_icm_lora hf-icm-lora""".lstrip()
 
 def env() -> Result:
     """Print what a bug report needs."""
-    packages = [
-        "hf_icm_lora",
-        "transformers",
-        "peft",
-        "torch",
-        "safetensors",
-        "huggingface_hub",
-        "datasets",
-        "accelerate",
-    ]
-    found = {"platform": platform.platform(), "python": platform.python_version()}
-    for name in packages:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
+    found = {"platform": platform.platform(), **package_versions()}
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     found |= {"device": str(device), "threads": torch.get_num_threads()}
     return "\n".join(f"- {name}: {value}" for name, value in found.items()), found
@@ -471,26 +450,6 @@ def open_zoo(name: str) -> LoraZoo:
 def load_generator(name: str) -> LoraGeneratorModel:
     """Load a generator from a folder or the Hub, or the shipped one."""
     return LoraGeneratorModel.from_pretrained(smollm2_generator_path() if name == "smollm2" else name)
-
-
-def find_base_model(name: str) -> tuple[str | Path, PreTrainedConfig]:
-    """Return where a base model is, and its configuration."""
-    path = smollm2_path() if name == "smollm2" else name
-    try:
-        return path, AutoConfig.from_pretrained(path)
-    except OSError as error:
-        raise OSError(f"Base model {name!r}: name another place of it with --base_model. {error}") from error
-
-
-def load_base_model(name: str, dtype: str):
-    """Load a base model and its tokenizer; encoder-decoder models by their own class."""
-    path, config = find_base_model(name)
-    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    dtype = fast_dtype() if dtype == "fastest" else getattr(torch, dtype)
-    base = auto_class.from_pretrained(path, dtype=dtype, use_safetensors=True)
-    if torch.accelerator.is_available():
-        base.to(torch.accelerator.current_accelerator())
-    return base, AutoTokenizer.from_pretrained(path)
 
 
 def select_tasks(options: TaskOptions) -> list[Task]:

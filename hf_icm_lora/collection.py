@@ -20,11 +20,13 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
-from .adapter import adapter_state_dict, base_model_fingerprint, lora_config_to_dict, require_bare, restored
+from .adapter import adapter_state_dict
+from .base_model import base_model_fingerprint, require_bare, restored
 from .completion import DEFAULT_TEMPLATE, CompletionCollator, score_completions
 from .errors import IcmLoraError, ZooError
 from .files import sweep_temporary
-from .layout import LoraLayout, check_plain_lora
+from .layout import LoraLayout
+from .lora_config import check_plain_lora, lora_config_to_dict
 from .processes import leave_group
 from .tasks import Task, check_unique_names
 from .zoo import LoraZoo

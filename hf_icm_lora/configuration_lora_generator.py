@@ -8,7 +8,8 @@ from transformers import PreTrainedConfig
 
 from .completion import DEFAULT_TEMPLATE
 from .errors import IncompatibleAdapterError, TaskVectorError
-from .layout import LoraLayout, check_plain_lora
+from .layout import LoraLayout
+from .lora_config import check_plain_lora
 from .task_vectors import TaskVectorSpec
 
 MAX_PARAMETERS = 2**31  # 8 GB in fp32; a configuration that asks for more is refused before anything is allocated
@@ -41,19 +42,13 @@ class LoraGeneratorConfig(PreTrainedConfig):
         training_runs (`list[dict]`, *optional*): What [`LoraGeneratorTrainer`] did, run by run: command, settings,
             versions, machine, seconds and last losses.
         template (`str`, *optional*): Text with `{prompt}` and `{completion}` that the adapters were trained on.
-        mapped_tasks (`list[str]`, *optional*): Names of the tasks in the map of training tasks; see
-            [`~LoraGeneratorModel.map_tasks`].
-        map_size (`int`, *optional*, defaults to 64): Directions of that map.
         num_task_vectors (`int`, *optional*, defaults to 1): Rows of a task vector.
         task_vector_size (`int`, *optional*, defaults to 576): Columns, the base model's hidden size.
         condition_size (`int`, *optional*, defaults to 256): Principal directions of the training tasks' vectors that
             the generator sees.
-        condition_noise (`float`, *optional*, defaults to 0.0): Standard deviation of the noise that training adds to a
-            condition, whose entries have a mean square of 1: a generator that has few vectors of each task would
-            otherwise learn them by heart.
         reconstruction (`str`, *optional*, defaults to `"weights"`): What training on adapters compares: normalized
-            `"weights"`, or the `"products"` B @ A, which do not depend on the gauge: `from_zoo` chooses them for
-            adapters of the canonical one.
+            `"weights"`, or the `"products"` B @ A, whatever their factors: `from_zoo` chooses them for adapters of
+            any origin.
         architecture (`str`, *optional*, defaults to `"transformer"`): `"transformer"` (one token per matrix) or
             `"conv1d"` (the paper's convolutions over the flat vector).
         token_granularity (`str`, *optional*, defaults to `"matrix"`): One token per `"matrix"` or per `"rank"`
@@ -92,13 +87,10 @@ class LoraGeneratorConfig(PreTrainedConfig):
     task_vector_spec: dict | None = None
     training_tasks: list[str] | None = None
     training_runs: list[dict] | None = None
-    mapped_tasks: list[str] | None = None
-    map_size: int = 64
     template: str = DEFAULT_TEMPLATE
     num_task_vectors: int = 1
     task_vector_size: int = 576
     condition_size: int = 256
-    condition_noise: float | int = 0.0
     reconstruction: str = "weights"
     architecture: str = "transformer"
     token_granularity: str = "matrix"
@@ -185,15 +177,13 @@ class LoraGeneratorConfig(PreTrainedConfig):
                 raise ValueError(f"{field}: expected one of {allowed}, found {getattr(self, field)!r}.")
         sizes = ("num_task_vectors", "task_vector_size", "hidden_size", "intermediate_size", "basis_size",
                  "num_encoder_layers", "num_decoder_layers", "num_attention_heads", "latent_size",
-                 "map_size", "condition_size")  # fmt: skip
+                 "condition_size")  # fmt: skip
         for field in sizes:
             most = MAX_LAYERS if field.endswith("layers") else 65536
             if not 1 <= getattr(self, field) <= most:
                 raise ValueError(f"{field}: expected a number from 1 to {most}, found {getattr(self, field)}.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is no multiple of {self.num_attention_heads} heads.")
-        if self.condition_noise < 0:
-            raise ValueError(f"condition_noise: expected a number of at least 0, found {self.condition_noise}.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: expected a number from 0 to below 1, found {self.dropout}.")
 
@@ -227,7 +217,7 @@ class LoraGeneratorConfig(PreTrainedConfig):
             "num_task_vectors": num_task_vectors,
             "task_vector_size": task_vector_size,
             # Of adapters of any origin the factors say little, and it is their products that a generator can learn.
-            "reconstruction": "products" if zoo.layout.gauge == "canonical" else "weights",
+            "reconstruction": "products" if zoo.layout.gauge == "free" else "weights",
         }
         return cls(**of_zoo | kwargs)
 
@@ -241,7 +231,6 @@ def check_size(config: LoraGeneratorConfig) -> None:
     layout, hidden = config.lora_layout, config.hidden_size
     weights, blocks, vector = layout.num_weights, layout.blocks, config.num_task_vectors * config.task_vector_size
     parts = {"statistics": weights + layout.num_shared_weights, "condition": vector * config.condition_size}
-    parts["map"] = len(config.mapped_tasks or ()) * config.map_size
     parts["prior"] = hidden * (config.condition_size + 2 * config.latent_size)
     if config.architecture == "conv1d":
         parts["latent"] = 24 * (weights // 4096 + 1) * (config.condition_size + config.latent_size)

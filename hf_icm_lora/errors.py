@@ -6,8 +6,8 @@ IcmLoraError
 ├── IncompatibleAdapterError  (ValueError)       a readable adapter does not fit this layout, base model or generator
 ├── TaskError                 (ValueError)       a task, its samples or its description cannot be used
 ├── TaskVectorError           (ValueError)       a task vector does not fit the generator, or cannot be made
-├── UnfamiliarTaskError       (ValueError)       a task is too far from the training tasks, and this was to be said
-├── NotFittedError            (RuntimeError)     the generator lacks its statistics, its encoder or its map of tasks
+├── UnfamiliarTaskError       (ValueError)       an adapter does harm on its own examples, and this was to be said
+├── NotFittedError            (RuntimeError)     the generator lacks its statistics or its encoder
 └── ZooError                  (FileExistsError)  a zoo's directory and what was asked of it disagree
 
 Every leaf is also a built-in exception, so `except ValueError` in existing code still catches it.
@@ -39,11 +39,11 @@ class TaskVectorError(IcmLoraError, ValueError):
 
 
 class UnfamiliarTaskError(IcmLoraError, ValueError):
-    """A task is too far from the generator's training tasks, and `on_unfamiliar="raise"` asked to say so."""
+    """A generated adapter does harm on its own examples, and `on_unfamiliar="raise"` asked to say so."""
 
 
 class NotFittedError(IcmLoraError, RuntimeError):
-    """The generator lacks what was asked of it: its normalization statistics, its encoder, or its map of tasks."""
+    """The generator lacks what was asked of it: its normalization statistics, or its encoder."""
 
 
 class ZooError(IcmLoraError, FileExistsError):

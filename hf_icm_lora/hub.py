@@ -9,7 +9,8 @@ from peft import PeftModel
 
 from .errors import IcmLoraError
 from .files import stale_weights
-from .model_card import LIBRARY, adapter_card, is_local
+from .model_card import adapter_card
+from .provenance import LIBRARY, is_local
 
 CARD_FILE = "README.md"
 

@@ -4,7 +4,7 @@ Everything that changes numbers and not the adapter is folded in: alpha, rsLoRA,
 that an adapter lacks. A smaller rank than an adapter's own is the one step that loses something, and says how much.
 
 Adapters that share the row space of A (trained from one frozen A, in any coordinates of it) keep their cheaper form:
-one A for all of them, and B alone varies. All others get the canonical gauge; see gauge.py.
+one A for all of them, and B alone varies. Of all others A and B vary, as they are.
 """
 
 from collections.abc import Mapping
@@ -18,9 +18,9 @@ from torch import nn
 
 from .adapter import CONFIG_FILE, WEIGHTS_FILE, check_fit, load_adapter
 from .errors import IcmLoraError, IncompatibleAdapterError
-from .gauge import product_error, with_rank
 from .layout import PREFIX, LoraLayout, LoraModule
-from .model_card import is_local
+from .products import product_error, with_rank
+from .provenance import is_local
 
 # Relative error of B @ A below which an adapter lies in the row space of a shared A: fp16's rounding.
 SHARED_ROWS = 1e-3

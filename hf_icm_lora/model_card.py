@@ -1,69 +1,27 @@
-"""Cards: what the reader of a repository with a generator, an adapter or a zoo is told, and what is told of a run.
+"""Cards: what the reader of a repository with a generator, an adapter or a zoo is told.
 
 The texts are the Jinja templates in `templates/`; a card is a `huggingface_hub.ModelCard`, with metadata that the Hub
 understands.
 """
 
 import json
-import platform
 import re
-import sys
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
+from .provenance import LIBRARY, is_local
 from .report import format_report, stored_bytes
 
 TEMPLATES = Path(__file__).parent / "templates"
-LIBRARY = "hf_icm_lora"
 AUTO_CLASSES = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM"}
 FOLDER = "path/to/this/folder"  # stands in a card for the repository, while it is not in one
 MOST_TASKS, MOST_EXAMPLES = 200, 32  # in a card
 NOT_EVALUATED = (
     "Not evaluated yet: `evaluate_generator` makes the table, `hf-icm-lora push --evaluation` puts it here."
 )
-
-
-def run_metadata(seed: int) -> dict[str, Any]:
-    """Return what a figure needs beside it to be reproduced: command, date, versions, machine, seed."""
-    packages = (LIBRARY, "transformers", "peft", "torch", "safetensors", "datasets", "accelerate")
-    return {
-        "command": " ".join(public_arguments(sys.argv)),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
-        "machine": {"processor": platform.machine(), "system": platform.system(), "threads": torch.get_num_threads()},
-        "seed": seed,
-    }
-
-
-def public_arguments(arguments: Sequence[str]) -> list[str]:
-    """Return a command line as others may see it: without secrets, absolute paths by their last part alone.
-
-    Example:
-        >>> public_arguments(["/home/me/train.py", "--zoo=/data/zoo", "--hub_token", "hf_abc"])
-        ['train.py', '--zoo=zoo', '--hub_token', '***']
-    """
-    told, secret = [], False
-    for argument in arguments:
-        option, equals, value = argument.rpartition("=")
-        named = re.search("token|key|secret|password", option, re.IGNORECASE)
-        if secret or named or re.match("hf_[A-Za-z0-9]{8,}", value):
-            value = "***"
-        elif Path(value).is_absolute() or PureWindowsPath(value).is_absolute() or value.startswith("~"):
-            value = re.split(r"[/\\]", value.rstrip("/\\"))[-1]
-        told.append(option + equals + value)
-        secret = not equals and bool(re.match("--?.*(token|key|secret|password)", argument, re.IGNORECASE))
-    return told
-
-
-def is_local(name_or_path: str) -> bool:
-    """Return whether a name of a model means a folder of this machine, and no repository on the Hub."""
-    return not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name_or_path) or Path(name_or_path).exists()
 
 
 def generator_card(

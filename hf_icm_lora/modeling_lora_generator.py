@@ -37,11 +37,10 @@ from transformers.utils import CONFIG_NAME, ModelOutput, logging
 from .adapter import (
     AdapterSlot,
     attach_adapter,
-    base_model_fingerprint,
-    canonical_lora_config,
     save_adapter,
 )
-from .behaviour import SCALES, BehaviouralDataset, ExampleLoss
+from .base_model import base_model_fingerprint
+from .behaviour import SCALES, ExampleLoss
 from .configuration_lora_generator import LoraGeneratorConfig
 from .errors import (
     CorruptAdapterError,
@@ -52,17 +51,17 @@ from .errors import (
     UnfamiliarTaskError,
 )
 from .files import commit_files
-from .gauge import product_error
 from .hub import CARD_FILE, carry_card, files_below, push_files, require_hub_id
 from .layout import LoraLayout, MatrixBlock, split
+from .lora_config import canonical_lora_config
 from .model_card import generator_card
+from .normalization import ZooNormalizer
 from .serving import plain_adapter
-from .task_vectors import MODES, TaskVectorExtractor, TaskVectors, TaskVectorSpec
+from .task_vectors import TaskVectorExtractor, TaskVectorSpec
 from .tasks import to_sample
 
 MAX_MISSING = 2**25  # numbers that a checkpoint may lack, for instance an encoder's
-UNFAMILIAR = 0.99  # novelty above which a task counts as unfamiliar
-FALLBACKS = ("generate", "base", "nearest", "mean", "raise")
+FALLBACKS = ("generate", "base", "raise")
 
 
 @dataclass
@@ -89,130 +88,6 @@ class LoraGeneratorOutput(ModelOutput):
     posterior_logvar: torch.Tensor | None = None
     prior_mean: torch.Tensor | None = None
     prior_logvar: torch.Tensor | None = None
-
-
-class ZooNormalizer(nn.Module):
-    """Statistics of the training data, in fp32: what one unit of weight and of task vector means.
-
-    Of the zoo: the elementwise mean adapter, one scale per matrix, since B is small beside A and layers differ, and
-    the weights that all adapters share. Of the task vectors: mean and scale of every entry, and the principal
-    directions, which turn a vector into a condition.
-
-    A condition is half whitened: each direction is divided by the fourth root of its variance. A few directions hold
-    most of the variance of hidden states, and what tells two tasks of a family apart has little of it: gradient
-    descent would come to it last. Full whitening, on the other hand, would make noise as loud as what matters.
-    """
-
-    def __init__(self, config: LoraGeneratorConfig):
-        super().__init__()
-        layout = config.lora_layout
-        self.layout, self.sizes = layout, [b.rank * b.width for b in layout.blocks for _ in b.modules]
-        vector = (config.num_task_vectors, config.task_vector_size)
-        self.register_buffer("weight_mean", torch.zeros(layout.num_weights))
-        self.register_buffer("weight_scale", torch.ones(len(self.sizes)))
-        self.register_buffer("shared_weights", torch.zeros(layout.num_shared_weights))
-        if config.reconstruction == "products":
-            self.register_buffer("product_scale", torch.ones(len(layout.modules)))
-        self.register_buffer("vector_mean", torch.zeros(vector))
-        self.register_buffer("vector_scale", torch.ones(vector))
-        self.register_buffer("vector_directions", torch.zeros(config.condition_size, vector[0] * vector[1]))
-        self.register_buffer("is_fitted", torch.zeros(1))
-
-    def fit_weights(self, batches: Iterable[torch.Tensor], shared_weights: torch.Tensor) -> None:
-        """Fit to adapters, batches of `(batch, num_weights)`."""
-        count, mean, squares, products = 0, 0.0, 0.0, 0.0
-        for batch in batches:  # Welford's update, batch by batch (Chan, Golub, LeVeque 1983)
-            own = batch.double().mean(0)
-            shift, total = own - mean, count + len(batch)
-            squares = squares + (batch.double() - own).square().sum(0) + shift**2 * (count * len(batch) / total)
-            mean, count = mean + shift * (len(batch) / total), total
-            if hasattr(self, "product_scale"):
-                products = products + self._product_errors(batch, shared_weights).sum(0)
-        scale = torch.stack([v.mean().sqrt() for v in (squares / count).split(self.sizes)])
-        self.weight_mean.copy_(mean)
-        # A matrix that never varies has scale 0: the floor makes it come out as its mean, instead of as NaN.
-        self.weight_scale.copy_(scale.clamp(min=max(1e-3 * scale.median().item(), 1e-8)))
-        self.shared_weights.copy_(shared_weights)
-        if hasattr(self, "product_scale"):
-            scale = products / count
-            self.product_scale.copy_(scale.clamp(min=max(1e-6 * scale.median().item(), 1e-16)))
-
-    def fit_vectors(self, vectors: torch.Tensor) -> None:
-        """Fit to task vectors, `(num_vectors, num_task_vectors, task_vector_size)`."""
-        scale = vectors.double().std(0, correction=0)
-        self.vector_mean.copy_(vectors.double().mean(0))
-        self.vector_scale.copy_(scale.clamp(min=max(1e-3 * scale.median().item(), 1e-8)))
-        normalized = ((vectors.to(self.vector_mean) - self.vector_mean) / self.vector_scale).flatten(1)
-        *_, singular_values, directions = torch.linalg.svd(normalized, full_matrices=False)
-        known = min(len(self.vector_directions), int((singular_values > 1e-4 * singular_values[0]).sum()))
-        deviations = singular_values[:known] / len(vectors) ** 0.5
-        # The mean square of an entry of a condition is 1: half whitened, direction i has the variance deviation i.
-        unit = (deviations.sum() / len(self.vector_directions)).sqrt()
-        self.vector_directions.zero_()  # few vectors span fewer directions: the others stay silent
-        self.vector_directions[:known] = directions[:known] / (deviations.sqrt() * unit)[:, None]
-
-    def normalize(self, lora_weights: torch.Tensor) -> torch.Tensor:
-        return (lora_weights.float() - self.weight_mean) / self._scale_of_each_weight()
-
-    def denormalize(self, normalized: torch.Tensor) -> torch.Tensor:
-        return normalized.float() * self._scale_of_each_weight() + self.weight_mean
-
-    def error(self, lora_weights: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Return what reconstruction minimizes, `(batch,)`, of two batches of weights `(batch, num_weights)`."""
-        if hasattr(self, "product_scale"):
-            return (self._product_errors(lora_weights, self.shared_weights, target) / self.product_scale).mean(1)
-        return ((lora_weights.float() - target.float()) / self._scale_of_each_weight()).square().mean(1)
-
-    def _product_errors(
-        self, lora_weights: torch.Tensor, shared_weights: torch.Tensor, target: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Return |B @ A - target|^2 of each module, `(batch, num_modules)`; without a target that of 0."""
-        own = self.layout.stacked_factors(lora_weights.float(), shared_weights)
-        target = torch.zeros_like(lora_weights) if target is None else target
-        others = self.layout.stacked_factors(target.float(), shared_weights)
-        # A shared A has no batch dimension.
-        pairs = [[x.expand(len(lora_weights), *x.shape[-3:]) for x in (*own[n], *others[n])] for n in own]
-        return torch.cat([product_error(*pair) for pair in pairs], dim=1)
-
-    def condition(self, task_vector: torch.Tensor) -> torch.Tensor:
-        normalized = (task_vector.float() - self.vector_mean) / self.vector_scale
-        return normalized.flatten(1) @ self.vector_directions.float().T  # also where all of the model was cast
-
-    def _scale_of_each_weight(self) -> torch.Tensor:
-        blocks = self.layout.blocks
-        scales = self.weight_scale.split([block.count for block in blocks])
-        # By copies of whole rows: `repeat_interleave` takes as long as the decoder's matrix products do.
-        return torch.cat(
-            [
-                scale[:, None].expand(-1, block.rank * block.width).flatten()
-                for scale, block in zip(scales, blocks, strict=True)
-            ]
-        )
-
-
-class TaskMap(nn.Module):
-    """Where the training tasks lie among conditions, in fp32: what says how unfamiliar a new task is.
-
-    Distances count the first `map_size` entries of a condition. The later ones hold more of what differs between two
-    draws of demonstrations of one task, and less of what differs between tasks.
-    """
-
-    def __init__(self, config: LoraGeneratorConfig):
-        super().__init__()
-        num_tasks = len(config.mapped_tasks)
-        self.register_buffer("places", torch.zeros(num_tasks, min(config.map_size, config.condition_size)))
-        self.register_buffer("gaps", torch.zeros(num_tasks))  # of each task to the nearest other one, sorted
-
-    def fit(self, conditions: torch.Tensor) -> None:
-        """Fit to one condition per task, `(num_tasks, condition_size)`."""
-        self.places.copy_(conditions[:, : self.places.shape[1]])
-        distances = torch.cdist(self.places, self.places).fill_diagonal_(torch.inf)
-        self.gaps.copy_(distances.amin(1).sort().values)
-
-    def locate(self, condition: torch.Tensor) -> tuple[float, int]:
-        """Return how unfamiliar a condition `(condition_size,)` is, from 0 to 1, and the index of the nearest task."""
-        distance, nearest = (self.places - condition[: self.places.shape[1]]).norm(dim=1).min(0)
-        return (self.gaps < distance).float().mean().item(), int(nearest)
 
 
 class Attention(nn.Module):
@@ -452,7 +327,7 @@ class LoraGeneratorModel(PreTrainedModel):
     main_input_name = "task_vector"
     model_tags = ["hf_icm_lora"]
     accepts_loss_kwargs = False
-    _keep_in_fp32_modules_strict = ["zoo_normalizer", "task_map"]
+    _keep_in_fp32_modules_strict = ["zoo_normalizer"]
 
     def __init__(self, config: LoraGeneratorConfig):
         if config.layout is None:
@@ -462,7 +337,6 @@ class LoraGeneratorModel(PreTrainedModel):
         self.network = {"transformer": TransformerCVAE, "conv1d": Conv1dCVAE}[config.architecture](config)
         self.prior = Prior(config) if config.prior == "learned" else None
         self.layout: LoraLayout = config.lora_layout
-        self.task_map = TaskMap(config) if config.mapped_tasks else None
         if config.weight_format == "int8":
             self._round_weights()
         self.post_init()
@@ -477,7 +351,7 @@ class LoraGeneratorModel(PreTrainedModel):
         elif isinstance(module, TokenwiseLinear):
             init.normal_(module.weight, std=0.02)
             init.zeros_(module.bias)
-        elif isinstance(module, (ZooNormalizer, TaskMap)):
+        elif isinstance(module, ZooNormalizer):
             # Or a checkpoint without statistics would come up with garbage.
             for name, buffer in module.named_buffers():
                 (init.ones_ if name.endswith("_scale") else init.zeros_)(buffer)
@@ -485,7 +359,7 @@ class LoraGeneratorModel(PreTrainedModel):
             super()._init_weights(module)
 
     def fit_normalizer(
-        self, dataset: Dataset, behavioural_dataset: BehaviouralDataset | None = None, batch_size: int = 32
+        self, dataset: Dataset, behavioural_dataset: Dataset | None = None, batch_size: int = 32
     ) -> None:
         """Compute the normalization statistics from the training split, once, before training.
 
@@ -519,19 +393,18 @@ class LoraGeneratorModel(PreTrainedModel):
 
     def forward(
         self,
+        task_vector: torch.Tensor,
         lora_weights: torch.Tensor | None = None,
-        task_vector: torch.Tensor | None = None,
         return_loss: bool = True,
         return_dict: bool | None = None,
     ) -> LoraGeneratorOutput | tuple:
-        """Reconstruct adapters, or generate them if only task vectors are given.
+        """Generate adapters from task vectors, or reconstruct those that are given with them.
 
-        In training mode z is drawn from the posterior, in eval mode it is the posterior's mean. In training mode, too,
-        the condition gets the configuration's noise.
+        In training mode z is drawn from the posterior, in eval mode it is the posterior's mean.
 
         Args:
-            lora_weights (`torch.Tensor` of shape `(batch, num_weights)`, *optional*): Packed adapters.
-            task_vector (`torch.Tensor` of shape `(batch, num_task_vectors, task_vector_size)`): Their tasks' vectors.
+            task_vector (`torch.Tensor` of shape `(batch, num_task_vectors, task_vector_size)`): The tasks' vectors.
+            lora_weights (`torch.Tensor` of shape `(batch, num_weights)`, *optional*): Packed adapters of these tasks.
             return_loss (`bool`, *optional*, defaults to `True`): Whether to compute `loss`.
             return_dict (`bool`, *optional*): Whether to return a [`LoraGeneratorOutput`] instead of a tuple.
 
@@ -540,8 +413,6 @@ class LoraGeneratorModel(PreTrainedModel):
             TaskVectorError, IncompatibleAdapterError: if a shape is not the generator's.
         """
         condition = self._condition(task_vector)
-        if self.training and self.config.condition_noise:
-            condition = condition + self.config.condition_noise * torch.randn_like(condition)
         prior_mean, prior_logvar = self._prior(condition)
         if lora_weights is None:
             generated = self.zoo_normalizer.denormalize(self.network.decode(prior_mean, condition))
@@ -659,7 +530,7 @@ class LoraGeneratorModel(PreTrainedModel):
                 parametrize.register_parametrization(module, "weight", Int8())
         parametrize.register_parametrization(self.zoo_normalizer, "vector_directions", Int8())
 
-    def generate_lora_weights(
+    def generate_state_dict(
         self, task_vector: torch.Tensor, generator: torch.Generator | None = None
     ) -> dict[str, torch.Tensor]:
         """Generate an adapter as a PEFT state dict, whose scaling is 1.
@@ -684,7 +555,6 @@ class LoraGeneratorModel(PreTrainedModel):
         processing_class=None,
         adapter_name: str = "default",
         generator: torch.Generator | None = None,
-        num_samples: int = 1,
         fit_scale: bool = True,
         refine_steps: int = 0,
         on_unfamiliar: str = "generate",
@@ -703,17 +573,13 @@ class LoraGeneratorModel(PreTrainedModel):
             processing_class (*optional*): The base model's tokenizer, needed for examples and descriptions.
             adapter_name (`str`, *optional*, defaults to `"default"`): Name of the adapter, which becomes active.
             generator (`torch.Generator`, *optional*): If given, the latent is drawn instead of being its mean.
-            num_samples (`int`, *optional*, defaults to 1): Adapters to generate, from the latent's mean and from
-                draws; the one with the least loss on the examples is kept.
             fit_scale (`bool`, *optional*, defaults to `True`): Whether to weaken the adapter to what suits the
                 examples, if there are any: to 0, 1/4, 1/2 or 3/4 of itself, if the loss on them is least then.
             refine_steps (`int`, *optional*, defaults to 0): Gradient steps on the examples, starting from the
                 generated adapter: fine-tuning with a head start.
-            on_unfamiliar (`str`, *optional*, defaults to `"generate"`): What to do for a task that is less familiar
-                than 99 of 100 training tasks are to each other, or whose adapter makes the loss on its own examples
-                larger: `"generate"` all the same, leave the `"base"` model as it is by an adapter of zeros, generate
-                from the vector of the `"nearest"` training task, take the `"mean"` adapter of the zoo, or `"raise"`.
-                It needs `map_tasks`, and examples or a task vector: a description alone does not tell.
+            on_unfamiliar (`str`, *optional*, defaults to `"generate"`): What to do where the adapter makes the loss on
+                its own examples larger: `"generate"` it all the same, leave the `"base"` model as it is by an adapter
+                of zeros, or `"raise"`. It needs examples.
             check_base_model (`bool`, *optional*, defaults to `True`): Whether to compare the base model's fingerprint.
                 A base in 4 or 8 bits has no comparable one.
             describe_task (`bool`, *optional*, defaults to `True`): Whether description and examples are kept beside
@@ -721,15 +587,14 @@ class LoraGeneratorModel(PreTrainedModel):
 
         Returns:
             `PeftModel`: in eval mode, the adapter frozen. `model.lora_generation[adapter_name]` holds what is known
-            about it: generator and settings; of a generator with a map of its training tasks the task's `novelty` and
-            its `nearest_task`; with examples the `scale` and the `gain_on_examples`, see the method of that name.
+            about it: generator and settings; with examples the `scale` and the `gain_on_examples`, which is what
+            [`ExampleLoss.gain`] says.
 
         Raises:
             TaskError: if there is neither a task vector, nor examples, nor a description; or no `processing_class`; or
-                no examples to choose or refine by.
+                no examples to judge or refine by.
             TaskVectorError: if the task vector does not fit this generator.
-            UnfamiliarTaskError: if the task is unfamiliar and `on_unfamiliar="raise"`.
-            NotFittedError: if `on_unfamiliar` needs the map of the training tasks, and there is none.
+            UnfamiliarTaskError: if the adapter does harm on its own examples and `on_unfamiliar="raise"`.
             IncompatibleAdapterError: if the base model is another one. It is then unchanged.
 
         Example:
@@ -753,39 +618,31 @@ class LoraGeneratorModel(PreTrainedModel):
             task_vector = sum(weight * vector for weight, vector in parts) / sum(weights.values())
         elif examples or description:
             raise TaskError("Expected either a task_vector, or examples and/or a description; found both.")
-        if num_samples < 1 or refine_steps < 0:
-            raise TaskError(f"Expected num_samples >= 1 and refine_steps >= 0, found {num_samples}, {refine_steps}.")
-        if (num_samples > 1 or refine_steps) and not examples:
-            raise TaskError("Adapters are chosen and refined by examples of the task: pass examples too.")
+        if refine_steps < 0:
+            raise TaskError(f"Expected refine_steps >= 0, found {refine_steps}.")
+        if refine_steps and not examples:
+            raise TaskError("Adapters are refined by examples of the task: pass examples too.")
         if on_unfamiliar not in FALLBACKS:
             raise TaskError(f"on_unfamiliar: expected one of {FALLBACKS}, found {on_unfamiliar!r}.")
-        about, told = self._origin(generator, num_samples, refine_steps), bool(examples) or not description
-        if on_unfamiliar != "generate" and not told:
-            raise TaskError("A description alone does not tell how familiar a task is: pass examples too.")
-        if told and (self.task_map is not None or on_unfamiliar != "generate"):
-            # The map is of demonstrations, from which descriptions lie far away.
-            known = task_vector[: len(task_vector) // len(MODES)] if examples and description else task_vector
-            about["novelty"], about["nearest_task"] = self.novelty(known)
+        if on_unfamiliar != "generate" and not examples:
+            raise TaskError("Only examples tell whether an adapter does harm: pass examples too.")
+        about = self._origin(generator, refine_steps)
+        lora_weights = self.decode_task_vector(task_vector, generator)
         if examples:
             shared_weights = self.zoo_normalizer.shared_weights
             example_loss = ExampleLoss(
                 base_model, processing_class, self.layout, shared_weights, examples, self.config.template
             )
-        if num_samples == 1:
-            lora_weights = self.decode_task_vector(task_vector, generator)
-        else:
-            candidates = self.candidates(task_vector, num_samples, generator)
-            lora_weights = candidates[int(example_loss(torch.stack(candidates)).argmin())]
-        if examples:
             losses = example_loss.at_scales(lora_weights, SCALES if fit_scale else (0.0, 1.0))
             about["gain_on_examples"] = 1 - losses[1.0] / losses[0.0]
-        if on_unfamiliar != "generate" and (reason := self._unfamiliar(about)):
+        if on_unfamiliar != "generate" and about["gain_on_examples"] < 0:
             if on_unfamiliar == "raise":
                 raise UnfamiliarTaskError(
-                    f"{reason} Give other examples, fine-tune a LoRA, or pass on_unfamiliar='generate'."
+                    f"The adapter makes the loss on its own examples larger, by {-about['gain_on_examples']:.1%}. "
+                    "Give other examples, fine-tune a LoRA, or pass on_unfamiliar='generate'."
                 )
             about["fallback"] = on_unfamiliar
-            lora_weights = self._fallback(on_unfamiliar, about["nearest_task"])
+            lora_weights = self.layout.scaled(lora_weights, 0.0)
         elif fit_scale and examples:
             about["scale"] = min(losses, key=losses.get)
             about["gain_on_examples"] = 1 - losses[about["scale"]] / losses[0.0]
@@ -848,92 +705,18 @@ class LoraGeneratorModel(PreTrainedModel):
             FileExistsError: if the folder exists.
             NotFittedError, TaskVectorError, IncompatibleAdapterError: as `decode_task_vector` and `plain_adapter`.
         """
-        state_dict = self.generate_lora_weights(task_vector, generator)
+        state_dict = self.generate_state_dict(task_vector, generator)
         config, state_dict, lost = plain_adapter(self.adapter_config(), state_dict, rank=rank, dtype=dtype)
         save_adapter(save_directory, config, state_dict)
         return lost
 
-    def map_tasks(self, task_vectors: TaskVectors) -> None:
-        """Remember where the training tasks lie, so that `novelty` can say how far a new task is from them.
-
-        Args:
-            task_vectors (`TaskVectors`): With banks of training tasks; those of other tasks are not looked at.
-
-        Raises:
-            TaskVectorError: if there are fewer than two training tasks among them.
-        """
-        banks = {name: task_vectors.banks.get(name, {}) for name in self.config.training_tasks or ()}
-        names = [name for name, bank in banks.items() if "demonstrations" in bank]
-        if len(names) < 2:
-            raise TaskVectorError(f"Expected vectors of at least two training tasks, found {names}.")
-        means = torch.stack([banks[name]["demonstrations"].mean(0) for name in names])
-        self.config.mapped_tasks = names
-        self.task_map = TaskMap(self.config).to(self.device)
-        self.task_map.fit(self._condition(means).float())
-
-    def novelty(self, task_vector: torch.Tensor) -> tuple[float, str]:
-        """Say how far a task is from the training tasks.
-
-        Args:
-            task_vector (`torch.Tensor`): As in `decode_task_vector`.
-
-        Returns:
-            `tuple[float, str]`: The part of the training tasks that have a nearer neighbour among the others than this
-            task has among all of them, from 0 to 1; and the name of the nearest training task.
-
-        Raises:
-            NotFittedError: if `map_tasks` was never called.
-        """
-        if self.task_map is None:
-            raise NotFittedError("This generator has no map of its training tasks: call map_tasks(task_vectors).")
-        draws = task_vector.reshape((1,) * (3 - task_vector.ndim) + tuple(task_vector.shape))
-        score, nearest = self.task_map.locate(self._condition(draws).float().mean(0))
-        return score, self.config.mapped_tasks[nearest]
-
-    def _origin(self, generator: torch.Generator | None, num_samples: int, refine_steps: int) -> dict:
+    def _origin(self, generator: torch.Generator | None, refine_steps: int) -> dict:
         """Return by what and how an adapter is made, for its card."""
         name, revision = self.config._name_or_path, getattr(self.config, "_commit_hash", None)
         source = {"id": name, "revision": revision} if revision else {"folder": Path(name).name}
         about = {"generator": source, "template": self.config.template}
         about["seed"] = None if generator is None else generator.initial_seed()
-        return about | {"num_samples": num_samples, "refine_steps": refine_steps}
-
-    def _unfamiliar(self, about: dict) -> str | None:
-        """Return why a task counts as unfamiliar, if it does."""
-        if about["novelty"] > UNFAMILIAR:
-            return (
-                f"The task is less familiar than {about['novelty']:.1%} of the training tasks are to each other; the "
-                f"nearest is {about['nearest_task']!r}."
-            )
-        if about.get("gain_on_examples", 0.0) < 0:
-            return f"The adapter makes the loss on its own examples larger, by {-about['gain_on_examples']:.1%}."
-        return None
-
-    def _fallback(self, choice: str, nearest: str) -> torch.Tensor:
-        """Return the weights `(num_weights,)` to use instead of generated ones."""
-        if choice == "mean":
-            return self.zoo_normalizer.weight_mean
-        if choice == "base":  # and not A = 0, too, from which no gradient leads away
-            return self.layout.scaled(self.zoo_normalizer.weight_mean, 0.0)
-        place = self.task_map.places[self.config.mapped_tasks.index(nearest)]
-        return self._decode(F.pad(place, (0, self.config.condition_size - len(place)))[None].to(self.dtype))
-
-    def candidates(
-        self, task_vector: torch.Tensor, num_samples: int, generator: torch.Generator | None = None
-    ) -> list[torch.Tensor]:
-        """Generate several packed adapters for one task, for `ExampleLoss` to choose from.
-
-        Args:
-            task_vector (`torch.Tensor`): As in `decode_task_vector`.
-            num_samples (`int`): How many: one from the latent's mean, the others from draws.
-            generator (`torch.Generator`, *optional*): What to draw with; by default one of seed 0.
-
-        Returns:
-            `list[torch.Tensor]`: Each `(num_weights,)`, fp32.
-        """
-        drawn_from = torch.Generator().manual_seed(0) if generator is None else generator
-        draws = [self.decode_task_vector(task_vector, drawn_from) for _ in range(num_samples - 1)]
-        return [self.decode_task_vector(task_vector), *draws]
+        return about | {"refine_steps": refine_steps}
 
     def adapter_config(self) -> dict:
         """Return the `LoraConfig` fields of generated adapters: one rank, `lora_alpha == r`, nothing else needed."""
@@ -1078,12 +861,12 @@ class LoraGeneratorModel(PreTrainedModel):
         self._check_task_vector(task_vector)
         return self.zoo_normalizer.condition(task_vector.to(self.device)).to(self.dtype)
 
-    def _check_task_vector(self, task_vector: torch.Tensor | None) -> None:
+    def _check_task_vector(self, task_vector: torch.Tensor) -> None:
         expected = (self.config.num_task_vectors, self.config.task_vector_size)
-        if task_vector is None or task_vector.ndim != 3 or tuple(task_vector.shape[1:]) != expected:
-            found = None if task_vector is None else tuple(task_vector.shape)
+        if task_vector.ndim != 3 or tuple(task_vector.shape[1:]) != expected:
             raise TaskVectorError(
-                f"Expected a task vector of shape (batch, {expected[0]}, {expected[1]}), found {found}."
+                f"Expected a task vector of shape (batch, {expected[0]}, {expected[1]}), found "
+                f"{tuple(task_vector.shape)}."
             )
         if not task_vector.isfinite().all():
             raise TaskVectorError("The task vector holds values that are not finite.")

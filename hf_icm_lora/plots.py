@@ -156,7 +156,7 @@ def _marked_gains(rows: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[str,
         row: {name: s["recovered_gain"] for name, s in summary["tasks"].items() if s["recovered_gain"] is not None}
         for row, summary in rows.items()
     }
-    rival = max(PLAIN_RIVALS, key=lambda row: sum(gains[row].values()))
+    rival = max((row.__name__ for row in PLAIN_RIVALS), key=lambda row: sum(gains[row].values()))
     gains["rival"] = gains[rival]
     return rival, {mark: gains[mark] for mark in MARKS if mark in gains}
 

@@ -147,7 +147,7 @@ def read_report(path: str | Path) -> dict[str, Any]:
 
 
 def format_report(report: Mapping[str, Any]) -> str:
-    """Return a report as Markdown: a table per split, then storage and times.
+    """Return a report as Markdown: a table per split, then what the rows are, storage and times.
 
     Args:
         report (`Mapping`): From [`evaluate_generator`].
@@ -156,12 +156,13 @@ def format_report(report: Mapping[str, Any]) -> str:
         >>> print(format_report(read_report("evaluation/evaluation.json")))  # doctest: +SKIP
     """
     parts = [_table(split, rows) for split, rows in report["splits"].items()]
+    parts.append("\n".join(f"- `{row}`: {description}" for row, description in report["rows"].items()))
     store, seconds = report["storage"], report["seconds"]
     parts.append(
         f"Generator {store['generator_bytes'] / 1e6:.1f} MB, one fp16 adapter {store['adapter_bytes'] / 1e6:.2f} MB: "
         f"smaller than {store['break_even_tasks']} adapters or more ({store['num_seen_tasks']} seen tasks).\n"
-        f"Seconds: task vector {seconds['task_vector']:.2f}, generation {seconds['generation']:.3f}, attachment "
-        f"{seconds['attachment']:.3f}; fine-tuning one LoRA {seconds['fine_tuning']:.1f}."
+        f"Seconds: task vector {seconds['task_vector']:.2f}, generation {seconds['rows']['generated']:.3f}, "
+        f"attachment {seconds['attachment']:.3f}; fine-tuning one LoRA {seconds['fine_tuning']:.1f}."
     )
     return "\n\n".join(parts) + "\n"
 

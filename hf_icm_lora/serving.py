@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
-from .adapter import canonical_lora_config, load_adapter, lora_config_to_dict, with_named_targets
+from .adapter import load_adapter
 from .errors import IcmLoraError, IncompatibleAdapterError
 from .files import commit_file
-from .gauge import with_rank
-from .layout import PREFIX, LoraLayout, LoraModule
-from .model_card import is_local
+from .layout import PREFIX, LoraLayout, LoraModule, module_names
+from .lora_config import canonical_lora_config, lora_config_to_dict, with_named_targets
+from .products import with_rank
+from .provenance import is_local
 
 SERVERS = ("vllm", "sglang", "lorax", "llama.cpp")
 VLLM_DEFAULT_RANK, LORAX_MAX_RANK = 16, 128
@@ -67,7 +68,8 @@ def plain_adapter(
                 raise IncompatibleAdapterError(
                     f"{name}.{factor}: values up to {matrix.abs().max():g} do not fit {dtype}."
                 )
-    config = canonical_lora_config(lora_config_to_dict(with_named_targets(lora_config, state_dict)), rank)
+    named = with_named_targets(lora_config, module_names(state_dict))
+    config = canonical_lora_config(lora_config_to_dict(named), rank)
     return config, plain, lost / energy if energy else 0.0
 
 

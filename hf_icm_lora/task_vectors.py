@@ -19,7 +19,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .adapter import base_model_fingerprint, frozen_base
+from .base_model import base_model_fingerprint, frozen_base
 from .completion import DEFAULT_TEMPLATE, fill_template
 from .errors import TaskError, TaskVectorError
 from .files import commit_file, read_safetensors, sha256_of

@@ -16,12 +16,14 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import CONFIG_NAME, PushInProgress, logging
 
-from .adapter import require_bare, restored
-from .behaviour import BehaviouralDataset, behavioural_loss
+from .base_model import require_bare, restored
+from .behaviour import behavioural_loss
 from .errors import IcmLoraError, TaskError
 from .hub import CARD_FILE, push_files, require_hub_id
-from .model_card import generator_card, run_metadata
+from .model_card import generator_card
 from .modeling_lora_generator import LoraGeneratorModel, LoraGeneratorOutput, kl_per_unit
+from .provenance import run_metadata
+from .training_data import BehaviouralDataset
 
 logger = logging.get_logger(__name__)
 

@@ -1,10 +1,10 @@
 """Adapters: read strictly, written so that PEFT reads them, attached exactly or not at all."""
 
 import copy
+import dataclasses
 import json
 import math
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,13 +18,9 @@ from hf_icm_lora.adapter import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     adapter_state_dict,
-    base_model_fingerprint,
-    canonical_lora_config,
-    fast_dtype,
-    frozen_base,
-    lora_config_to_dict,
 )
 from hf_icm_lora.layout import PREFIX
+from hf_icm_lora.lora_config import lora_config_to_dict
 
 IDS = torch.tensor([[5, 17, 3, 99, 42, 8]])
 Q0, V1 = (f"{PREFIX}model.layers.{i}.self_attn.{name}_proj" for i, name in ((0, "q"), (1, "v")))
@@ -205,33 +201,20 @@ def test_failed_save_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_plain_configuration_survives_json_and_peft():
-    config = LoraConfig(r=4, target_modules=["v_proj", "q_proj"], task_type="CAUSAL_LM", rank_pattern={"q_proj": 2})
-    plain = json.loads(json.dumps(lora_config_to_dict(config)))
-    assert plain == {
-        "peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"],
-        "task_type": "CAUSAL_LM", "rank_pattern": {"q_proj": 2},
-    }  # fmt: skip
-    assert LoraConfig(**plain).to_dict() == config.to_dict()
-    assert lora_config_to_dict(plain | {"target_modules": ["v_proj", "q_proj"]}) == plain  # the order means nothing
-
-
-def test_canonical_configuration_scales_by_one():
-    config = canonical_lora_config(
-        CONFIG
-        | {"use_rslora": True, "alpha_pattern": {"q": 2}, "rank_pattern": {"q": 2}, "lora_dropout": 0.1}
-        | {"init_lora_weights": "olora", "inference_mode": False},
-        rank=8,
-    )
-    assert config == CONFIG | {"r": 8, "lora_alpha": 8, "inference_mode": True}
-
-
 # Attaching
 
 
 @pytest.mark.parametrize(("task_type", "expected"), [("CAUSAL_LM", PeftModelForCausalLM), (None, PeftModel)])
 def test_attached_model_has_the_type_of_its_task(llama, task_type, expected):
     assert type(attach_adapter(llama, CONFIG | {"task_type": task_type}, random_weights())) is expected
+
+
+def test_configuration_in_the_model_is_the_one_that_peft_would_have_made(llama):
+    ours = attach_adapter(llama, CONFIG, random_weights()).peft_config["default"]
+    theirs = get_peft_model(make_llama(), LoraConfig(**CONFIG)).peft_config["default"]
+    assert ours.target_modules == {"q_proj", "v_proj"}
+    assert ours.base_model_name_or_path is None  # what this copy of the base is called says nothing
+    assert dataclasses.replace(ours, base_model_name_or_path=theirs.base_model_name_or_path) == theirs
 
 
 def test_attached_weights_are_the_given_ones_frozen_and_their_own(llama):
@@ -407,91 +390,3 @@ def test_merged_model_answers_like_the_adapter(any_model):
     assert not any(isinstance(module, LoraLayer) for module in merged.modules())
     assert not torch.allclose(adapted, plain, atol=1e-2)
     torch.testing.assert_close(logits(merged), adapted, atol=1e-4, rtol=1e-4)
-
-
-# The base model
-
-
-def test_fingerprint_is_of_the_base_and_not_of_its_dtype_or_adapters(any_model):
-    base, targets = any_model
-    fingerprint = base_model_fingerprint(base)
-    assert base_model_fingerprint(copy.deepcopy(base).bfloat16()) == fingerprint
-    config = LoraConfig(target_modules=targets, fan_in_fan_out=type(base).__name__ == "GPT2LMHeadModel")
-    model = get_peft_model(base, config, adapter_name="some")
-    assert base_model_fingerprint(model) == fingerprint
-    assert base_model_fingerprint(base) == fingerprint  # which get_peft_model changed in place
-    assert base_model_fingerprint(model.unload()) == fingerprint
-
-
-def test_fingerprint_is_the_one_that_zoos_and_generators_hold():
-    model = torch.nn.Linear(40, 40)
-    with torch.no_grad():
-        model.weight.copy_(torch.arange(1600.0).reshape(40, 40) / 16)
-        model.bias.copy_(torch.arange(40.0))
-    assert base_model_fingerprint(model) == "272d1e0d0c13267d0b86122d746f8b8a51ea6b97e8237d9d8f5cac98ee4da673"
-
-
-def test_fingerprint_tells_bases_apart(any_model):
-    base, _ = any_model
-    fingerprints = {base_model_fingerprint(make_llama(seed)) for seed in range(3)} | {
-        base_model_fingerprint(make_gpt2())
-    }
-    assert len(fingerprints) == 4
-    other = copy.deepcopy(base)
-    with torch.no_grad():
-        list(other.parameters())[-1].add_(0.5)  # one single tensor
-    assert base_model_fingerprint(other) != base_model_fingerprint(base)
-
-
-@pytest.mark.parametrize("inner", [False, True], ids=["peft_model", "its_base"])
-@pytest.mark.parametrize("error", [None, KeyError])
-def test_frozen_base_is_the_plain_base_and_everything_is_restored(llama, inner, error):
-    plain = logits(llama)
-    model = attach_adapter(llama, CONFIG, random_weights())
-    adapted = logits(model)
-    model.train()
-    llama.model.norm.eval()
-    next(iter(model.parameters())).requires_grad_(True)
-    given = llama if inner else model
-    before = snapshot(given)
-    try:
-        with frozen_base(given) as base:
-            assert base is llama
-            assert not any(module.training for module in base.modules())
-            assert not torch.is_grad_enabled()
-            assert torch.equal(logits(base), plain)
-            if error:
-                raise error
-    except KeyError:
-        pass
-    assert torch.is_grad_enabled()
-    assert_as_before(given, before)
-    assert torch.equal(logits(model.eval()), adapted)
-
-
-def test_frozen_base_leaves_disabled_adapters_disabled(llama):
-    model = attach_adapter(llama, CONFIG, random_weights())
-    with model.disable_adapter():
-        plain = logits(model)
-        with frozen_base(model) as base:
-            assert torch.equal(logits(base), plain)
-        assert torch.equal(logits(model), plain)
-
-
-def test_fast_dtype_of_an_accelerator(monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    assert fast_dtype.__wrapped__() == torch.bfloat16
-
-
-@pytest.mark.parametrize(("slow", "expected"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
-def test_fast_dtype_is_the_one_that_this_machine_multiplies_faster(monkeypatch, slow, expected):
-    clock = [0.0]
-
-    def matmul(x, other):
-        clock[0] += 2.0 if x.dtype == slow else 1.0
-        return x
-
-    monkeypatch.setattr(torch.Tensor, "__matmul__", matmul)
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    monkeypatch.setattr("hf_icm_lora.adapter.time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    assert fast_dtype.__wrapped__() == expected

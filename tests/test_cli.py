@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -111,7 +110,7 @@ def test_training_goes_on_through_the_base_model(folder, tmp_path):
         f"zoo_normalizer.vector_{name}" for name in ("mean", "scale", "directions")
     }
     generator = LoraGeneratorModel.from_pretrained(tmp_path / "more")
-    assert sorted(generator.config.training_tasks) == generator.config.mapped_tasks == SEEN
+    assert sorted(generator.config.training_tasks) == SEEN
 
 
 def test_same_seed_trains_the_same_generator(folder, tmp_path):
@@ -136,16 +135,15 @@ def test_training_reports_unseen_tasks_and_resumes(folder, tmp_path, capsys):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_generated_adapter_is_chosen_and_refined_on_the_examples(folder, tmp_path):
+def test_generated_adapter_is_refined_on_the_examples(folder, tmp_path):
     argv = ["generate", "--generator", str(folder / "generator"), "--examples", str(folder / "examples.jsonl")]
-    more = ["--num_samples", "2", "--no_fit_scale", "--refine_steps", "2", "--dtype", "float32"]
+    more = ["--no_fit_scale", "--refine_steps", "2", "--dtype", "float32"]
     assert main([*argv, *more, "--out", str(tmp_path / "adapter")]) == 0
     base = AutoModelForCausalLM.from_pretrained(folder / "base")
     model = LoraGeneratorModel.from_pretrained(folder / "generator").generate_adapter(
         base,
         processing_class=AutoTokenizer.from_pretrained(folder / "base"),
         examples=[("ab", "bc"), ("xy", "yz")],
-        num_samples=2,
         fit_scale=False,
         refine_steps=2,
     )
@@ -189,19 +187,6 @@ def test_env_names_versions(capsys):
     assert main(["env"]) == 0
     out = capsys.readouterr().out
     assert all(f"- {name}: " in out for name in ("platform", "python", "hf_icm_lora", "torch", "peft", "device"))
-
-
-def test_env_says_what_is_missing(capsys, monkeypatch):
-    def version(name):
-        if name == "peft":
-            raise PackageNotFoundError
-        return "1.2.3"
-
-    monkeypatch.setattr("hf_icm_lora.cli.version", version)
-    assert main(["env"]) == 0
-    out = capsys.readouterr().out
-    assert "- peft: not installed\n" in out
-    assert "- transformers: 1.2.3\n" in out
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from hf_icm_lora import (
     attach_adapter,
     collect_zoo,
 )
-from hf_icm_lora.adapter import base_model_fingerprint
+from hf_icm_lora.base_model import base_model_fingerprint
 from hf_icm_lora.completion import CompletionCollator, score_completions
 
 

@@ -1,6 +1,8 @@
 """evaluate_generator: every figure means what its name says, and nothing is touched."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,9 +10,9 @@ from conftest import make_llama, make_tasks
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
-import hf_icm_lora.evaluation as evaluation
 from hf_icm_lora import (
     CollectionArguments,
+    EvaluationError,
     ExampleLoss,
     IncompatibleAdapterError,
     LoraGeneratorConfig,
@@ -26,11 +28,15 @@ from hf_icm_lora import (
     format_report,
     read_report,
 )
-from hf_icm_lora.adapter import attach_adapter, canonical_lora_config
+from hf_icm_lora.adapter import attach_adapter
 from hf_icm_lora.completion import CompletionCollator, score_completions
+from hf_icm_lora.evaluation import MORE_ROWS, descriptions
+from hf_icm_lora.evaluation import ROWS as ROW_TABLE
+from hf_icm_lora.lora_config import canonical_lora_config
 from hf_icm_lora.report import rank_correlation, storage
 from hf_icm_lora.rivals import Rivals
 
+ROOT = Path(__file__).parent.parent
 SEEN, UNSEEN = ["shift/1", "shift/2", "shift/3"], ["shift/4"]
 ROWS = ["base", "task_lora", "generated", "wrong_condition", "mean_lora", "nearest_lora", "top_k_merge", "ridge",
         "few_shot_prompt"]  # fmt: skip
@@ -105,7 +111,8 @@ def assert_unchanged(model, before):
 
 
 def test_report_has_the_documented_shape(report):
-    assert {"command", "date", "versions", "machine", "seed", "splits", "storage", "seconds"} <= set(report)
+    assert {"command", "date", "versions", "machine", "seed", "rows", "splits", "storage", "seconds"} <= set(report)
+    assert list(report["rows"]) == ROWS
     assert set(report["versions"]) >= {"python", "hf_icm_lora", "transformers", "peft", "torch"}
     assert list(report["splits"]) == ["seen", "unseen"]
     for split, names in (("seen", SEEN), ("unseen", UNSEEN)):
@@ -176,7 +183,7 @@ def test_further_rows(zoo, generator, tokenizer):
     report = evaluate_generator(generator, make_llama(), tokenizer, zoo, tasks, more_rows=rows, refine_steps=4)
     (table,) = report["splits"].values()
     assert list(table) == [*ROWS, "description", "both", "scaled", "refined", "fine_tuned"]
-    assert {"scaled", "refined", "fine_tuned"} <= report["seconds"].keys()
+    assert list(report["seconds"]["rows"]) == list(report["rows"]) == list(table)
     examples = tasks[0].demo[:12]
     alone = {
         "description": generator.generate_adapter(
@@ -204,17 +211,17 @@ def test_further_rows(zoo, generator, tokenizer):
     fitted = attached(zoo, example_loss.refine(nothing, 4, learning_rate=1e-2))
     loss = loss_of(fitted, tokenizer, tasks[0])
     assert table["fine_tuned"]["tasks"][tasks[0].name]["loss"] == pytest.approx(loss, rel=1e-3)
-    with pytest.raises(ValueError, match=r"more_rows: expected some of .*, found \['paper'\]"):
+    with pytest.raises(EvaluationError, match=r"more_rows: expected some of description, .*; found paper\."):
         evaluate_generator(generator, make_llama(), tokenizer, zoo, tasks, more_rows=["paper"])
     silent = [Task(tasks[0].name, demo=tasks[0].demo, test=tasks[0].test)]
     for row in ("description", "both"):
-        with pytest.raises(TaskError, match="'shift/1' has no description"):
+        with pytest.raises(TaskError, match=f"'shift/1' has no description, which the row {row} reads"):
             evaluate_generator(generator, make_llama(), tokenizer, zoo, silent, more_rows=[row])
 
 
-def loss_of(model, tokenizer, task):
+def loss_of(model, tokenizer, task, context=""):
     with torch.no_grad():
-        scores = score_completions(model, CompletionCollator(tokenizer)(task.test))
+        scores = score_completions(model, CompletionCollator(tokenizer, context=context)(task.test))
     return (scores.loss.sum() / scores.num_tokens.sum()).item()
 
 
@@ -289,7 +296,7 @@ def test_other_generators_are_rows(zoo, generator, tokenizer):
     model = other.generate_adapter(make_llama(), processing_class=tokenizer, examples=task.demo[:12])
     row = report["splits"]["unseen"]["paper_cvae"]["tasks"][task.name]
     assert row["loss"] == pytest.approx(loss_of(model, tokenizer, task), rel=1e-3)
-    with pytest.raises(ValueError, match=r"other_generators: \['ridge'\] are names of rows already"):
+    with pytest.raises(EvaluationError, match="other_generators: ridge are names of rows already"):
         evaluate_generator(generator, make_llama(), tokenizer, zoo, [task], other_generators={"ridge": other})
 
 
@@ -317,10 +324,11 @@ def test_storage(report, zoo, generator):
 
 
 def test_seconds_are_measured(report):
-    assert set(report["seconds"]) >= {"task_vector", "generation", "attachment", "fine_tuning", "evaluation"}
-    assert all(value >= 0 for value in report["seconds"].values())
-    assert report["seconds"]["fine_tuning"] > 0
-    assert report["seconds"]["evaluation"] > 0
+    seconds = report["seconds"]
+    assert list(seconds) == ["task_vector", "rows", "attachment", "fine_tuning", "evaluation"]
+    assert list(seconds["rows"]) == ROWS
+    assert all(value >= 0 for value in [*seconds["rows"].values(), seconds["attachment"]])
+    assert min(seconds["task_vector"], seconds["fine_tuning"], seconds["evaluation"]) > 0
 
 
 @pytest.mark.parametrize("names", [SEEN, UNSEEN])
@@ -353,19 +361,30 @@ def test_base_comes_back_unchanged(zoo, generator, tokenizer, training):
     assert_unchanged(base, before)
 
 
-def test_base_comes_back_unchanged_after_an_error(zoo, generator, tokenizer, monkeypatch):
-    base = make_llama().train()
-    before, calls = state(base), []
+class CountingTokenizer:
+    """A tokenizer that counts its calls, and is interrupted at one of them."""
 
-    def interrupted(*args):
-        calls.append(args)
-        if len(calls) == 4:
+    def __init__(self, tokenizer, interrupted_at=None):
+        self.tokenizer, self.interrupted_at, self.calls = tokenizer, interrupted_at, 0
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        if self.calls == self.interrupted_at:
             raise KeyboardInterrupt
-        return {"loss": 1.0, "exact_match": 0.0}
+        return self.tokenizer(*args, **kwargs)
 
-    monkeypatch.setattr(evaluation, "_score", interrupted)
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+
+@pytest.mark.parametrize("part", [0.3, 0.6, 0.9])
+def test_base_comes_back_unchanged_after_an_error(zoo, generator, tokenizer, part):
+    base, counting = make_llama().train(), CountingTokenizer(tokenizer)
+    before = state(base)
+    evaluate_generator(generator, base, counting, zoo, make_tasks(), more_rows=["refined"])
+    interrupted = CountingTokenizer(tokenizer, interrupted_at=int(part * counting.calls))
     with pytest.raises(KeyboardInterrupt):
-        evaluate_generator(generator, base, tokenizer, zoo, make_tasks())
+        evaluate_generator(generator, base, interrupted, zoo, make_tasks(), more_rows=["refined"])
     assert_unchanged(base, before)
 
 
@@ -397,30 +416,73 @@ def test_wrong_condition_is_another_task_of_the_split_where_there_is_one(zoo, to
     assert all(any(torch.equal(other, vector) for vector in seen) for _, other in pairs[:3])
 
 
-def test_everyone_is_given_the_same_examples(zoo, generator, tokenizer, monkeypatch):
-    """The first `num_examples` demo samples, in the task vector and in the prompt; never a test sample."""
-    given, contexts = [], []
-    vector, collator = TaskVectorExtractor.vector, evaluation.CompletionCollator
-
-    def spy_vector(self, base, processing_class, examples=None, description=None):
-        given.append((list(examples), description))
-        return vector(self, base, processing_class, examples, description)
-
-    def spy_collator(processing_class, is_encoder_decoder, template, context, max_length):
-        contexts.append(context)
-        return collator(processing_class, is_encoder_decoder, template, context, max_length)
-
-    monkeypatch.setattr(TaskVectorExtractor, "vector", spy_vector)
-    monkeypatch.setattr(evaluation, "CompletionCollator", spy_collator)
-    tasks = make_tasks()
-    evaluate_generator(generator, make_llama(), tokenizer, zoo, tasks, num_examples=5)
-    assert given == [(list(task.demo[:5]), None) for task in tasks]
-    shown = [context for context in contexts if context]
-    assert shown == ["".join(f"- {s.prompt}: {s.completion}\n" for s in task.demo[:5]) for task in tasks]
-    assert len(contexts) - len(shown) == 4 * (len(ROWS) - 1)
+def test_everyone_is_given_the_same_examples(zoo, generator, tokenizer):
+    """The first `num_examples` demo samples, in the task vector and in the prompt."""
+    tasks = make_tasks()[2:]
+    report = evaluate_generator(generator, make_llama(), tokenizer, zoo, tasks, num_examples=5)
+    for task, rows in zip(tasks, report["splits"].values(), strict=True):
+        prompt = "".join(f"- {sample.prompt}: {sample.completion}\n" for sample in task.demo[:5])
+        expected = loss_of(make_llama(), tokenizer, task, prompt)
+        assert rows["few_shot_prompt"]["tasks"][task.name]["loss"] == pytest.approx(expected, rel=1e-4)
+        model = generator.generate_adapter(
+            make_llama(), processing_class=tokenizer, examples=task.demo[:5], fit_scale=False
+        )
+        expected = loss_of(model, tokenizer, task)
+        assert rows["generated"]["tasks"][task.name]["loss"] == pytest.approx(expected, rel=1e-3)
 
 
-# Refusals, before anything is computed
+def test_no_adapter_depends_on_the_test_samples(zoo, generator, tokenizer):
+    tasks, more_rows = make_tasks(), list(MORE_ROWS)
+    others = [
+        Task(task.name, description=task.description, demo=task.demo, test=[("zz", "?"), ("yy", "!")])
+        for task in tasks
+    ]
+    one, other = (
+        evaluate_generator(generator, make_llama(), tokenizer, zoo, given, more_rows=more_rows, refine_steps=2)
+        for given in (tasks, others)
+    )
+    for split, rows in one["splits"].items():
+        for row in rows.keys() - {"base", "few_shot_prompt"}:
+            for name, score in rows[row]["tasks"].items():
+                found = other["splits"][split][row]["tasks"][name]
+                assert found["nearest_seen_distance"] == score["nearest_seen_distance"], row
+                assert found["loss"] != score["loss"]
+
+
+# The table of rows
+
+
+def test_a_further_row_is_a_function_and_its_docstring(zoo, generator, tokenizer, monkeypatch):
+    def answers_first(given):
+        """The base model with nothing but the answers
+        before every prompt."""
+        return " ".join(sample.completion for sample in given.examples)
+
+    monkeypatch.setitem(MORE_ROWS, "answers_first", answers_first)
+    task = make_tasks()[3]
+    report = evaluate_generator(generator, make_llama(), tokenizer, zoo, [task], more_rows=["answers_first"])
+    expected = loss_of(make_llama(), tokenizer, task, " ".join(sample.completion for sample in task.demo[:12]))
+    row = report["splits"]["unseen"]["answers_first"]["tasks"][task.name]
+    assert row["loss"] == pytest.approx(expected, rel=1e-4)
+    assert "- `answers_first`: The base model with nothing but the answers before every prompt." in format_report(
+        report
+    )
+    assert report["seconds"]["rows"]["answers_first"] >= 0
+
+
+def test_every_row_is_described_in_one_sentence():
+    for row, text in descriptions(ROW_TABLE | MORE_ROWS).items():
+        assert re.fullmatch(r"\S.*[^.\s]\.", text), row
+        assert "%" not in text  # argparse would format it
+
+
+def test_the_page_describes_all_rows_in_the_same_words():
+    page = (ROOT / "docs/source/evaluation.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| `(\w+)` \| (.+) \|$", page, re.MULTILINE)
+    assert table == list(descriptions(ROW_TABLE | MORE_ROWS).items())
+
+
+# Refusals, before# Refusals, before anything is computed
 
 
 @pytest.fixture

@@ -87,7 +87,7 @@ def test_thirty_adapters_with_ten_kinds_of_difference(tmp_path, llama, foreign):
     before = logits(llama)
     zoo, table = LoraZoo.import_adapters(tmp_path / "zoo", folders, llama)
     assert len(zoo) == len(table) == 30
-    assert zoo.layout.gauge == "canonical"
+    assert zoo.layout.gauge == "free"
     assert {module.rank for module in zoo.layout.modules} == {4}
     assert len(zoo.layout.modules) == 6  # q, v and o of two layers
     assert {row["status"] for row in table} == {"converted"}
@@ -145,7 +145,6 @@ def test_adapters_of_one_frozen_a_keep_it(tmp_path, llama):
     }
     zoo, _ = LoraZoo.import_adapters(tmp_path / "zoo", {name: folder for name, (folder, _) in made.items()}, llama)
     assert zoo.layout.gauge == "frozen_a"
-    assert zoo.reference is None
     for name, (_, expected) in made.items():
         torch.testing.assert_close(imported_logits(zoo, name, llama), expected, atol=5e-3, rtol=1e-2)
 
@@ -156,7 +155,7 @@ def test_adapters_of_one_frozen_a_keep_it(tmp_path, llama):
     assert "does not span" in row["reason"]
     # But among those that a zoo is made of, it is.
     sources = {"one": made["one"][0], "two": made["two"][0], "other": other}
-    assert LoraZoo.import_adapters(tmp_path / "zoo-2", sources, llama)[0].layout.gauge == "canonical"
+    assert LoraZoo.import_adapters(tmp_path / "zoo-2", sources, llama)[0].layout.gauge == "free"
 
 
 def test_smaller_rank_keeps_the_largest_singular_values(tmp_path, llama):
@@ -223,11 +222,10 @@ def test_more_adapters_join_a_zoo_as_it_is(tmp_path, llama):
     second, expected = save_foreign(tmp_path / "second", llama, 2, r=2)
     third, _ = save_foreign(tmp_path / "third", llama, 3, target_modules=["o_proj"])
     zoo, _ = LoraZoo.import_adapters(tmp_path / "zoo", [first], llama)
-    reference, weights = zoo.reference, zoo.lora_weights("first")
+    weights = zoo.lora_weights("first")
     zoo, table = LoraZoo.import_adapters(tmp_path / "zoo", [first, second, third], llama)
     assert [row["status"] for row in table] == ["held", "converted", "refused"]
     assert "modules that the zoo has not" in table[2]["reason"]
-    assert torch.equal(zoo.reference, reference)
     assert torch.equal(zoo.lora_weights("first"), weights)
     torch.testing.assert_close(imported_logits(zoo, "second", llama), expected, atol=2e-4, rtol=1e-3)
     with pytest.raises(ZooError, match="rank 4"):
@@ -253,7 +251,6 @@ def test_interrupted_import_is_finished_by_the_same_call(tmp_path, llama, monkey
     monkeypatch.undo()
     zoo, table = LoraZoo.import_adapters(tmp_path / "zoo", sources, llama)
     assert [row["status"] for row in table] == ["held", "converted", "converted"]
-    assert torch.equal(zoo.reference, whole.reference)
     for name in whole:
         assert torch.equal(zoo.lora_weights(name), whole.lora_weights(name))
 

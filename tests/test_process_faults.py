@@ -563,7 +563,7 @@ def test_P9_same_seed(tmp_path, tokenizer):  # noqa: N802
         trainer.train()
         trainer.model.save_pretrained(folder / "generator")
         model = trainer.model.generate_adapter(
-            make_llama(), processing_class=tokenizer, examples=[("ab", "bc")], num_samples=2, refine_steps=2
+            make_llama(), processing_class=tokenizer, examples=[("ab", "bc")], refine_steps=2
         )
         model.save_pretrained(folder / "adapter")
         zoos.append(entries(zoo))

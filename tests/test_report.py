@@ -32,9 +32,10 @@ def make_scores(losses=LOSSES, **generated):
 
 def make_report(scores):
     return {
+        "rows": {row: f"What {row} is." for row in scores},
         "splits": {"seen": summarize(scores)},
         "storage": {"generator_bytes": 5e6, "adapter_bytes": 1e6, "break_even_tasks": 5, "num_seen_tasks": 9},
-        "seconds": {"task_vector": 0.5, "generation": 0.02, "attachment": 0.01, "fine_tuning": 30.0},
+        "seconds": {"task_vector": 0.5, "rows": {"generated": 0.02}, "attachment": 0.01, "fine_tuning": 30.0},
     }
 
 
@@ -115,6 +116,7 @@ def test_table_shows_every_row_and_what_is_below_it():
     assert "deviation: generated 0.00, task_lora 1.00, mean_lora 2.00." in table
     assert "with the gain on the examples (row generated): 0.87." in table
     assert "Without G, since fine-tuning gained nothing: b/2." in table
+    assert "- `mean_lora`: What mean_lora is." in table
     assert "Generator 5.0 MB, one fp16 adapter 1.00 MB: smaller than 5 adapters or more (9 seen tasks)." in table
     assert "task vector 0.50, generation 0.020, attachment 0.010; fine-tuning one LoRA 30.0." in table
 

@@ -225,4 +225,4 @@ def test_command_line_imports(adapter, tmp_path, llama, tokenizer, capsys):
     assert "refused\tmissing" in out
     assert main(["import", "--adapters", str(folder), *arguments, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert (told["gauge"], told["rank"], told["adapters"][0]["status"]) == ("canonical", 6, "held")
+    assert (told["gauge"], told["rank"], told["adapters"][0]["status"]) == ("free", 6, "held")

@@ -11,7 +11,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
 from hf_icm_lora import Sample, Task, TaskError, TaskVectorError, TaskVectorExtractor, TaskVectors, TaskVectorSpec
-from hf_icm_lora.adapter import adapter_state_dict, attach_adapter, base_model_fingerprint
+from hf_icm_lora.adapter import adapter_state_dict, attach_adapter
+from hf_icm_lora.base_model import base_model_fingerprint
 from hf_icm_lora.completion import DEFAULT_TEMPLATE, fill_template
 
 SPEC = TaskVectorSpec(num_demonstrations=5, min_demonstrations=2, num_draws=6, pooling=("prompts",))

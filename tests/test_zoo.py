@@ -16,7 +16,6 @@ from hf_icm_lora import (
     IncompatibleAdapterError,
     LoraLayout,
     LoraZoo,
-    TaskError,
     TaskVectorError,
     TaskVectors,
     TaskVectorSpec,
@@ -26,6 +25,7 @@ from hf_icm_lora import (
 )
 from hf_icm_lora.completion import DEFAULT_TEMPLATE
 from hf_icm_lora.layout import PREFIX
+from hf_icm_lora.training_data import LoraZooDataset
 
 CONFIG = {
     "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"],
@@ -422,7 +422,7 @@ def step_of(dataset, full, item):
 
 def test_a_large_zoo_is_read_from_disk_item_by_item(full, monkeypatch):
     kept = full.as_dataset()
-    monkeypatch.setattr("hf_icm_lora.zoo.MOST_IN_MEMORY", 4 * full.layout.num_weights)
+    monkeypatch.setattr(LoraZooDataset, "most_in_memory", 4 * full.layout.num_weights)
     read = full.as_dataset()
     assert read.lora_weights is None
     assert len(read) == len(kept)
@@ -482,7 +482,7 @@ def test_task_without_description_lacks_that_mode_only(zoo):
     del both["b"]["both"], both["b"]["description"]
     zoo.add_task_vectors(TaskVectors(TaskVectorSpec(pooling="prompts"), ABOUT["base_model_fingerprint"], both))
     assert len(zoo.as_dataset()) == 3 * 4 + 4
-    with pytest.raises(TaskError, match="'b' has no task vectors of the modes"):
+    with pytest.raises(TaskVectorError, match="'b' has no task vectors of the modes"):
         zoo.as_dataset(["description"])
 
 

@@ -31,7 +31,7 @@ from hf_icm_lora import (
 )
 from hf_icm_lora.behaviour import ExampleLoss, behavioural_loss
 from hf_icm_lora.files import write_json
-from hf_icm_lora.model_card import run_metadata
+from hf_icm_lora.provenance import run_metadata
 
 Options = TypeVar("Options")
 Arm = TypeVar("Arm")

@@ -56,7 +56,8 @@ def main() -> None:
         (rows,) = scored["splits"].values()
         rows |= known
         ordered = {row: rows[row] for row in dict.fromkeys((*ROWS, *MORE_ROWS, *rows)) if row in rows}
-        report = scored | report | {"splits": {**report.get("splits", {}), split: ordered}}
+        known_rows, known_splits = report.get("rows", {}), report.get("splits", {})
+        report = scored | report | {"rows": scored["rows"] | known_rows, "splits": {**known_splits, split: ordered}}
         write_json(options.output, report)
     print(format_report(report))
     if options.plots:

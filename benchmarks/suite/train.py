@@ -102,7 +102,6 @@ def main() -> None:
         )  # fmt: skip
         trainer.train(resume_from_checkpoint=last)
         trainer.save_state()
-    generator.map_tasks(vectors)
     generator.config.base_model_name_or_path = BASE_MODEL
     generator.save_pretrained(output_dir)
     generator.to_int8().save_pretrained(output_dir / "int8")

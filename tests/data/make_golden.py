@@ -54,7 +54,6 @@ def main() -> None:
     zoo.add_task_vectors(TaskVectors(TaskVectorSpec(num_draws=3), "f" * 64, banks))
     generator = LoraGeneratorModel(LoraGeneratorConfig.from_zoo(zoo, **SIZES)).eval()
     generator.fit_normalizer(zoo.as_dataset())
-    generator.map_tasks(zoo.task_vectors)
     folder = FOLDER / f"generator-{GENERATOR_VERSION}"
     generator.save_pretrained(folder)
     (folder / "README.md").unlink()
