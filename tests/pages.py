@@ -24,7 +24,7 @@ import pytest
 import transformers
 
 import hf_icm_lora
-from hf_icm_lora import cli
+from hf_icm_lora import base_model, cli
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "docs" / "source"
@@ -149,8 +149,9 @@ def use_stand_ins(patch: pytest.MonkeyPatch, folder: Path, text: str) -> None:
             for task in tasks
         ]
 
-    for module in (hf_icm_lora, cli):
+    for module in (hf_icm_lora, base_model):
         patch.setattr(module, "smollm2_path", lambda: folder / "base")
+    for module in (hf_icm_lora, cli):
         patch.setattr(module, "smollm2_generator_path", lambda: folder / "generator")
         patch.setattr(module, "built_in_tasks", built_in_tasks)
 
