@@ -7,7 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from .completion import DEFAULT_TEMPLATE
-from .errors import IncompatibleAdapterError, TaskVectorError
+from .errors import ArgumentError, IncompatibleAdapterError, TaskVectorError
 from .layout import LoraLayout
 from .lora_config import check_plain_lora
 from .task_vectors import TaskVectorSpec
@@ -173,18 +173,18 @@ class LoraGeneratorConfig(PreTrainedConfig):
         choices |= {"reconstruction": ("weights", "products")}
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
-                raise ValueError(f"{field}: expected one of {allowed}, found {getattr(self, field)!r}.")
+                raise ArgumentError(f"{field}: expected one of {allowed}, found {getattr(self, field)!r}.")
         sizes = ("num_task_vectors", "task_vector_size", "hidden_size", "intermediate_size", "basis_size",
                  "num_encoder_layers", "num_decoder_layers", "num_attention_heads", "latent_size",
                  "condition_size")  # fmt: skip
         for field in sizes:
             most = MAX_LAYERS if field.endswith("layers") else 65536
             if not 1 <= getattr(self, field) <= most:
-                raise ValueError(f"{field}: expected a number from 1 to {most}, found {getattr(self, field)}.")
+                raise ArgumentError(f"{field}: expected a number from 1 to {most}, found {getattr(self, field)}.")
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of {self.num_attention_heads} heads.")
+            raise ArgumentError(f"hidden_size {self.hidden_size} is no multiple of {self.num_attention_heads} heads.")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout: expected a number from 0 to below 1, found {self.dropout}.")
+            raise ArgumentError(f"dropout: expected a number from 0 to below 1, found {self.dropout}.")
 
     @property
     def lora_layout(self) -> LoraLayout:

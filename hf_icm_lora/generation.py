@@ -14,7 +14,7 @@ from .adapter import attach_adapter
 from .base_model import require_bare
 from .behaviour import SCALES, ExampleLoss
 from .configuration_lora_generator import LoraGeneratorConfig
-from .errors import TaskError, UnfamiliarTaskError
+from .errors import ArgumentError, TaskError, UnfamiliarTaskError
 from .layout import LoraLayout
 from .task_vectors import TaskVectorExtractor, TaskVectorSpec
 from .tasks import Sample, to_sample
@@ -125,6 +125,7 @@ def generate_adapter(
         [`GenerationRecord`] of what is known about it.
 
     Raises:
+        ArgumentError: if an option or a weight has no value that it may have.
         TaskError: if there is neither a task vector, nor examples, nor a description; or no `processing_class`; or no
             examples to judge or refine by.
         TaskVectorError: if the task vector does not fit this generator.
@@ -193,13 +194,13 @@ def _made_from(task_vector: torch.Tensor | None, samples: Sequence[Sample], desc
 
 def _check_choices(samples: Sequence[Sample], description, refine_steps: int, on_unfamiliar: str) -> None:
     if isinstance(description, Mapping) and not sum(description.values()) > 0:
-        raise TaskError(f"description: expected weights with a positive sum, found {dict(description)}.")
+        raise ArgumentError(f"description: expected weights with a positive sum, found {dict(description)}.")
     if refine_steps < 0:
-        raise TaskError(f"Expected refine_steps >= 0, found {refine_steps}.")
+        raise ArgumentError(f"Expected refine_steps >= 0, found {refine_steps}.")
     if refine_steps and not samples:
         raise TaskError("Adapters are refined by examples of the task: pass examples too.")
     if on_unfamiliar not in FALLBACKS:
-        raise TaskError(f"on_unfamiliar: expected one of {FALLBACKS}, found {on_unfamiliar!r}.")
+        raise ArgumentError(f"on_unfamiliar: expected one of {FALLBACKS}, found {on_unfamiliar!r}.")
     if on_unfamiliar != "generate" and not samples:
         raise TaskError("Only examples tell whether an adapter does harm: pass examples too.")
 

@@ -710,7 +710,7 @@ class LoraGeneratorModel(PreTrainedModel):
             `CommitInfo`: a string, too: the commit's URL.
 
         Raises:
-            IcmLoraError: if `config.base_model_name_or_path` is a local folder, which nobody else can load.
+            PublishingError: if `config.base_model_name_or_path` is a local folder, which nobody else can load.
 
         Example:
             >>> generator.push_to_hub("user/my-generator", private=True)  # doctest: +SKIP

@@ -146,10 +146,10 @@ class TaskVectors:
             for key, bank in tensors.items():
                 index, mode = key.split(".")
                 if mode not in MODES or bank.ndim != 3 or not len(bank) or bank.shape[1] != size:
-                    raise ValueError(f"{key}: expected draws of {size} vectors, found {tuple(bank.shape)}")
+                    raise TaskVectorError(f"{key}: expected draws of {size} vectors, found {tuple(bank.shape)}")
                 banks[names[int(index)]][mode] = bank.float()
             if len({bank.shape[2] for bank in tensors.values()}) > 1:
-                raise ValueError("its vectors differ in size")
+                raise TaskVectorError("its vectors differ in size")
         except (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
             raise TaskVectorError(f"{path}: not a file of task vectors: {error!r}") from error
         return cls(spec, fingerprint, banks)

@@ -18,7 +18,7 @@ from transformers.utils import CONFIG_NAME, PushInProgress, logging
 
 from .base_model import require_bare, restored
 from .behaviour import behavioural_loss
-from .errors import IcmLoraError, TaskError
+from .errors import ArgumentError, PublishingError, TaskError, TrainingError
 from .hub import CARD_FILE, push_files, require_hub_id
 from .model_card import generator_card
 from .modeling_lora_generator import LoraGeneratorModel, LoraGeneratorOutput, kl_per_unit
@@ -84,6 +84,8 @@ class LoraGeneratorTrainer(Trainer):
 
     Raises:
         TaskError: if `eval_dataset` mixes tasks of `train_dataset` with others.
+        ArgumentError: if the base model is missing that a dataset needs.
+        PublishingError: if what would be pushed names a local base model, or holds pickles.
         IncompatibleAdapterError: if the base model is another one, or has adapters.
 
     Example:
@@ -102,7 +104,7 @@ class LoraGeneratorTrainer(Trainer):
         if args.push_to_hub:  # now, and not after hours
             require_hub_id(model.config.base_model_name_or_path, "set model.config.base_model_name_or_path to one")
             if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-                raise IcmLoraError(
+                raise PublishingError(
                     f"hub_strategy {args.hub_strategy.value!r} would publish the optimizer's state as pickles, which "
                     "others should not open: choose 'every_save' or 'end'."
                 )
@@ -112,7 +114,7 @@ class LoraGeneratorTrainer(Trainer):
             require_bare(base_model)
             model.check_base_model(base_model)
         elif any(isinstance(dataset, BehaviouralDataset) for dataset in (train_dataset, kwargs.get("eval_dataset"))):
-            raise IcmLoraError("Behavioural training goes through the base model: pass base_model too.")
+            raise ArgumentError("Behavioural training goes through the base model: pass base_model too.")
         if isinstance(train_dataset, BehaviouralDataset):
             names = [*(model.config.training_tasks or ()), *(task.name for task in train_dataset.tasks)]
             model.config.training_tasks = list(dict.fromkeys(names))
@@ -132,7 +134,7 @@ class LoraGeneratorTrainer(Trainer):
             args, kwargs: As in `Trainer.train`.
 
         Raises:
-            IcmLoraError: if no checkpoint is whole, or the loss is not finite.
+            TrainingError: if no checkpoint is whole, or the loss is not finite.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._last_checkpoint()
@@ -149,7 +151,7 @@ class LoraGeneratorTrainer(Trainer):
             if not (lacks := self._what_is_broken(folder)):
                 return str(folder)
             logger.warning(f"{folder} is no whole checkpoint ({lacks}), and the one before it is taken.")
-        raise IcmLoraError(
+        raise TrainingError(
             f"{self.args.output_dir}: expected a whole checkpoint to resume from, found {sorted(numbered)}: start "
             "without resume_from_checkpoint."
         )
@@ -230,7 +232,7 @@ class LoraGeneratorTrainer(Trainer):
             kwargs: For `create_model_card`.
 
         Raises:
-            IcmLoraError: if `config.base_model_name_or_path` is a local folder, which nobody else can load.
+            PublishingError: if `config.base_model_name_or_path` is a local folder, which nobody else can load.
         """
         model = self.accelerator.unwrap_model(self.model)
         require_hub_id(model.config.base_model_name_or_path, "set model.config.base_model_name_or_path to one")
@@ -282,7 +284,7 @@ class LoraGeneratorTrainer(Trainer):
             tensors = {**dict(model.named_buffers()), **dict(model.named_parameters())}
             tensors |= {f"gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
             broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-            raise IcmLoraError(
+            raise TrainingError(
                 f"The loss became {loss.item()} by step {self.state.global_step + 1}; not finite: "
                 f"{', '.join(broken[:3]) or 'none of the weights'}. Lower the learning rate, or look for an adapter "
                 "with extreme values in the zoo."

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import Dataset
 
 from .completion import CompletionCollator
-from .errors import TaskError, TaskVectorError, ZooError
+from .errors import ArgumentError, TaskError, TaskVectorError, ZooError
 from .files import sha256_of
 from .layout import LoraLayout
 from .task_vectors import MODES, TaskVectors, joined
@@ -50,17 +50,18 @@ class LoraZooDataset(Dataset):
     `task_names` says whose they are.
 
     Raises:
-        ZooError: if there is no task, or no snapshot is asked for.
-        TaskVectorError: if a task has no vectors, or there is no such mode.
+        ArgumentError: if there is no such mode, or no snapshot is asked for.
+        ZooError: if there is no task.
+        TaskVectorError: if a task has no vectors.
     """
 
     most_in_memory = 2**30  # bytes
 
     def __init__(self, zoo: Adapters, modes: Sequence[str], num_snapshots: int | None):
         if unknown := sorted(set(modes) - set(MODES)):
-            raise TaskVectorError(f"Expected modes among {MODES}, found {unknown}.")
+            raise ArgumentError(f"Expected modes among {MODES}, found {unknown}.")
         if num_snapshots is not None and num_snapshots < 1:
-            raise ZooError(f"Expected num_snapshots >= 1, or None for all; found {num_snapshots}.")
+            raise ArgumentError(f"Expected num_snapshots >= 1, or None for all; found {num_snapshots}.")
         if not zoo.records:
             raise ZooError(f"{zoo}: no tasks to make a dataset of.")
         self.task_names = list(zoo.records)

@@ -9,8 +9,8 @@ in 8 bits, as it ships, goes to `OUTPUT_DIR/int8`.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from collect import SPLITS, with_lora
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
+from bench import SPEC, SPLITS, Bench, options_of, with_lora
+from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_icm_lora import (
@@ -24,14 +24,9 @@ from hf_icm_lora import (
     LoraZoo,
     TaskVectorExtractor,
     TaskVectors,
-    TaskVectorSpec,
-    built_in_tasks,
-    fast_dtype,
-    smollm2_path,
 )
 
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the packaged copy is its, and lies elsewhere on each machine
-SPEC = TaskVectorSpec(num_draws=3, layers=(14, 22, 30))
 SIZES = {
     "transformer": {"hidden_size": 224, "intermediate_size": 448, "basis_size": 32},
     "conv1d": {},  # the paper's
@@ -53,12 +48,10 @@ class TrainOptions:
 
 
 def main() -> None:
-    (options,) = HfArgumentParser(TrainOptions).parse_args_into_dataclasses()
+    options, bench = options_of(TrainOptions), Bench()
     output_dir = Path(options.output_dir)
-    base = AutoModelForCausalLM.from_pretrained(smollm2_path(), dtype=fast_dtype())
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_path())
-    suite = {task.name: task for task in built_in_tasks()}
-    tasks = [suite[name] for name in SPLITS["seen"] + SPLITS["samples"]]
+    base, tokenizer = bench.base, bench.tokenizer
+    tasks = [bench.suite[name] for name in SPLITS["seen"] + SPLITS["samples"]]
 
     if Path(options.vectors).exists():
         vectors = TaskVectors.load(options.vectors)
