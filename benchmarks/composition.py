@@ -9,34 +9,13 @@ Figures are recovered gain on the tasks themselves, with their own LoRAs as the 
 """
 
 import statistics
-import sys
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 
 import torch
+from suite.bench import Bench, options_of, write
+from suite.page import composition
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
-
-from hf_icm_lora import (
-    CompletionCollator,
-    LoraGeneratorModel,
-    LoraZoo,
-    TaskVectorExtractor,
-    TaskVectorSpec,
-    built_in_tasks,
-    fast_dtype,
-    recovered_gain,
-    smollm2_generator_path,
-    smollm2_path,
-)
-from hf_icm_lora.files import write_json
-from hf_icm_lora.functional import functional_loss
-from hf_icm_lora.model_card import run_metadata
-
-sys.path.insert(0, str(Path(__file__).parent / "suite"))
-from collect import with_lora  # noqa: E402
-from page import composition  # noqa: E402
 
 STEPS = (0.0, 0.25, 0.5, 0.75, 1.0)
 ANALOGIES = {  # target: (a, b, c) of a + b - c
@@ -68,38 +47,24 @@ def pairs_of(names: list[str], count: int) -> dict[str, list[tuple[str, str]]]:
 
 @torch.no_grad()
 def main() -> None:
-    (options,) = HfArgumentParser(CompositionOptions).parse_args_into_dataclasses()
-    base = AutoModelForCausalLM.from_pretrained(smollm2_path(), dtype=fast_dtype()).eval()
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_path())
-    generator = LoraGeneratorModel.from_pretrained(smollm2_generator_path())
-    extractor = TaskVectorExtractor(TaskVectorSpec(**generator.config.task_vector_spec))
-    suite, zoo = {task.name: task for task in built_in_tasks()}, LoraZoo(options.zoo)
-    collate = CompletionCollator(tokenizer, template=zoo.template, row_length=64)
+    options = options_of(CompositionOptions)
+    bench = Bench(options.zoo)
 
     @cache
     def vector(name: str) -> torch.Tensor:
-        return extractor.vector(base, tokenizer, suite[name].demo[:12])
-
-    def loss(lora_weights: torch.Tensor, name: str) -> float:
-        batch = collate(suite[name].test)
-        return functional_loss(base, zoo.layout, lora_weights[None], zoo.shared_weights, batch).item()
-
-    @cache
-    def bounds(name: str) -> tuple[float, float]:
-        return loss(torch.zeros(zoo.layout.num_weights), name), loss(zoo.lora_weights(name), name)
+        return bench.vector(bench.suite[name].demo[:12])
 
     def gain(lora_weights: torch.Tensor, name: str) -> float:
-        base_loss, oracle = bounds(name)
-        return recovered_gain(base_loss, loss(lora_weights, name), oracle) or 0.0
+        return bench.gain(lora_weights, name) or 0.0
 
     report: dict = {"mixtures": {}, "analogies": {}}
-    for kind, pairs in pairs_of([name for name in with_lora("seen") if name in zoo], options.num_pairs).items():
+    for kind, pairs in pairs_of(bench.names("seen"), options.num_pairs).items():
         curves: dict[str, list[list[float]]] = {"condition": [], "weights": []}  # pair -> gain on the other task
         for one, other in tqdm(pairs, desc=kind):
-            ends = [generator.decode_task_vector(vector(name)) for name in (one, other)]
+            ends = [bench.generator.decode_task_vector(vector(name)) for name in (one, other)]
             for space, curve in curves.items():
                 mixed = [
-                    generator.decode_task_vector((1 - t) * vector(one) + t * vector(other))
+                    bench.generator.decode_task_vector((1 - t) * vector(one) + t * vector(other))
                     if space == "condition" else (1 - t) * ends[0] + t * ends[1]
                     for t in STEPS
                 ]  # fmt: skip
@@ -108,18 +73,18 @@ def main() -> None:
             space: {str(t): statistics.mean(values) for t, values in zip(STEPS, zip(*curve, strict=True), strict=True)}
             for space, curve in curves.items()
         }
-    scored = {target: parts for target, parts in ANALOGIES.items() if f"number_steps/{target}" in zoo}
+    scored = {target: parts for target, parts in ANALOGIES.items() if f"number_steps/{target}" in bench.zoo}
     for target, parts in tqdm(scored.items(), desc="analogies"):
         a, b, c = (vector(f"number_steps/{name}") for name in parts)
         name = f"number_steps/{target}"
         report["analogies"][target] = {
-            "own_examples": gain(generator.decode_task_vector(vector(name)), name),
-            "a": gain(generator.decode_task_vector(a), name),
-            "b": gain(generator.decode_task_vector(b), name),
-            "a_plus_b_minus_c": gain(generator.decode_task_vector(a + b - c), name),
+            "own_examples": gain(bench.generator.decode_task_vector(vector(name)), name),
+            "a": gain(bench.generator.decode_task_vector(a), name),
+            "b": gain(bench.generator.decode_task_vector(b), name),
+            "a_plus_b_minus_c": gain(bench.generator.decode_task_vector(a + b - c), name),
             "parts": list(parts),
         }
-    write_json(options.output, {**run_metadata(0), **report})
+    write(options.output, report)
     print(composition(report))
 
 

@@ -9,10 +9,10 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import HfArgumentParser
+from suite.bench import options_of
 
-from hf_icm_lora.evaluation import read_report
 from hf_icm_lora.files import write_json
+from hf_icm_lora.report import read_report
 
 ROOT = Path(__file__).parent.parent
 
@@ -24,7 +24,7 @@ class SeedsArguments:
 
 
 def main() -> None:
-    (options,) = HfArgumentParser(SeedsArguments).parse_args_into_dataclasses()
+    options = options_of(SeedsArguments)
     reports = []
     for seed in options.seeds:
         folder = Path(options.output_dir if seed == 0 else f"{options.output_dir}-seed-{seed}")

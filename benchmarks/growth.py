@@ -20,10 +20,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.speed import RandomAdapters, in_own_process, peak_gib
+from benchmarks.suite.bench import seconds
 from hf_icm_lora import LoraGeneratorConfig, LoraGeneratorModel, LoraLayout, LoraZoo, TaskVectors, TaskVectorSpec
 from hf_icm_lora.files import safe_dirname
 from hf_icm_lora.layout import PREFIX, LoraModule
-from hf_icm_lora.model_card import stored_bytes
+from hf_icm_lora.report import stored_bytes
 
 WORK = Path("build/growth")
 TASKS_BATCH_SIZE, BATCH_SIZE, STEPS = 16, 4, 5
@@ -41,12 +42,6 @@ def config_of(layout: LoraLayout, rank: int) -> LoraGeneratorConfig:
     return LoraGeneratorConfig(
         layout=layout.to_dict(), lora_config=lora_config, task_vector_spec=spec, num_task_vectors=2, **SIZES
     )
-
-
-def seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def trained(model: LoraGeneratorModel, batches: Callable[[], dict]) -> float:

@@ -23,13 +23,13 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
+from suite.bench import options_of, write
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from hf_icm_lora import CollectionArguments, LoraZoo, Task, ZooError, collect_zoo
-from hf_icm_lora.files import TEMPORARY, write_json
-from hf_icm_lora.model_card import run_metadata
+from hf_icm_lora.files import TEMPORARY
 
 NUM_TASKS = 3
 
@@ -144,14 +144,14 @@ def run(options: KillOptions) -> dict:
             figures["losses"] += len(killed.keys() - resumed.keys()) + len(expected.keys() - resumed.keys())
             both = [(killed, name) for name in killed] + [(resumed, name) for name in resumed]
             figures["differing"] += sum(found[name] != expected.get(name) for found, name in both)
-        return figures | {"seconds_per_collection": round(seconds[1], 2), **run_metadata(options.seed)}
+        return figures | {"seconds_per_collection": round(seconds[1], 2)}
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", FutureWarning)  # a dependency's about its own code
-    (options,) = HfArgumentParser(KillOptions).parse_args_into_dataclasses()
+    options = options_of(KillOptions)
     figures = run(options)
-    write_json(options.output, figures)
+    write(options.output, figures, options.seed)
     print(json.dumps(figures, indent=2))
     sys.exit(1 if figures["losses"] or figures["differing"] else 0)

@@ -9,16 +9,13 @@ import json
 import resource
 import statistics
 import tempfile
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from suite.bench import load_base, load_tokenizer, options_of, seconds, write
 
-from hf_icm_lora import LoraGeneratorModel, fast_dtype, smollm2_generator_path, smollm2_path
-from hf_icm_lora.files import write_json
-from hf_icm_lora.model_card import run_metadata
+from hf_icm_lora import LoraGeneratorModel, smollm2_generator_path
 
 
 @dataclass
@@ -28,12 +25,6 @@ class ManyOptions:
     output: str = field(default="benchmarks/results/many_adapters.json", metadata={"help": "Where the figures go."})
 
 
-def seconds(work) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
 def resident_megabytes() -> float:
     """Memory of this process by now; its peak would be that of loading the base model. Linux alone tells."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
@@ -41,8 +32,7 @@ def resident_megabytes() -> float:
 
 @torch.no_grad()
 def main() -> None:
-    (options,) = HfArgumentParser(ManyOptions).parse_args_into_dataclasses()
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_path())
+    options, tokenizer = options_of(ManyOptions), load_tokenizer()
     generator = LoraGeneratorModel.from_pretrained(smollm2_generator_path())
     shape = (generator.config.num_task_vectors, generator.config.task_vector_size)
     noise = torch.randn(options.num_adapters, *shape, generator=torch.Generator().manual_seed(0))
@@ -52,7 +42,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for index, vector in enumerate(vectors):
             generator.export_adapter(Path(folder) / str(index), vector)
-        base = AutoModelForCausalLM.from_pretrained(smollm2_path(), dtype=fast_dtype()).eval()
+        base = load_base()
         model = generator.generate_adapter(base, task_vector=vectors[0], adapter_name="first")
         before = resident_megabytes()
         for index, vector in enumerate(vectors):
@@ -78,11 +68,8 @@ def main() -> None:
         batches["mixed_batch"].append(seconds(lambda: model(**inputs, adapter_names=names)))
         batches["one_by_one"].append(seconds(one_by_one))
     medians = {name: round(1000 * statistics.median(values), 2) for name, values in (times | batches).items()}
-    write_json(
-        options.output,
-        {**run_metadata(0), "num_adapters": options.num_adapters, "milliseconds": medians,
-         "megabytes_per_adapter": round(per_adapter, 2)},
-    )  # fmt: skip
+    report = {"num_adapters": options.num_adapters, "milliseconds": medians}
+    write(options.output, report | {"megabytes_per_adapter": round(per_adapter, 2)})
     print(json.dumps(medians, indent=2), f"\n{per_adapter:.2f} MB per adapter")
 
 

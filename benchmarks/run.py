@@ -9,13 +9,11 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import HfArgumentParser
 from transformers.utils import logging
 
 from benchmarks import growth, speed
 from benchmarks.suite import page
-from hf_icm_lora.files import write_json
-from hf_icm_lora.model_card import run_metadata
+from benchmarks.suite.bench import kept, options_of, write
 
 SMALLEST = "SmolLM2, q and v, rank 8"  # of the sizes of adapters
 
@@ -61,10 +59,10 @@ def streaming(report: dict) -> dict:
 
 
 def main() -> None:
-    (options,) = HfArgumentParser(RunOptions).parse_args_into_dataclasses()
+    options = options_of(RunOptions)
     logging.disable_progress_bar()
     output = Path(options.output or f"{'build' if options.quick else 'benchmarks/results'}/performance.json")
-    report = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
+    report = kept(output, {})
     quick = options.quick
     parts = {
         "generation": lambda: speed.generation(rounds=3 if quick else 15),
@@ -80,9 +78,9 @@ def main() -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     for name in options.parts:
         report[name] = parts[name]()
-        report |= run_metadata(0) | {"ratios": ratios(report)}
+        report["ratios"] = ratios(report)
         report |= {"streaming": streaming(report)} if "growth" in report else {}
-        write_json(output, report)
+        write(output, report)
         print(page.performance({name: report[name]}), flush=True)
     print(json.dumps({key: report[key] for key in ("ratios", "streaming") if key in report}, indent=2))
 

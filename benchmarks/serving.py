@@ -9,34 +9,19 @@ The control is the base model without an adapter: llama.cpp also rounds what goe
 """
 
 import gc
-import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from llama_cpp import Llama
+from suite.bench import SPLITS, Bench, options_of, write
+from suite.page import llama_cpp
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
-from hf_icm_lora import (
-    LoraGeneratorModel,
-    TaskVectorExtractor,
-    TaskVectorSpec,
-    attach_adapter,
-    built_in_tasks,
-    export_gguf,
-    smollm2_generator_path,
-    smollm2_path,
-)
+from hf_icm_lora import attach_adapter, export_gguf
 from hf_icm_lora.completion import fill_template
-from hf_icm_lora.files import write_json
-from hf_icm_lora.model_card import run_metadata
 from hf_icm_lora.smollm2 import smollm2_gguf_path
-
-sys.path.insert(0, str(Path(__file__).parent / "suite"))
-from collect import SPLITS  # noqa: E402
-from page import llama_cpp  # noqa: E402
 
 
 @dataclass
@@ -64,19 +49,15 @@ def compared(found: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def main() -> None:
-    (options,) = HfArgumentParser(LlamaCppOptions).parse_args_into_dataclasses()
-    base = AutoModelForCausalLM.from_pretrained(smollm2_path(), dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_path())
-    generator = LoraGeneratorModel.from_pretrained(smollm2_generator_path())
-    extractor = TaskVectorExtractor(TaskVectorSpec(**generator.config.task_vector_spec))
-    suite = {task.name: task for task in built_in_tasks()}
+    options, bench = options_of(LlamaCppOptions), Bench(dtype=torch.float32)
+    base, tokenizer, generator = bench.base, bench.tokenizer, bench.generator
     rows = {}
     for name in tqdm(SPLITS["validation"][: options.num_tasks]):
-        task = suite[name]
+        task = bench.suite[name]
         text = "".join("".join(fill_template(s, generator.config.template)) for s in task.test[: options.num_samples])
         ids = tokenizer(text)["input_ids"]
         batch = torch.tensor([ids])
-        state_dict = generator.generate_lora_weights(extractor.vector(base, tokenizer, task.demo[:12]))
+        state_dict = generator.generate_state_dict(bench.vector(task.demo[:12]))
         plain = base(input_ids=batch).logits[0]
         model = attach_adapter(base, generator.adapter_config(), state_dict)
         adapted = model(input_ids=batch).logits[0]
@@ -92,7 +73,7 @@ def main() -> None:
             }
         gc.collect()
     total = sum(row["positions"] for row in rows.values())
-    report = {**run_metadata(0), "positions": total, "tasks": rows}
+    report = {"positions": total, "tasks": rows}
     for kind in ("base", "adapter", "effect_of_adapter"):
         report |= {
             f"{measure}_{kind}": sum(row["positions"] * row[kind][measure] for row in rows.values()) / total
@@ -102,7 +83,7 @@ def main() -> None:
         report.pop("top1_base"),
         report.pop("top1_adapter"),
     )
-    write_json(options.output, report)
+    write(options.output, report)
     print(llama_cpp(report))
 
 

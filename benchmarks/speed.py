@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
+from benchmarks.suite.bench import load_base, load_tokenizer
 from hf_icm_lora import (
     CollectionArguments,
     CompletionCollator,
@@ -34,7 +35,6 @@ from hf_icm_lora import (
     collect_zoo,
     fast_dtype,
     smollm2_generator_path,
-    smollm2_path,
 )
 from hf_icm_lora.completion import fill_template, score_completions
 from hf_icm_lora.layout import LoraModule
@@ -71,13 +71,9 @@ def peak_gib() -> float:
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**20
 
 
-def load_base() -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(smollm2_path(), dtype=fast_dtype())
-
-
 @torch.no_grad()
 def generation(rounds: int) -> dict:
-    base = load_base().eval()
+    base = load_base()
     generator = LoraGeneratorModel.from_pretrained(smollm2_generator_path()).to_float()
     vector = generator.zoo_normalizer.vector_mean[None]
     slot = generator.adapter_slot(base, "slot")
@@ -206,7 +202,7 @@ class Workers:
     @staticmethod
     def start(threads: int) -> None:
         torch.set_num_threads(threads)
-        Workers.base, Workers.tokenizer = load_base(), AutoTokenizer.from_pretrained(smollm2_path())
+        Workers.base, Workers.tokenizer = load_base(), load_tokenizer()
 
     def run(self, function: Callable, names: list[str], steps: int) -> list[float]:
         return self.pool.starmap(function, [(name, steps) for name in names], chunksize=1)
@@ -247,7 +243,7 @@ def collected(name: str, steps: int) -> float:
 def collection(rounds: int, steps: int = 16) -> dict:
     """The same number of steps on the same tasks, by one process with all threads and by two with half of them."""
     names = ["country_facts/capital", "country_facts/continent"]
-    tokenizer, losses, work = AutoTokenizer.from_pretrained(smollm2_path()), {}, {}
+    tokenizer, losses, work = load_tokenizer(), {}, {}
     texts = ["".join(fill_template(sample, TEMPLATE)) for name in names for sample in task_of(name).train]
     tokens = sum(map(len, tokenizer(texts)["input_ids"])) / len(texts) * BATCH_SIZE * steps * len(names)
     for processes in (1, 2):
@@ -275,7 +271,7 @@ def plain_vectors(base: torch.nn.Module, tokenizer, prompts: list[str], layer: i
 
 
 def vectors(rounds: int) -> dict:
-    base, tokenizer = load_base().eval(), AutoTokenizer.from_pretrained(smollm2_path())
+    base, tokenizer = load_base(), load_tokenizer()
     tasks, spec = built_in_tasks(["country_facts"])[:4], TaskVectorSpec(num_draws=8)
     one_by_one, batched = TaskVectorExtractor(spec, batch_size=1), TaskVectorExtractor(spec)
     texts = [p.text for t in tasks for mode in MODES for p in batched.prompts(t.demo, t.description, mode, t.name)]

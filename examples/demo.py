@@ -17,10 +17,10 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
 
 from hf_icm_lora import (
+    BehaviouralCollator,
+    BehaviouralDataset,
     CollectionArguments,
     CompletionCollator,
-    FunctionalCollator,
-    FunctionalDataset,
     LoraGeneratorConfig,
     LoraGeneratorModel,
     LoraGeneratorTrainer,
@@ -34,11 +34,12 @@ from hf_icm_lora import (
     evaluate_generator,
     fast_dtype,
     format_report,
+    save_adapter_card,
     smollm2_generator_path,
     smollm2_path,
 )
 from hf_icm_lora.completion import fill_template
-from hf_icm_lora.evaluation import write_report
+from hf_icm_lora.report import write_report
 
 SEEN = (
     "country_names/german", "country_names/french", "country_names/spanish", "country_facts/capital",
@@ -70,7 +71,7 @@ class DemoArguments:
     zoo: str | None = field(default=None, metadata={"help": "The zoo, by default below output_dir."})
     seed: int = field(default=0, metadata={"help": "Of the generator's initialization and training."})
     reconstruction_steps: int = field(default=150, metadata={"help": "Steps on the zoo's LoRAs."})
-    functional_steps: int = field(default=160, metadata={"help": "Steps through the base model."})
+    behavioural_steps: int = field(default=160, metadata={"help": "Steps through the base model."})
 
 
 def main() -> None:
@@ -106,7 +107,7 @@ def main() -> None:
     best = seen.as_dataset(num_snapshots=1)  # earlier snapshots are other answers to the same question
     set_seed(options.seed)
     generator = LoraGeneratorModel(LoraGeneratorConfig.from_zoo(seen))
-    behaviour = FunctionalDataset(samples, vectors, num_samples=8)
+    behaviour = BehaviouralDataset(samples, vectors, num_samples=8)
     generator.fit_normalizer(best, behaviour)
     common = {"output_dir": str(output_dir / "generator"), "save_strategy": "no", "seed": options.seed}
 
@@ -124,12 +125,12 @@ def main() -> None:
     LoraGeneratorTrainer(
         generator,
         LoraGeneratorTrainingArguments(
-            max_steps=options.functional_steps, per_device_train_batch_size=16, learning_rate=6e-3,
+            max_steps=options.behavioural_steps, per_device_train_batch_size=16, learning_rate=6e-3,
             logging_steps=20, **common,
         ),
         base_model=base,
         train_dataset=behaviour,
-        data_collator=FunctionalCollator(CompletionCollator(tokenizer, template=zoo.template, row_length=48)),
+        data_collator=BehaviouralCollator(CompletionCollator(tokenizer, template=zoo.template, row_length=48)),
     ).train()  # fmt: skip
     generator.save_pretrained(output_dir / "generator")
     generator = LoraGeneratorModel.from_pretrained(output_dir / "generator")
@@ -169,7 +170,8 @@ def write_adapter(generator, base, tokenizer, task, folder: Path):
     model = generator.generate_adapter(base, processing_class=tokenizer, examples=task.demo[:12])
     seconds = time.perf_counter() - started
     after = answer(model, tokenizer, prompt, generator.config.template)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_embedding_layers=False)  # or PEFT asks the Hub for the base's vocabulary
+    save_adapter_card(model, folder)
     print(f"   {task.name}, in {seconds:.1f} s: {prompt!r}")
     print(f"      before {before!r}\n      after {after!r}\n      right {right!r}", flush=True)
     return model.unload()

@@ -39,7 +39,7 @@ class ScriptArguments:
     compare_with: list[str] = field(default_factory=list, metadata={"help": "More generators of this zoo."})
     num_examples: int = field(default=12, metadata={"help": "Examples per task that everyone is given."})
     more_rows: list[str] = field(
-        default_factory=list, metadata={"help": "Such as description, best_of_n, refined, fine_tuned."}
+        default_factory=list, metadata={"help": "Such as description, scaled, refined, fine_tuned."}
     )
     base_model: str | None = field(default=None, metadata={"help": "Path or Hub id; by default the zoo's."})
     push_to_hub: bool = field(default=False, metadata={"help": "Upload the generator with the table in its card."})

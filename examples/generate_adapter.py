@@ -21,6 +21,8 @@ from hf_icm_lora import (
     LoraGeneratorModel,
     Sample,
     fast_dtype,
+    push_adapter,
+    save_adapter_card,
     smollm2_generator_path,
     smollm2_path,
 )
@@ -39,10 +41,9 @@ class ScriptArguments:
     base_model: str | None = field(
         default=None, metadata={"help": "Path or Hub id; by default the generator's, or the packaged SmolLM2-135M."}
     )
-    on_unfamiliar: Literal["generate", "base", "nearest", "mean", "raise"] = field(
-        default="generate", metadata={"help": "What to do for a task that is far from the training tasks."}
+    on_unfamiliar: Literal["generate", "base", "raise"] = field(
+        default="generate", metadata={"help": "What to do where the adapter does harm on its own examples."}
     )
-    num_samples: int = field(default=1, metadata={"help": "Adapters to write; the best on the examples is kept."})
     fit_scale: bool = field(default=True, metadata={"help": "Whether to weaken it to what suits the examples."})
     refine_steps: int = field(default=0, metadata={"help": "Gradient steps on the examples after that."})
     push_to_hub: bool = field(default=False, metadata={"help": "Upload the adapter as well."})
@@ -77,23 +78,22 @@ def main() -> None:
         processing_class=tokenizer,
         examples=examples,
         description=script_args.description,
-        num_samples=script_args.num_samples,
         fit_scale=script_args.fit_scale,
         refine_steps=script_args.refine_steps,
         on_unfamiliar=script_args.on_unfamiliar,
     )
-    known = model.lora_generation["default"]  # what the generator says of its own work
-    for name in ("novelty", "nearest_task", "scale", "gain_on_examples"):  # a description alone tells none of them
-        if name in known:
-            print(f"{name}: {known[name]}")
+    known = model.lora_generation["default"]  # what is known of it
+    if known.gain_on_examples is not None:  # a description alone does not tell
+        print(f"scale: {known.scale}\ngain_on_examples: {known.gain_on_examples:.3f}")
     if held_out:
         after = loss(model, collate, held_out)
         print(f"loss per token on {len(held_out)} other examples: {before:.3f} -> {after:.3f}")
 
     model.save_pretrained(script_args.output_dir)
+    save_adapter_card(model, script_args.output_dir)  # in place of PEFT's: how it was made
     print(script_args.output_dir)
     if script_args.push_to_hub:
-        print(model.push_to_hub(script_args.hub_model_id or Path(script_args.output_dir).name))
+        print(push_adapter(model, script_args.hub_model_id or Path(script_args.output_dir).name))
 
 
 def load_examples(dataset: str, split: str) -> list[Sample]:

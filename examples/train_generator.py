@@ -34,9 +34,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import CONFIG_NAME, logging
 
 from hf_icm_lora import (
+    BehaviouralCollator,
+    BehaviouralDataset,
     CompletionCollator,
-    FunctionalCollator,
-    FunctionalDataset,
     LoraGeneratorConfig,
     LoraGeneratorModel,
     LoraGeneratorTrainer,
@@ -102,8 +102,8 @@ def main() -> None:
             add_task_vectors(zoo, base, tokenizer, tasks)
         seen_tasks = [task for task in tasks if task.name not in script_args.unseen]
         unseen_tasks = [task for task in tasks if task.name in script_args.unseen]
-        behaviour = FunctionalDataset(seen_tasks, zoo.task_vectors, beside=seen.as_dataset(num_snapshots=1))
-        unseen_behaviour = FunctionalDataset(unseen_tasks, zoo.task_vectors) if script_args.unseen else None
+        behaviour = BehaviouralDataset(seen_tasks, zoo.task_vectors)
+        unseen_behaviour = BehaviouralDataset(unseen_tasks, zoo.task_vectors) if script_args.unseen else None
 
     # The last stage runs in output_dir, which is what `push_to_hub` uploads.
     reconstruction_args = copy.copy(training_args)
@@ -139,7 +139,7 @@ def main() -> None:
         training_args.max_steps = script_args.behaviour_steps
         training_args.learning_rate = script_args.behaviour_learning_rate
         if training_args.metric_for_best_model in ("generation_loss", "eval_generation_loss"):
-            training_args.metric_for_best_model = "eval_functional_loss"
+            training_args.metric_for_best_model = "eval_behavioural_loss"
         collate = CompletionCollator(tokenizer, template=zoo.template, row_length=64)
         trainer = LoraGeneratorTrainer(
             generator,
@@ -147,13 +147,11 @@ def main() -> None:
             base_model=base,
             train_dataset=behaviour,
             eval_dataset=unseen_behaviour,
-            data_collator=FunctionalCollator(collate),
+            data_collator=BehaviouralCollator(collate),
             callbacks=callbacks(script_args),
         )
         train(trainer)
 
-    if len(generator.config.training_tasks) > 1:
-        generator.map_tasks(zoo.task_vectors)  # so that it can say how unfamiliar a new task is
     if training_args.push_to_hub:
         trainer.push_to_hub()
     else:

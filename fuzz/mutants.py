@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 TESTS = {
     "files": ["files", "faults"],
-    "layout": ["layout", "gauge", "faults"],
+    "layout": ["layout", "lora_config", "faults"],
     "adapter": ["adapter", "faults"],
     "zoo": ["zoo", "faults"],
 }

@@ -3,62 +3,34 @@
 PEFT itself falls back to pickles and only warns about keys that do not fit. Here both are errors.
 """
 
-import enum
 import re
-import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import nn
 
-from .errors import CorruptAdapterError, IncompatibleAdapterError
-from .files import MAX_BYTES, commit_directory, read_json, read_safetensors, sha256_of
-from .layout import CONFIG_FIELDS, PREFIX, LoraLayout, check_plain_lora, lora_rank, lora_scaling, split
+from .base_model import base_parameters, require_bare, unwrapped
+from .errors import CorruptAdapterError, CorruptFileError, IncompatibleAdapterError
+from .files import MAX_BYTES, commit_directory, read_json, read_safetensors
+from .layout import PREFIX, LoraLayout, module_names, split
+from .lora_config import (
+    CONFIG_FIELDS,
+    UNUSED_FIELDS,
+    check_plain_lora,
+    lora_rank,
+    lora_scaling,
+    with_named_targets,
+)
+from .provenance import is_local
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
-
-
-def lora_config_to_dict(lora_config: LoraConfig | Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a `LoraConfig` that differ from its defaults, as sorted JSON values.
-
-    Only those are stored, so that versions of PEFT with more or fewer fields can read them.
-    """
-    values = lora_config.to_dict() if isinstance(lora_config, LoraConfig) else dict(lora_config)
-    defaults = LoraConfig().to_dict()
-    plain = {}
-    for field, value in sorted(values.items()):
-        value = value.value if isinstance(value, enum.Enum) else value
-        if isinstance(value, set) or (field == "target_modules" and isinstance(value, (list, tuple))):
-            value = sorted(value)  # PEFT makes a set of it and saves that in any order
-        if field in ("r", "lora_alpha", "target_modules", "peft_type") or (
-            field in defaults and value != defaults[field]
-        ):
-            plain[field] = value
-    return plain
-
-
-def canonical_lora_config(lora_config: Mapping[str, Any], rank: int) -> dict[str, Any]:
-    """Return the configuration of an adapter whose scaling is folded into B: `lora_alpha == r`, no patterns."""
-    folded = ("rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout", "init_lora_weights", "inference_mode")
-    kept = {field: value for field, value in lora_config.items() if field not in folded}
-    return kept | {"r": rank, "lora_alpha": rank, "inference_mode": True}
-
-
-def target_modules(layout: LoraLayout, base_model: nn.Module) -> list[str]:
-    """Return the shortest `target_modules` that mean the modules of a layout and no others of the base model."""
-    wanted = {module.name for module in layout.modules}
-    ends = {name.rpartition(".")[2] for name in wanted}
-    matched = {name for name, _ in base_model.named_modules() if name.rpartition(".")[2] in ends}
-    return sorted(ends if matched == wanted else wanted)
 
 
 def load_adapter(path: str | Path, max_bytes: int = MAX_BYTES) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -81,7 +53,7 @@ def load_adapter(path: str | Path, max_bytes: int = MAX_BYTES) -> tuple[dict[str
     config_path, weights_path = path / CONFIG_FILE, path / WEIGHTS_FILE
     try:
         lora_config = read_json(config_path)
-    except (OSError, ValueError) as error:
+    except (OSError, CorruptFileError) as error:
         raise CorruptAdapterError(f"{config_path}: expected a PEFT configuration in JSON: {error}") from error
     if not isinstance(lora_config, dict):
         raise IncompatibleAdapterError(f"{config_path}: expected a JSON object, found {type(lora_config).__name__}.")
@@ -94,12 +66,30 @@ def load_adapter(path: str | Path, max_bytes: int = MAX_BYTES) -> tuple[dict[str
         raise CorruptAdapterError(f"{weights_path} is missing (found {found}). Only safetensors files are read.")
     try:
         state_dict, _ = read_safetensors(weights_path, max_bytes)
-    except (OSError, ValueError) as error:
+    except (OSError, CorruptFileError) as error:
         raise CorruptAdapterError(f"{weights_path}: {error}.") from error
     if not state_dict:
         raise CorruptAdapterError(f"{weights_path} holds no tensors.")
-    unused = ("auto_mapping", "peft_version", "eva_config")
-    return {k: v for k, v in lora_config.items() if k in CONFIG_FIELDS and k not in unused}, state_dict
+    kept = CONFIG_FIELDS.keys() - set(UNUSED_FIELDS)
+    return {field: value for field, value in lora_config.items() if field in kept}, state_dict
+
+
+def adapter_folder(source: str | Path, revision: str | None = None, token: bool | str | None = None) -> Path:
+    """Return the folder of an adapter, downloaded from the Hub if it is an id there.
+
+    Args:
+        source (`str` or `Path`): A folder, or a Hub id; a `Path` is never taken for an id.
+        revision, token (*optional*): As in `huggingface_hub`.
+
+    Raises:
+        IncompatibleAdapterError: if it is neither a folder nor an id.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    if isinstance(source, Path) or is_local(source) or "/" not in source:
+        raise IncompatibleAdapterError(f"{source} is no folder, and no id on the Hub.")
+    files = [CONFIG_FILE, WEIGHTS_FILE]
+    return Path(snapshot_download(source, revision=revision, token=token, allow_patterns=files))
 
 
 def save_adapter(path: str | Path, lora_config: Mapping[str, Any], state_dict: Mapping[str, torch.Tensor]) -> None:
@@ -111,12 +101,15 @@ def save_adapter(path: str | Path, lora_config: Mapping[str, Any], state_dict: M
         state_dict (`Mapping[str, torch.Tensor]`): Keys as PEFT saves them.
 
     Raises:
-        FileExistsError: if `path` exists.
+        AlreadyExistsError: if `path` exists.
     """
     with commit_directory(path) as folder:
         tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in sorted(state_dict.items())}
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        _new_config(lora_config).save_pretrained(folder)
+        config = LoraConfig(**lora_config)
+        if isinstance(config.target_modules, set):  # in whose order two processes would write two files
+            config.target_modules = sorted(config.target_modules)
+        config.save_pretrained(folder)
 
 
 def attach_adapter(
@@ -224,115 +217,13 @@ def adapter_state_dict(model: PeftModel, adapter_name: str = "default") -> dict[
     }
 
 
-def base_model_fingerprint(model: nn.Module) -> str:
-    """Return a hash of a base model's weights that LoRA layers, adapters and a load in bf16 or fp32 do not change.
-
-    Names, shapes and up to 64 evenly spaced values of every parameter count, rounded to bf16: enough to tell two
-    checkpoints apart, and a matter of milliseconds on a large model.
-    """
-    parameters, sampled = sorted(_base_parameters(model).items()), []
-    for _, parameter in parameters:
-        values = parameter.detach().reshape(-1)
-        sampled.append(values[:: max(1, values.numel() // 64)][:64].cpu())
-    # All at once, which is several times faster.
-    rounded = torch.cat(sampled).to(torch.bfloat16).view(torch.int16).numpy().tobytes()
-    parts, start = [], 0
-    for (name, parameter), values in zip(parameters, sampled, strict=True):
-        parts += [name, str(tuple(parameter.shape)), rounded[start : (start := start + 2 * len(values))]]
-    return sha256_of(*parts)
-
-
-@cache
-def fast_dtype() -> torch.dtype:
-    """Return the dtype in which this machine runs a frozen base model fastest: bfloat16 or float32.
-
-    Accelerators multiply bfloat16. A CPU without instructions for it is slower than with float32, so it is measured,
-    in a few milliseconds.
-
-    Example:
-        >>> base = AutoModelForCausalLM.from_pretrained(smollm2_path(), dtype=fast_dtype())  # doctest: +SKIP
-    """
-    if torch.accelerator.is_available():
-        return torch.bfloat16
-
-    def seconds(dtype: torch.dtype) -> float:
-        start = time.perf_counter()
-        inputs[dtype] @ inputs[dtype].T
-        return time.perf_counter() - start
-
-    # By turns and often: on a busy machine a few runs in a row can all be slow.
-    inputs = {dtype: torch.ones(256, 512, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)}
-    rounds = [{dtype: seconds(dtype) for dtype in inputs} for _ in range(20)]
-    return min(inputs, key=lambda dtype: min(times[dtype] for times in rounds))
-
-
-@contextmanager
-def frozen_base(model: nn.Module) -> Iterator[nn.Module]:
-    """Within this context the base model is as it was before any adapter: adapters off, eval mode, no gradients.
-
-    Yields:
-        `PreTrainedModel`: the base model itself, also when a `PeftModel` was given. Every module's mode is restored.
-    """
-    # Also in a base that PEFT changed in place while the caller still holds it unwrapped.
-    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not m.disable_adapters]
-    with restored(model), torch.no_grad():  # PEFT unfreezes an adapter that it turns on
-        model.eval()
-        try:
-            for layer in layers:
-                layer.enable_adapters(False)
-            yield _base(model)
-        finally:
-            for layer in layers:
-                layer.enable_adapters(True)
-
-
-@contextmanager
-def restored(model: nn.Module) -> Iterator[None]:
-    """After this context every module is in its old mode again, every parameter as frozen or free as it was."""
-    flags = ("training", "gradient_checkpointing")
-    modes = [(m, flag, getattr(m, flag)) for m in model.modules() for flag in flags if hasattr(m, flag)]
-    requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    use_cache = getattr(model.config, "use_cache", None)  # Trainer turns it off
-    try:
-        yield
-    finally:
-        if use_cache is not None:
-            model.config.use_cache = use_cache
-        for module, flag, value in modes:
-            if getattr(module, flag) != value:  # or a class's attribute would become the module's own
-                setattr(module, flag, value)
-        for parameter, flag in requires_grad.items():
-            parameter.requires_grad_(flag)
-
-
-def require_bare(model: nn.Module) -> None:
-    """Refuse a model that carries adapters, also one that PEFT changed in place while the caller holds it unwrapped.
-
-    Raises:
-        IncompatibleAdapterError: if it does.
-    """
-    if any(isinstance(module, (PeftModel, BaseTunerLayer)) for module in model.modules()):
-        raise IncompatibleAdapterError(
-            "Expected a base model without adapters, found one with: call unload() first, or go on with the PeftModel."
-        )
-
-
-def _base_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
-    model = _base(model)
-    return {name.replace(".base_layer.", "."): p for name, p in model.named_parameters() if ".lora_" not in name}
-
-
-def _base(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
 def check_fit(model: nn.Module, lora_config: Mapping, state_dict: Mapping[str, torch.Tensor]) -> None:
     """Compare a PEFT state dict with the modules of a base model and with its own configuration.
 
     Raises:
         IncompatibleAdapterError: naming the first key that does not fit.
     """
-    parameters = _base_parameters(model)
+    parameters = base_parameters(model)
     shapes = Counter()
     for key, tensor in state_dict.items():
         match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.(lora_[AB])\.weight", key)
@@ -344,8 +235,8 @@ def check_fit(model: nn.Module, lora_config: Mapping, state_dict: Mapping[str, t
         weight = parameters.get(f"{name}.weight")
         if weight is None:
             raise IncompatibleAdapterError(
-                f"The base model ({type(_base(model)).__name__}) has no module {name!r}, which the adapter's {key} "
-                "needs. Load the base model that the adapter was made for."
+                f"The base model ({type(unwrapped(model)).__name__}) has no module {name!r}, which the adapter's "
+                f"{key} needs. Load the base model that the adapter was made for."
             )
         rank, size = tensor.shape if factor == "lora_A" else reversed(tensor.shape)
         if rank != (expected := lora_rank(lora_config, name)):
@@ -364,7 +255,7 @@ def check_fit(model: nn.Module, lora_config: Mapping, state_dict: Mapping[str, t
 def _add(
     model: nn.Module, lora_config: Mapping, state_dict: Mapping[str, torch.Tensor], adapter_name: str
 ) -> PeftModel:
-    config = _new_config(with_named_targets(lora_config, state_dict))
+    config = LoraConfig(**with_named_targets(lora_config, module_names(state_dict)))
     base_name = lora_config.get("base_model_name_or_path")
     config.base_model_name_or_path = None  # or PEFT warns that it writes down where this copy of it lies
     dtype, device = _dtype_and_device(model)
@@ -402,19 +293,6 @@ def _add(
     return peft_model
 
 
-def with_named_targets(lora_config: Mapping, state_dict: Mapping[str, torch.Tensor]) -> Mapping[str, Any]:
-    """Name the modules that have weights, where `LoraConfig` would choose them in another way than by a list.
-
-    PEFT runs the other ways as regular expressions, which may take for ever; and there is nothing to choose.
-    """
-    others = ("exclude_modules", "layers_to_transform", "layers_pattern")
-    targets = lora_config.get("target_modules")
-    if not isinstance(targets, (str, type(None))) and all(lora_config.get(field) is None for field in others):
-        return lora_config
-    names = sorted({key.removeprefix(PREFIX).rsplit(".", 2)[0] for key in state_dict})
-    return dict(lora_config) | dict.fromkeys(others) | {"target_modules": names}
-
-
 def _remove(model: nn.Module, adapter_name: str) -> None:
     if isinstance(model, PeftModel):
         if adapter_name in model.peft_config:
@@ -440,7 +318,7 @@ def _targets(model: PeftModel, adapter_name: str) -> dict[str, tuple[nn.Paramete
 def _overwrite(
     model: PeftModel, lora_config: Mapping, state_dict: Mapping[str, torch.Tensor], adapter_name: str
 ) -> None:
-    config = _new_config(with_named_targets(lora_config, state_dict))
+    config = LoraConfig(**with_named_targets(lora_config, module_names(state_dict)))
     targets = _targets(model, adapter_name)
     shapes = {key: tuple(weight.shape) for key, (weight, _) in targets.items()}
     given = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
@@ -456,14 +334,6 @@ def _overwrite(
             name = key.removeprefix(PREFIX).rsplit(".", 2)[0]
             module.scaling[adapter_name] = lora_scaling(lora_config, name, module.r[adapter_name])
     model.peft_config[adapter_name] = config
-
-
-def _new_config(lora_config: Mapping) -> LoraConfig:
-    """Return a new object for each call, since PEFT keeps and changes it."""
-    config = LoraConfig(**lora_config)
-    if isinstance(config.target_modules, set):  # in whose order two processes would write two files
-        config.target_modules = sorted(config.target_modules)
-    return config
 
 
 def _dtype_and_device(model: nn.Module) -> tuple[torch.dtype, torch.device]:

@@ -11,7 +11,6 @@ import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
@@ -20,36 +19,31 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    HfArgumentParser,
-    PreTrainedConfig,
-    set_seed,
-)
+from transformers import HfArgumentParser, set_seed
 
-from .adapter import fast_dtype, load_adapter, save_adapter
+from .adapter import adapter_folder, load_adapter, save_adapter
+from .base_model import find_base_model, load_base_model
 from .collection import CollectionArguments, collect_zoo
 from .completion import DEFAULT_TEMPLATE, CompletionCollator
 from .configuration_lora_generator import LoraGeneratorConfig
-from .errors import IcmLoraError, IncompatibleAdapterError, TaskError
-from .evaluation import MORE_ROWS, evaluate_generator, read_report
+from .errors import AlreadyExistsError, ArgumentError, IcmLoraError, IncompatibleAdapterError, TaskError
+from .evaluation import MORE_ROWS, descriptions, evaluate_generator
 from .files import as_plain
-from .functional import FunctionalCollator, FunctionalDataset
 from .hub import CARD_FILE, push_files, require_hub_id, save_adapter_card
-from .importing import adapter_folder
-from .model_card import add_evaluation, addressed, format_report, is_local
+from .importing import import_zoo
+from .model_card import add_evaluation, addressed
 from .modeling_lora_generator import LoraGeneratorModel
 from .plots import require_matplotlib, write_plots
-from .processes import state
+from .processes import leave_group, state
+from .provenance import is_local, package_versions
+from .report import REPORT_FILE, format_report, read_report
 from .serving import check_serving_compatibility, export_gguf, plain_adapter
-from .smollm2 import smollm2_generator_path, smollm2_path
+from .smollm2 import smollm2_generator_path
 from .suite import built_in_tasks
 from .task_vectors import TaskVectorExtractor, TaskVectorSpec
 from .tasks import Task, load_tasks
 from .trainer import LoraGeneratorTrainer, LoraGeneratorTrainingArguments
+from .training_data import BehaviouralCollator, BehaviouralDataset
 from .zoo import ZOO_FILE, LoraZoo
 
 Result = tuple[str, dict]  # what is printed for people, and for programs
@@ -103,7 +97,7 @@ class VectorsOptions(BaseOptions, TaskOptions, ZooOption):
 @dataclass
 class TrainOptions(BaseOptions, TaskOptions, ZooOption):
     unseen: list[str] | None = field(default=None, metadata={"help": "Tasks to keep out of training, for evaluation."})
-    functional_steps: int = field(
+    behavioural_steps: int = field(
         default=0,
         metadata={"help": "Steps through the base model after those on the zoo, on the samples of all chosen tasks."},
     )
@@ -124,12 +118,16 @@ class GenerateOptions(BaseOptions):
     )
     examples: str | None = field(default=None, metadata={"help": "JSON Lines with prompt and completion."})
     description: str | None = field(default=None, metadata={"help": "The task in a sentence."})
-    num_samples: int = field(default=1, metadata={"help": "Adapters to write; the best on the examples is kept."})
     fit_scale: bool = field(default=True, metadata={"help": "Whether to weaken it to what suits the examples."})
     refine_steps: int = field(default=0, metadata={"help": "Gradient steps on the examples after that."})
-    on_unfamiliar: Literal["generate", "base", "nearest", "mean", "raise"] = field(
-        default="generate", metadata={"help": "What to do for a task that is far from the training tasks."}
+    on_unfamiliar: Literal["generate", "base", "raise"] = field(
+        default="generate", metadata={"help": "What to do where the adapter does harm on its own examples."}
     )
+
+
+_FURTHER_ROWS = " ".join(
+    ["Further rows to score.", *(f"{row}: {text}" for row, text in descriptions(MORE_ROWS).items())]
+)
 
 
 @dataclass
@@ -137,7 +135,7 @@ class EvaluateOptions(BaseOptions, TaskOptions, ZooOption):
     generator: str = field(default="generator", metadata={"help": "Path or Hub id, or 'smollm2' for the shipped one."})
     output_dir: str = field(default="evaluation", metadata={"help": "Where evaluation.json and .md go."})
     num_examples: int = field(default=12, metadata={"help": "Examples per task that everyone is given."})
-    more_rows: list[str] = field(default_factory=list, metadata={"help": f"Some of {', '.join(MORE_ROWS)}."})
+    more_rows: list[str] = field(default_factory=list, metadata={"help": _FURTHER_ROWS})
     refine_steps: int = field(default=20, metadata={"help": "Of the rows refined and fine_tuned."})
     plots: bool = field(default=False, metadata={"help": "Draw pictures (PNG) into output_dir; needs matplotlib."})
 
@@ -239,11 +237,11 @@ def train(options: TrainOptions, args: LoraGeneratorTrainingArguments) -> Result
         prior=options.prior,
     )
     vectors, behaviour = zoo.task_vectors, None
-    if options.functional_steps:
+    if options.behavioural_steps:
         tasks = [task for task in select_tasks(options) if task.name not in unseen]
         base, tokenizer = load_base_model(options.base_model or zoo.base_model_name_or_path, options.dtype)
         vectors = TaskVectorExtractor(vectors.spec).extract(base, tokenizer, tasks)
-        behaviour = FunctionalDataset(tasks, vectors)
+        behaviour = BehaviouralDataset(tasks, vectors)
     set_seed(args.seed)  # the Trainer's own call comes after the weights are drawn
     generator = LoraGeneratorModel(config)
     generator.fit_normalizer(seen.as_dataset(), behaviour)
@@ -257,20 +255,18 @@ def train(options: TrainOptions, args: LoraGeneratorTrainingArguments) -> Result
     trainer.train(resume_from_checkpoint=True if checkpoint == "True" else checkpoint)
     metrics = trainer.evaluate() if unseen else {}
     if behaviour is not None:
-        functional = copy.copy(args)
-        functional.output_dir = str(Path(args.output_dir) / "functional")
-        functional.max_steps = options.functional_steps
-        functional.push_to_hub = False  # the result is pushed, below
+        behavioural = copy.copy(args)
+        behavioural.output_dir = str(Path(args.output_dir) / "behaviour")
+        behavioural.max_steps = options.behavioural_steps
+        behavioural.push_to_hub = False  # the result is pushed, below
         collate = CompletionCollator(tokenizer, base.config.is_encoder_decoder, zoo.template, row_length=64)
         LoraGeneratorTrainer(
             generator,
-            functional,
+            behavioural,
             base_model=base,
             train_dataset=behaviour,
-            data_collator=FunctionalCollator(collate),
+            data_collator=BehaviouralCollator(collate),
         ).train()
-    if len(generator.config.training_tasks) > 1:
-        generator.map_tasks(vectors)
     generator.save_pretrained(args.output_dir)
     trainer.create_model_card()
     if args.push_to_hub:
@@ -282,7 +278,7 @@ def train(options: TrainOptions, args: LoraGeneratorTrainingArguments) -> Result
 def generate(options: GenerateOptions) -> Result:
     """Write the adapter of a task as a PEFT folder."""
     if Path(options.output_dir).exists():  # before the work, not after it
-        raise FileExistsError(f"{options.output_dir} exists already: choose another --output_dir.")
+        raise AlreadyExistsError(f"{options.output_dir} exists already: choose another --output_dir.")
     generator = load_generator(options.generator)
     name = generator.config.base_model_name_or_path if options.generator != "smollm2" else "smollm2"
     base, tokenizer = load_base_model(options.base_model or name, options.dtype)
@@ -295,7 +291,6 @@ def generate(options: GenerateOptions) -> Result:
         processing_class=tokenizer,
         examples=examples,
         description=options.description,
-        num_samples=options.num_samples,
         fit_scale=options.fit_scale,
         refine_steps=options.refine_steps,
         on_unfamiliar=options.on_unfamiliar,
@@ -303,7 +298,7 @@ def generate(options: GenerateOptions) -> Result:
     state_dict = get_peft_model_state_dict(model, save_embedding_layers=False)
     save_adapter(options.output_dir, generator.adapter_config(), state_dict)
     save_adapter_card(model, options.output_dir)
-    return options.output_dir, {"adapter": options.output_dir, **model.lora_generation["default"]}
+    return options.output_dir, {"adapter": options.output_dir, **model.lora_generation["default"].to_dict()}
 
 
 def evaluate(options: EvaluateOptions) -> Result:
@@ -337,7 +332,7 @@ def push(options: PushOptions) -> Result:
     target = {"private": options.private, "revision": options.revision, "create_pr": options.create_pr}
     target["commit_message"] = options.commit_message
     if options.evaluation and not (path / "config.json").exists():
-        raise IcmLoraError(f"--evaluation goes with a generator; {path} holds none.")
+        raise ArgumentError(f"--evaluation goes with a generator; {path} holds none.")
     if (path / ZOO_FILE).exists():
         rename = {"base_model_name_or_path": options.base_model, "license": options.license}
         url = LoraZoo(path).push_to_hub(options.repo_id, **rename, **target)
@@ -363,11 +358,11 @@ def push_folder(path: Path, config_file: str, options: PushOptions, target: dict
     if (path / CARD_FILE).exists():
         card = addressed(ModelCard.load(path / CARD_FILE), options.repo_id, local_base, base)
         if options.evaluation:
-            report = read_report(Path(options.evaluation) / "evaluation.json")
+            report = read_report(Path(options.evaluation) / REPORT_FILE)
             pictures = sorted(Path(options.evaluation).glob("*.png"))
             card = add_evaluation(card, report, [f"evaluation/{picture.name}" for picture in pictures])
             files |= {f"evaluation/{picture.name}": picture for picture in pictures}
-            files["evaluation/evaluation.json"] = Path(options.evaluation) / "evaluation.json"
+            files[f"evaluation/{REPORT_FILE}"] = Path(options.evaluation) / REPORT_FILE
         if options.license:
             card.data.license = options.license
         files[CARD_FILE] = card.content.encode()
@@ -379,9 +374,7 @@ def push_folder(path: Path, config_file: str, options: PushOptions, target: dict
 def import_adapters(options: ImportOptions) -> Result:
     """Make a zoo of LoRAs that were trained elsewhere."""
     base, _ = load_base_model(options.base_model, options.dtype)
-    zoo, rows = LoraZoo.import_adapters(
-        options.zoo, options.adapters, base, rank=options.rank, template=options.template
-    )
+    zoo, rows = import_zoo(options.zoo, options.adapters, base, rank=options.rank, template=options.template)
     lines = [f"{row['status']}\t{row['source']}\t{row['reason'] or '; '.join(row['changes'])}" for row in rows]
     told = {"zoo": str(zoo.path), "gauge": zoo.layout.gauge, "rank": zoo.layout.max_rank, "adapters": rows}
     return "\n".join([*lines, f"{zoo}, gauge {zoo.layout.gauge}"]), told
@@ -399,7 +392,7 @@ def check(options: CheckOptions) -> Result:
 def export(options: ExportOptions) -> Result:
     """Write an adapter in the form that every server reads, or as GGUF for llama.cpp."""
     if Path(options.output).exists():
-        raise FileExistsError(f"{options.output} exists already: choose another --output.")
+        raise AlreadyExistsError(f"{options.output} exists already: choose another --output.")
     dtype, (lora_config, state_dict) = getattr(torch, options.dtype), load_adapter(adapter_folder(options.adapter))
     config, plain, lost = plain_adapter(lora_config, state_dict, rank=options.rank, dtype=dtype)
     if options.format == "gguf":
@@ -440,22 +433,7 @@ complete -o default -F _hf_icm_lora hf-icm-lora""".lstrip()
 
 def env() -> Result:
     """Print what a bug report needs."""
-    packages = [
-        "hf_icm_lora",
-        "transformers",
-        "peft",
-        "torch",
-        "safetensors",
-        "huggingface_hub",
-        "datasets",
-        "accelerate",
-    ]
-    found = {"platform": platform.platform(), "python": platform.python_version()}
-    for name in packages:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
+    found = {"platform": platform.platform(), **package_versions()}
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     found |= {"device": str(device), "threads": torch.get_num_threads()}
     return "\n".join(f"- {name}: {value}" for name, value in found.items()), found
@@ -470,26 +448,6 @@ def open_zoo(name: str) -> LoraZoo:
 def load_generator(name: str) -> LoraGeneratorModel:
     """Load a generator from a folder or the Hub, or the shipped one."""
     return LoraGeneratorModel.from_pretrained(smollm2_generator_path() if name == "smollm2" else name)
-
-
-def find_base_model(name: str) -> tuple[str | Path, PreTrainedConfig]:
-    """Return where a base model is, and its configuration."""
-    path = smollm2_path() if name == "smollm2" else name
-    try:
-        return path, AutoConfig.from_pretrained(path)
-    except OSError as error:
-        raise OSError(f"Base model {name!r}: name another place of it with --base_model. {error}") from error
-
-
-def load_base_model(name: str, dtype: str):
-    """Load a base model and its tokenizer; encoder-decoder models by their own class."""
-    path, config = find_base_model(name)
-    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    dtype = fast_dtype() if dtype == "fastest" else getattr(torch, dtype)
-    base = auto_class.from_pretrained(path, dtype=dtype, use_safetensors=True)
-    if torch.accelerator.is_available():
-        base.to(torch.accelerator.current_accelerator())
-    return base, AutoTokenizer.from_pretrained(path)
 
 
 def select_tasks(options: TaskOptions) -> list[Task]:
@@ -533,6 +491,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     function, dataclasses = COMMANDS[argv[0]]
     parser = HfArgumentParser(dataclasses, prog=f"hf-icm-lora {argv[0]}", description=function.__doc__)
     try:
+        if argv[0] == "collect":
+            leave_group()  # before its arguments take a device: processes that were launched together share the tasks
         *options, unknown = parser.parse_args_into_dataclasses(named_arguments(argv), True, look_for_args_file=False)
         if unknown:
             parser.error(f"unknown arguments: {' '.join(unknown)}")  # exits

@@ -20,12 +20,13 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
-from .adapter import adapter_state_dict, base_model_fingerprint, lora_config_to_dict, require_bare, restored
+from .adapter import adapter_state_dict
+from .base_model import base_model_fingerprint, require_bare, restored
 from .completion import DEFAULT_TEMPLATE, CompletionCollator, score_completions
-from .errors import IcmLoraError, ZooError
+from .errors import AlreadyExistsError, ArgumentError, TrainingError
 from .files import sweep_temporary
-from .layout import LoraLayout, check_plain_lora
-from .processes import leave_group
+from .layout import LoraLayout
+from .lora_config import check_plain_lora, lora_config_to_dict
 from .tasks import Task, check_unique_names
 from .zoo import LoraZoo
 
@@ -37,9 +38,6 @@ LOG_FILE = "collection.log"
 @dataclass
 class CollectionArguments(TrainingArguments):
     r"""How each task's LoRA is fine-tuned: `TrainingArguments` with defaults for short runs, and a few fields more.
-
-    Made in a process of `accelerate launch`, it takes the process out of the group, by its environment and for good:
-    each then has one device and fine-tunes tasks of its own.
 
     Args:
         freeze_a (`bool`, *optional*, defaults to `True`): Whether all tasks share one untrained A, so that only B is
@@ -54,7 +52,7 @@ class CollectionArguments(TrainingArguments):
             always end it.
 
     Raises:
-        ValueError: if `on_error` is neither, or a device or the process group is in use already.
+        ArgumentError: if `on_error` is neither.
 
     > Fields of `TrainingArguments` with other defaults:
 
@@ -81,10 +79,9 @@ class CollectionArguments(TrainingArguments):
 
     def __post_init__(self):
         if self.on_error not in ("stop", "skip"):
-            raise ValueError(f"on_error: expected 'stop' or 'skip', found {self.on_error!r}.")
+            raise ArgumentError(f"on_error: expected 'stop' or 'skip', found {self.on_error!r}.")
         self.eval_strategy, self.save_strategy, self.report_to = "steps", "no", []
         self.remove_unused_columns, self.disable_tqdm, self.logging_strategy = False, True, "no"
-        leave_group()  # a group would average the gradients of different tasks; see collect_zoo
         super().__post_init__()
 
 
@@ -99,9 +96,9 @@ def collect_zoo(
     """Fine-tune one LoRA per task and keep the last snapshots of each in a zoo.
 
     Tasks that the zoo already holds are skipped, so an interrupted collection is resumed by the same call; several
-    processes may collect into one zoo, on one machine or on several that share its file system, started by
-    `accelerate launch` or one by one: they share the tasks, and what one leaves unfinished when it dies another one
-    takes up. `collection.log` in it says what happened.
+    processes may collect into one zoo, on one machine or on several that share its file system: they share the tasks,
+    and what one leaves unfinished when it dies another one takes up. Processes of `accelerate launch` call
+    `processes.leave_group()` first, as the command line does. `collection.log` in the zoo says what happened.
 
     Args:
         output_dir (`str` or `Path`): The zoo's directory.
@@ -119,7 +116,8 @@ def collect_zoo(
         TaskError: if a task lacks samples or a name stands twice.
         IncompatibleAdapterError: if the base already carries adapters, or the LoRA is no plain one.
         ZooError: if the directory holds a zoo of something else.
-        IcmLoraError: if a loss is not finite; with the task and the step.
+        TrainingError: if a loss is not finite, with the task and the step; or if `args` were made in a group of
+            processes.
     """
     tasks = check_unique_names(tasks)
     for task in tasks:
@@ -129,6 +127,11 @@ def collect_zoo(
     lora_config = {k: v for k, v in lora_config_to_dict(lora_config).items() if k != "init_lora_weights"}
     check_plain_lora(lora_config)
     args = args or CollectionArguments(output_dir=tempfile.gettempdir())
+    if args.world_size > 1:
+        raise TrainingError(
+            f"Expected a process of its own, found one of a group of {args.world_size}, which would average the "
+            "gradients of different tasks: call processes.leave_group() before CollectionArguments are made."
+        )
     fingerprint = base_model_fingerprint(base_model)
     with restored(base_model):
         # PEFT keeps and changes its configuration, so it gets its own.
@@ -158,9 +161,10 @@ def collect_zoo(
                         continue
                     try:
                         _collect_task(zoo, model, processing_class, task, args, start)
+                    except AlreadyExistsError:
+                        if not zoo.holds(task.name):  # else another process was faster
+                            raise
                     except Exception as error:
-                        if isinstance(error, ZooError) and zoo.holds(task.name):
-                            continue
                         told = f"{type(error).__name__}: {' '.join(str(error).split())[:1000]}"
                         _log(zoo, task, told)
                         if args.on_error == "stop" or isinstance(error, OSError):
@@ -203,7 +207,7 @@ class _TaskTrainer(Trainer):
 
     def _require_finite(self, loss: float, step: int) -> None:
         if not math.isfinite(loss):
-            raise IcmLoraError(
+            raise TrainingError(
                 f"Task {self.task.name!r}, step {step}: the loss became {loss}. Lower the learning rate, or use a "
                 "dtype with a larger range."
             )
@@ -254,7 +258,7 @@ def _collect_task(
     best, seconds = snapshots.best_step, round(time.perf_counter() - started, 2)
     zoo.add(
         task.name,
-        {step: weights for step, weights in snapshots.snapshots.items() if step <= best},
+        {step: state_dict for step, state_dict in snapshots.snapshots.items() if step <= best},
         best_step=best,
         description=task.description,
         family=task.family,

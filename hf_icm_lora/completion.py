@@ -159,20 +159,6 @@ class CompletionScores(NamedTuple):
     exact: torch.Tensor
 
 
-class LabelledLogits(NamedTuple):
-    """What `labelled_logits` returns, one entry per labelled token of a batch, row after row.
-
-    Args:
-        logits (`torch.Tensor` of shape `(num_labelled, vocabulary)`, fp32).
-        tokens (`torch.Tensor` of shape `(num_labelled,)`, int64): The labels.
-        rows (`torch.Tensor` of shape `(num_labelled,)`, int64): The row of the batch that each stands in.
-    """
-
-    logits: torch.Tensor
-    tokens: torch.Tensor
-    rows: torch.Tensor
-
-
 def score_completions(model: nn.Module, batch: dict[str, torch.Tensor]) -> CompletionScores:
     """Score the labelled tokens of a batch.
 
@@ -183,18 +169,21 @@ def score_completions(model: nn.Module, batch: dict[str, torch.Tensor]) -> Compl
         model: A language model with a head, causal or encoder-decoder, with or without adapters.
         batch (`dict`): As from [`CompletionCollator`].
     """
-    logits, tokens, rows = labelled_logits(model, batch)
+    logits, tokens, rows = _labelled_logits(model, batch)
     zeros = logits.new_zeros(len(batch["labels"]))
     loss = zeros.index_add(0, rows, F.cross_entropy(logits, tokens, reduction="none"))
     mistakes = zeros.index_add(0, rows, (logits.argmax(-1) != tokens).float())
     return CompletionScores(loss, rows.bincount(minlength=len(zeros)), mistakes == 0)
 
 
-def labelled_logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> LabelledLogits:
-    """Predict the labelled tokens of a batch, computing logits nowhere else.
+def _labelled_logits(
+    model: nn.Module, batch: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Predict the labelled tokens of a batch, row after row, computing logits nowhere else.
 
-    Args:
-        model, batch: As in `score_completions`.
+    Returns:
+        `tuple`: their logits `(num_labelled, vocabulary)` in fp32, and, `(num_labelled,)` each, the tokens and
+        the rows of the batch that they stand in.
     """
     device = next(model.parameters()).device
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
@@ -219,7 +208,7 @@ def labelled_logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> Labelle
     plain = device.type == "cpu" and torch.is_grad_enabled() and not _recomputes(model)
     with logits_only_at(model, mask), sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
         logits = model(**batch, use_cache=False).logits[0].float()  # (labelled tokens, vocabulary)
-    return LabelledLogits(logits, targets[mask], mask.nonzero()[:, 0])
+    return logits, targets[mask], mask.nonzero()[:, 0]
 
 
 def _recomputes(model: nn.Module) -> bool:

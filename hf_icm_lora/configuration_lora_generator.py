@@ -7,11 +7,11 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from .completion import DEFAULT_TEMPLATE
-from .errors import IncompatibleAdapterError, TaskVectorError
-from .layout import LoraLayout, check_plain_lora
+from .errors import ArgumentError, IncompatibleAdapterError, TaskVectorError
+from .layout import LoraLayout
+from .lora_config import check_plain_lora
 from .task_vectors import TaskVectorSpec
 
-MAX_PARAMETERS = 2**31  # 8 GB in fp32; a configuration that asks for more is refused before anything is allocated
 MAX_LAYERS = 512
 DTYPES = (
     None,
@@ -41,19 +41,13 @@ class LoraGeneratorConfig(PreTrainedConfig):
         training_runs (`list[dict]`, *optional*): What [`LoraGeneratorTrainer`] did, run by run: command, settings,
             versions, machine, seconds and last losses.
         template (`str`, *optional*): Text with `{prompt}` and `{completion}` that the adapters were trained on.
-        mapped_tasks (`list[str]`, *optional*): Names of the tasks in the map of training tasks; see
-            [`~LoraGeneratorModel.map_tasks`].
-        map_size (`int`, *optional*, defaults to 64): Directions of that map.
         num_task_vectors (`int`, *optional*, defaults to 1): Rows of a task vector.
         task_vector_size (`int`, *optional*, defaults to 576): Columns, the base model's hidden size.
         condition_size (`int`, *optional*, defaults to 256): Principal directions of the training tasks' vectors that
             the generator sees.
-        condition_noise (`float`, *optional*, defaults to 0.0): Standard deviation of the noise that training adds to a
-            condition, whose entries have a mean square of 1: a generator that has few vectors of each task would
-            otherwise learn them by heart.
         reconstruction (`str`, *optional*, defaults to `"weights"`): What training on adapters compares: normalized
-            `"weights"`, or the `"products"` B @ A, which do not depend on the gauge: `from_zoo` chooses them for
-            adapters of the canonical one.
+            `"weights"`, or the `"products"` B @ A, whatever their factors: `from_zoo` chooses them for adapters of
+            any origin.
         architecture (`str`, *optional*, defaults to `"transformer"`): `"transformer"` (one token per matrix) or
             `"conv1d"` (the paper's convolutions over the flat vector).
         token_granularity (`str`, *optional*, defaults to `"matrix"`): One token per `"matrix"` or per `"rank"`
@@ -92,13 +86,10 @@ class LoraGeneratorConfig(PreTrainedConfig):
     task_vector_spec: dict | None = None
     training_tasks: list[str] | None = None
     training_runs: list[dict] | None = None
-    mapped_tasks: list[str] | None = None
-    map_size: int = 64
     template: str = DEFAULT_TEMPLATE
     num_task_vectors: int = 1
     task_vector_size: int = 576
     condition_size: int = 256
-    condition_noise: float | int = 0.0
     reconstruction: str = "weights"
     architecture: str = "transformer"
     token_granularity: str = "matrix"
@@ -131,7 +122,7 @@ class LoraGeneratorConfig(PreTrainedConfig):
                 "upgrade hf_icm_lora."
             )
         if self.layout is not None:
-            check_size(self)
+            LoraLayout.from_dict(self.layout)  # or its error
         if self.lora_config is not None:
             check_plain_lora(self.lora_config)
         if self.task_vector_spec is not None:
@@ -182,20 +173,18 @@ class LoraGeneratorConfig(PreTrainedConfig):
         choices |= {"reconstruction": ("weights", "products")}
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
-                raise ValueError(f"{field}: expected one of {allowed}, found {getattr(self, field)!r}.")
+                raise ArgumentError(f"{field}: expected one of {allowed}, found {getattr(self, field)!r}.")
         sizes = ("num_task_vectors", "task_vector_size", "hidden_size", "intermediate_size", "basis_size",
                  "num_encoder_layers", "num_decoder_layers", "num_attention_heads", "latent_size",
-                 "map_size", "condition_size")  # fmt: skip
+                 "condition_size")  # fmt: skip
         for field in sizes:
             most = MAX_LAYERS if field.endswith("layers") else 65536
             if not 1 <= getattr(self, field) <= most:
-                raise ValueError(f"{field}: expected a number from 1 to {most}, found {getattr(self, field)}.")
+                raise ArgumentError(f"{field}: expected a number from 1 to {most}, found {getattr(self, field)}.")
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of {self.num_attention_heads} heads.")
-        if self.condition_noise < 0:
-            raise ValueError(f"condition_noise: expected a number of at least 0, found {self.condition_noise}.")
+            raise ArgumentError(f"hidden_size {self.hidden_size} is no multiple of {self.num_attention_heads} heads.")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout: expected a number from 0 to below 1, found {self.dropout}.")
+            raise ArgumentError(f"dropout: expected a number from 0 to below 1, found {self.dropout}.")
 
     @property
     def lora_layout(self) -> LoraLayout:
@@ -227,35 +216,6 @@ class LoraGeneratorConfig(PreTrainedConfig):
             "num_task_vectors": num_task_vectors,
             "task_vector_size": task_vector_size,
             # Of adapters of any origin the factors say little, and it is their products that a generator can learn.
-            "reconstruction": "products" if zoo.layout.gauge == "canonical" else "weights",
+            "reconstruction": "products" if zoo.layout.gauge == "free" else "weights",
         }
         return cls(**of_zoo | kwargs)
-
-
-def check_size(config: LoraGeneratorConfig) -> None:
-    """Refuse sizes of which a generator could not be made, by counting its parameters from above.
-
-    Raises:
-        IncompatibleAdapterError: with the largest parts.
-    """
-    layout, hidden = config.lora_layout, config.hidden_size
-    weights, blocks, vector = layout.num_weights, layout.blocks, config.num_task_vectors * config.task_vector_size
-    parts = {"statistics": weights + layout.num_shared_weights, "condition": vector * config.condition_size}
-    parts["map"] = len(config.mapped_tasks or ()) * config.map_size
-    parts["prior"] = hidden * (config.condition_size + 2 * config.latent_size)
-    if config.architecture == "conv1d":
-        parts["latent"] = 24 * (weights // 4096 + 1) * (config.condition_size + config.latent_size)
-    else:
-        per_matrix = config.token_granularity == "matrix"
-        tokens = sum(block.count * (1 if per_matrix else block.rank) for block in blocks)
-        parts["in_projections"] = hidden * sum(block.width * (block.rank if per_matrix else 1) for block in blocks)
-        parts["bases"] = (weights + tokens * config.condition_size) * config.basis_size
-        numbers = [number for module in layout.modules for number in module.position]
-        parts["embeddings"] = hidden * (tokens + config.basis_size + 2 * max(numbers, default=0))
-        layers = config.num_encoder_layers + config.num_decoder_layers
-        parts["layers"] = layers * hidden * (4 * hidden + 2 * config.intermediate_size)
-    if (total := sum(parts.values())) > MAX_PARAMETERS:
-        largest = ", ".join(f"{name} {parts[name]:,}" for name in sorted(parts, key=parts.get)[:-4:-1])
-        raise IncompatibleAdapterError(
-            f"Expected sizes that make up to {MAX_PARAMETERS:,} parameters, found ones that make {total:,}: {largest}."
-        )

@@ -1,13 +1,19 @@
 """The exceptions of this package.
 
 IcmLoraError
-├── CorruptAdapterError       (ValueError)       a LoRA file or folder cannot be read as what it claims to be
+├── ArgumentError             (ValueError)       an argument has a value that is not allowed, or not beside another one
+├── AlreadyExistsError        (FileExistsError)  what would be written is there already
+├── CorruptFileError          (ValueError)       a file cannot be read as what it claims to be
+│   └── CorruptAdapterError                      so does a LoRA file or folder
+├── EvaluationError           (ValueError)       a row, a report or a picture was asked for that cannot be made
 ├── IncompatibleAdapterError  (ValueError)       a readable adapter does not fit this layout, base model or generator
 ├── TaskError                 (ValueError)       a task, its samples or its description cannot be used
 ├── TaskVectorError           (ValueError)       a task vector does not fit the generator, or cannot be made
-├── UnfamiliarTaskError       (ValueError)       a task is too far from the training tasks, and this was to be said
-├── NotFittedError            (RuntimeError)     the generator lacks its statistics, its encoder or its map of tasks
-└── ZooError                  (FileExistsError)  a zoo's directory and what was asked of it disagree
+├── UnfamiliarTaskError       (ValueError)       an adapter does harm on its own examples, and this was to be said
+├── NotFittedError            (RuntimeError)     the generator lacks its statistics or its encoder
+├── PublishingError           (ValueError)       what would be published is of no use to others
+├── TrainingError             (RuntimeError)     training cannot start, go on or resume
+└── ZooError                  (ValueError)       a zoo's directory and what was asked of it disagree
 
 Every leaf is also a built-in exception, so `except ValueError` in existing code still catches it.
 """
@@ -17,8 +23,24 @@ class IcmLoraError(Exception):
     """Base class of every error that `hf_icm_lora` raises on purpose."""
 
 
-class CorruptAdapterError(IcmLoraError, ValueError):
+class ArgumentError(IcmLoraError, ValueError):
+    """An argument has a value that is not among those it may have, or that does not go with another argument."""
+
+
+class AlreadyExistsError(IcmLoraError, FileExistsError):
+    """A folder or a task that would be written exists already; it is as it was."""
+
+
+class CorruptFileError(IcmLoraError, ValueError):
+    """A file is truncated, malformed, too large, no ordinary file, or holds values that are not finite."""
+
+
+class CorruptAdapterError(CorruptFileError):
     """A LoRA file or folder is truncated, malformed, not safetensors, or holds values that are not finite."""
+
+
+class EvaluationError(IcmLoraError, ValueError):
+    """A row of an evaluation, a report, a metric or a picture was asked for that cannot be made of what is there."""
 
 
 class IncompatibleAdapterError(IcmLoraError, ValueError):
@@ -34,12 +56,20 @@ class TaskVectorError(IcmLoraError, ValueError):
 
 
 class UnfamiliarTaskError(IcmLoraError, ValueError):
-    """A task is too far from the generator's training tasks, and `on_unfamiliar="raise"` asked to say so."""
+    """A generated adapter does harm on its own examples, and `on_unfamiliar="raise"` asked to say so."""
 
 
 class NotFittedError(IcmLoraError, RuntimeError):
-    """The generator lacks what was asked of it: its normalization statistics, its encoder, or its map of tasks."""
+    """The generator lacks what was asked of it: its normalization statistics, or its encoder."""
 
 
-class ZooError(IcmLoraError, FileExistsError):
-    """A zoo directory is missing, incomplete, of another version, or already holds what would be written."""
+class PublishingError(IcmLoraError, ValueError):
+    """What would be published names a folder of this machine as its base model, or holds pickles."""
+
+
+class TrainingError(IcmLoraError, RuntimeError):
+    """A loss is not finite, or there is nothing to start from or to resume from."""
+
+
+class ZooError(IcmLoraError, ValueError):
+    """A zoo directory is missing, incomplete, of a newer version, made for something else, or lacks what was asked."""

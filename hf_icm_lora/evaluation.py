@@ -1,85 +1,216 @@
 """Evaluation: the generator against every plain rival, on seen and unseen tasks, in one run.
 
-Recovered gain G = (base loss - loss) / (base loss - task LoRA loss) on test samples, where the task LoRA was stopped
-early on validation samples; clipped to [-1, 1] per task. 1 is as good as fine-tuning, 0 no better than the base.
-
-    base              the base model alone (G = 0)
-    task_lora         the LoRA fine-tuned on the task: the oracle (G = 1)
-    generated         from the task vector of the given examples
-    wrong_condition   from the vector of another task of the same split
-    mean_lora         the mean of all seen tasks' LoRAs
-    nearest_lora      the LoRA of the seen task whose vector has the largest cosine
-    top_k_merge       a softmax over the cosines of the 4 nearest seen tasks weighs their LoRAs
-    ridge             kernel ridge regression from task vector to weights
-    few_shot_prompt   the base model prompted with the same examples
-
-and, when asked for,
-
-    description       generated from the task's description alone
-    both              generated from the description and the same examples
-    scaled            the generated adapter at the scale from 0 to 1 that has the least loss on the examples: what
-                      `generate_adapter` does, where all rows but this and the next are at full strength
-    best_rival        of the four plain rivals at the same scales, the one with the least loss on the examples
-    best_of_n         of `num_samples` generated adapters, the one with the least loss on the examples
-    refined           the generated adapter after `refine_steps` gradient steps on the examples
-    fine_tuned        as many steps on the same examples from no adapter at all
-    fallback          nothing where the task is unfamiliar or the adapter does harm on the examples, else that adapter
-    noisy_nearest     of the seen LoRAs the one nearest to the generated adapter, plus noise to be as far from it
-
-Other generators can be scored in the same run, each as a row of its own.
-
-For a seen task, `nearest_lora` and `top_k_merge` may not choose the task itself. Temperature and ridge penalty are
-chosen by leaving one seen task out, in weight space, so no rival sees a test sample either.
+Each rival is a row: a function that makes, from what it is given of a task, the adapter or the prompt to be scored on
+the task's test samples. To add one, write the function and name it in `ROWS` or `MORE_ROWS`. Its docstring is what
+reports, `--help` and the pages say about it.
 """
 
-import json
-import math
+import inspect
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from torch import nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .adapter import attach_adapter, canonical_lora_config, frozen_base, require_bare, restored
+from .adapter import AdapterSlot
+from .base_model import frozen_base, require_bare, restored
+from .behaviour import SCALES, ExampleLoss
 from .completion import CompletionCollator, fill_template, score_completions
-from .errors import IncompatibleAdapterError, NotFittedError, TaskError, ZooError
-from .files import commit_file, write_json
-from .model_card import format_report, run_metadata, stored_bytes
-from .modeling_lora_generator import SCALES, UNFAMILIAR, LoraGeneratorModel
+from .errors import EvaluationError, IncompatibleAdapterError, TaskError, TaskVectorError, ZooError
+from .lora_config import canonical_lora_config
+from .modeling_lora_generator import LoraGeneratorModel
 from .processes import gathered, own_part, state
+from .provenance import run_metadata
+from .report import storage, summarize, write_report
+from .rivals import Rivals
 from .task_vectors import TaskVectorExtractor, TaskVectorSpec
-from .tasks import Task, check_unique_names
+from .tasks import Sample, Task, check_unique_names
 from .zoo import LoraZoo
 
-PLAIN_RIVALS = ("mean_lora", "nearest_lora", "top_k_merge", "ridge")  # made of the seen tasks' LoRAs alone
-ROWS = ("base", "task_lora", "generated", "wrong_condition", *PLAIN_RIVALS, "few_shot_prompt")
 FINE_TUNE_RATE = 1e-2  # of the row fine_tuned: from B = 0 it has farther to go than from a generated adapter
-MORE_ROWS = (
-    "description", "both", "scaled", "best_rival", "best_of_n", "refined", "fine_tuned", "fallback", "noisy_nearest"
-)  # fmt: skip
+MOST_TOKENS = 1024  # of a sample with the prompt before it, which loses its beginning first
 
 
-def recovered_gain(base_loss: float, loss: float, task_lora_loss: float) -> float | None:
-    """Return G clipped to [-1, 1], or `None` where fine-tuning itself gained nothing, so that G means nothing.
+@dataclass(frozen=True)
+class Given:
+    """What a row is given of a task: its examples, all models, the seen tasks' LoRAs, and no test sample.
 
-    A loss that is not finite is the worst there is: -1.
+    Args:
+        name (`str`), description (`str`, *optional*): As in [`Task`].
+        examples (`Sequence[Sample]`): The same for all rows.
+        vector (`torch.Tensor` of shape `(num_draws, num_task_vectors, task_vector_size)`): Of the examples.
+        wrong_vector (`torch.Tensor`): That of another task.
+        generator (`LoraGeneratorModel`): The one to be scored.
+        base_model (`PeftModel`): The base, with an adapter that is off for everything a row calls.
+        processing_class: Its tokenizer.
+        zoo (`LoraZoo`): Seen tasks' LoRAs, and the task's own.
+        rivals (`Rivals`): Of the seen tasks.
+        refine_steps (`int`): Gradient steps of the rows that take some.
+        seed (`int`): Of what a row draws.
+    """
+
+    name: str
+    description: str | None
+    examples: Sequence[Sample]
+    vector: torch.Tensor
+    wrong_vector: torch.Tensor
+    generator: LoraGeneratorModel
+    base_model: PeftModel
+    processing_class: Any
+    zoo: LoraZoo
+    rivals: Rivals
+    refine_steps: int
+    seed: int
+
+    @cached_property
+    def generated(self) -> torch.Tensor:
+        """The generated adapter `(num_weights,)`, which several rows start from."""
+        return self.generator.decode_task_vector(self.vector).cpu()
+
+    @cached_property
+    def example_loss(self) -> ExampleLoss:
+        """The base model's loss on the examples under an adapter."""
+        layout, shared_weights = self.zoo.layout, self.zoo.shared_weights
+        return ExampleLoss(
+            self.base_model, self.processing_class, layout, shared_weights, self.examples, self.zoo.template
+        )
+
+    def written_by(
+        self,
+        generator: LoraGeneratorModel,
+        examples: Sequence[Sample] | None = None,
+        description: str | None = None,
+    ) -> torch.Tensor:
+        """Return what a generator writes from examples, a description, or both: `(num_weights,)`."""
+        extractor = TaskVectorExtractor(_spec_of(generator))
+        vector = extractor.vector(self.base_model, self.processing_class, examples, description)
+        return generator.decode_task_vector(vector).cpu()
+
+
+Row = Callable[[Given], torch.Tensor | str]  # an adapter of the zoo's layout `(num_weights,)`, or a prompt
+
+
+def base(given: Given) -> str:
+    """The base model alone: G = 0."""
+    return ""
+
+
+def task_lora(given: Given) -> torch.Tensor:
+    """The LoRA that was fine-tuned on the task, the oracle: G = 1."""
+    return given.zoo.lora_weights(given.name)
+
+
+def generated(given: Given) -> torch.Tensor:
+    """The generator's adapter for the examples, at full strength: the mean over the draws of their task vector."""
+    return given.generated
+
+
+def wrong_condition(given: Given) -> torch.Tensor:
+    """The generator's adapter for the examples of another task."""
+    return given.generator.decode_task_vector(given.wrong_vector).cpu()
+
+
+def mean_lora(given: Given) -> torch.Tensor:
+    """The mean of the seen tasks' LoRAs."""
+    return given.rivals.mean
+
+
+def nearest_lora(given: Given) -> torch.Tensor:
+    """The LoRA of the seen task, not this one, whose task vector has the largest cosine."""
+    return given.rivals.nearest(given.vector, given.name)
+
+
+def top_k_merge(given: Given) -> torch.Tensor:
+    """The LoRAs of the 4 nearest seen tasks, without this one, weighted by a softmax over cosine / temperature."""
+    return given.rivals.top_k_merge(given.vector, given.name)
+
+
+def ridge(given: Given) -> torch.Tensor:
+    """What a kernel ridge regression from task vector to weights, over the seen tasks, predicts."""
+    return given.rivals.ridge(given.vector)
+
+
+def few_shot_prompt(given: Given) -> str:
+    """The base model with the examples, in the template, before every prompt."""
+    return "".join("".join(fill_template(sample, given.zoo.template)) for sample in given.examples)
+
+
+def description(given: Given) -> torch.Tensor:
+    """The generator's adapter for the task's description alone."""
+    return given.written_by(given.generator, description=given.description)
+
+
+def both(given: Given) -> torch.Tensor:
+    """The generator's adapter for description and examples: the mean over the draws of all modes."""
+    return given.written_by(given.generator, given.examples, given.description)
+
+
+def scaled(given: Given) -> torch.Tensor:
+    """The generated adapter at that scale from 0 to 1 which has the least loss on the examples."""
+    losses = given.example_loss.at_scales(given.generated)
+    return given.zoo.layout.scaled(given.generated, min(losses, key=lambda scale: losses[scale]))
+
+
+def best_rival(given: Given) -> torch.Tensor:
+    """Of mean_lora, nearest_lora, top_k_merge and ridge, each at scales from 0 to 1, the one with the least loss on
+    the examples."""
+    known = [rival(given) for rival in PLAIN_RIVALS]
+    candidates = torch.stack([given.zoo.layout.scaled(weights, scale) for weights in known for scale in SCALES])
+    return candidates[given.example_loss(candidates).argmin()]
+
+
+def refined(given: Given) -> torch.Tensor:
+    """The generated adapter after `refine_steps` gradient steps on the examples."""
+    return given.example_loss.refine(given.generated, given.refine_steps)
+
+
+def fine_tuned(given: Given) -> torch.Tensor:
+    """`refine_steps` gradient steps on the examples from B = 0, without a generator, at a learning rate of 1e-2."""
+    nothing = given.zoo.layout.scaled(given.rivals.mean, 0.0)
+    return given.example_loss.refine(nothing, given.refine_steps, learning_rate=FINE_TUNE_RATE)
+
+
+def fallback(given: Given) -> torch.Tensor:
+    """The generated adapter, or none where it makes the loss on the examples larger: `on_unfamiliar="base"`."""
+    harmful = given.example_loss.gain(given.generated) < 0
+    return torch.zeros_like(given.generated) if harmful else given.generated
+
+
+def noisy_nearest(given: Given) -> torch.Tensor:
+    """The seen LoRA nearest to the generated one, never the task's own, plus noise of the length of that distance."""
+    return given.rivals.noisy_nearest(given.generated, given.name, given.seed)
+
+
+def _by_name(*rows: Row) -> dict[str, Row]:
+    return {row.__name__: row for row in rows}
+
+
+PLAIN_RIVALS = (mean_lora, nearest_lora, top_k_merge, ridge)  # made of the seen tasks' LoRAs alone
+NEED_DESCRIPTION = {"description", "both"}
+ROWS = _by_name(base, task_lora, generated, wrong_condition, *PLAIN_RIVALS, few_shot_prompt)  # scored always
+MORE_ROWS = _by_name(
+    description, both, scaled, best_rival, refined, fine_tuned, fallback, noisy_nearest
+)  # if asked for
+
+
+def descriptions(rows: Mapping[str, Row]) -> dict[str, str]:
+    """Return what each row is, in a sentence.
 
     Example:
-        >>> recovered_gain(base_loss=3.0, loss=1.5, task_lora_loss=1.0)
-        0.75
+        >>> descriptions(ROWS)["base"]
+        'The base model alone: G = 0.'
     """
-    gain = base_loss - task_lora_loss
-    if not gain > 0:
-        return None
-    return max(-1.0, min(1.0, (base_loss - loss) / gain)) if math.isfinite(loss) else -1.0
+    return {name: " ".join((inspect.getdoc(row) or "").split()) for name, row in rows.items()}
 
 
 def evaluate_generator(
@@ -91,7 +222,6 @@ def evaluate_generator(
     *,
     num_examples: int = 12,
     more_rows: Sequence[str] = (),
-    num_samples: int = 8,
     refine_steps: int = 20,
     other_generators: Mapping[str, LoraGeneratorModel] | None = None,
     batch_size: int = 32,
@@ -108,11 +238,9 @@ def evaluate_generator(
         processing_class: Its tokenizer.
         zoo (`LoraZoo`): The seen tasks' LoRAs, and one for each task that is scored, as the oracle.
         tasks (`Sequence[Task]`): The tasks to score, with `demo` and `test` samples.
-        num_examples (`int`, *optional*, defaults to 12): `demo` samples that the generator, the rivals that need a
-            task vector, and the few-shot prompt are given, the same for all.
-        more_rows (`Sequence[str]`, *optional*): Further rows, out of `"description"`, `"both"`, `"scaled"`,
-            `"best_rival"`, `"best_of_n"`, `"refined"`, `"fine_tuned"`, `"fallback"` and `"noisy_nearest"`.
-        num_samples (`int`, *optional*, defaults to 8): Adapters of the row `best_of_n`.
+        num_examples (`int`, *optional*, defaults to 12): `demo` samples that every row is given, the same for all.
+        more_rows (`Sequence[str]`, *optional*): Rows of `evaluation.MORE_ROWS` to score beside those of
+            `evaluation.ROWS`.
         refine_steps (`int`, *optional*, defaults to 20): Gradient steps of the rows `refined` and `fine_tuned`.
         other_generators (`Mapping[str, LoraGeneratorModel]`, *optional*): More generators of the same layout and
             lora_A, scored on the same examples: row name -> generator.
@@ -124,15 +252,101 @@ def evaluate_generator(
 
     Raises:
         IncompatibleAdapterError: if zoo, generators and base model do not belong together.
-        NotFittedError: if the row `"fallback"` is asked for and the generator has no map of its training tasks.
-        TaskError: if there is no task, or one lacks samples or, for the rows `"description"` and `"both"`, a
-            description.
-        ValueError: if a further row is unknown, or another generator has the name of a row.
+        TaskError: if there is no task, or one lacks samples or, for a row that reads it, a description.
+        TaskVectorError: if the zoo has no vector of demonstrations for a seen task.
+        EvaluationError: if a further row is unknown, or another generator has the name of a row.
         ZooError: if a task has no LoRA in the zoo.
+
+    Example:
+        >>> report = evaluate_generator(generator, base, tokenizer, zoo, tasks)  # doctest: +SKIP
+        >>> report["splits"]["unseen"]["generated"]["mean_recovered_gain"]  # doctest: +SKIP
+        0.7579
     """
     started = time.perf_counter()
     others = dict(other_generators or {})
-    for one in (generator, *others.values()):
+    rows = _chosen_rows(more_rows, others)
+    _check_models(base_model, [generator, *others.values()], zoo)
+    tasks = _checked_tasks(tasks, rows, zoo)
+    seen = set(generator.config.training_tasks or ())
+    rivals = _rivals_in(zoo, seen)
+    splits = {
+        "seen": [task for task in tasks if task.name in seen],
+        "unseen": [task for task in tasks if task.name not in seen],
+    }
+    spec, vectors = _spec_of(generator), {}
+    vector_seconds: list[float] = []
+    for task in own_part(tasks):
+        with _timed(vector_seconds):
+            examples = task.demo[:num_examples]
+            vectors[task.name] = TaskVectorExtractor(spec).vector(base_model, processing_class, examples)
+    vectors = gathered(vectors)
+
+    scores: dict[str, dict[str, dict[str, dict]]] = {}  # split -> row -> task -> what it scored
+    with _slot(base_model, zoo) as slot:
+        scorer = _Scorer(slot, rows, batch_size)
+        for split, members in splits.items():
+            scores[split] = {row: {} for row in rows}
+            hidden = not logging.is_progress_bar_enabled()
+            for task in tqdm(own_part(members), desc=f"Evaluating {split} tasks", disable=hidden):
+                given = Given(
+                    name=task.name,
+                    description=task.description,
+                    examples=task.demo[:num_examples],
+                    vector=vectors[task.name],
+                    wrong_vector=vectors[_another(task, members, tasks).name],
+                    generator=generator,
+                    base_model=slot.model,
+                    processing_class=processing_class,
+                    zoo=zoo,
+                    rivals=rivals,
+                    refine_steps=refine_steps,
+                    seed=spec.seed,
+                )
+                for row, score in scorer(given, task.test).items():
+                    scores[split][row][task.name] = score
+            for row in rows:
+                of_all = gathered(scores[split][row])
+                scores[split][row] = {task.name: of_all[task.name] for task in members}
+
+    fine_tuning = statistics.mean(zoo.records[task.name].get("seconds", 0.0) for task in tasks)
+    report = {
+        **run_metadata(spec.seed),
+        "num_examples": num_examples,
+        "rows": descriptions(rows),
+        "splits": {split: summarize(scores[split]) for split, members in splits.items() if members},
+        "storage": storage(generator, len(rivals.names)),
+        "seconds": {
+            "task_vector": _median(vector_seconds),
+            "rows": {row: _median(times) for row, times in scorer.seconds.items()},
+            "attachment": _median(scorer.attachment_seconds),
+            "fine_tuning": round(fine_tuning, 2),
+            "evaluation": round(time.perf_counter() - started, 1),
+        },
+    }
+    if output_dir is not None and state().is_main_process:
+        write_report(report, output_dir)
+    return report
+
+
+def _chosen_rows(more_rows: Sequence[str], others: Mapping[str, LoraGeneratorModel]) -> dict[str, Row]:
+    if unknown := sorted(set(more_rows) - set(MORE_ROWS)):
+        raise EvaluationError(f"more_rows: expected some of {', '.join(MORE_ROWS)}; found {', '.join(unknown)}.")
+    if taken := sorted({*ROWS, *MORE_ROWS} & others.keys()):
+        raise EvaluationError(f"other_generators: {', '.join(taken)} are names of rows already. Choose other names.")
+    chosen = {name: row for name, row in MORE_ROWS.items() if name in more_rows}
+    return ROWS | chosen | {name: _row_of(other) for name, other in others.items()}
+
+
+def _row_of(generator: LoraGeneratorModel) -> Row:
+    def row(given: Given) -> torch.Tensor:
+        """Another generator's adapter for the same examples."""
+        return given.written_by(generator, given.examples)
+
+    return row
+
+
+def _check_models(base_model: nn.Module, generators: Sequence[LoraGeneratorModel], zoo: LoraZoo) -> None:
+    for one in generators:
         if one.config.base_model_fingerprint != zoo.base_model_fingerprint or one.layout != zoo.layout:
             raise IncompatibleAdapterError(
                 f"A generator ({one.layout.fingerprint[:12]}) and {zoo} ({zoo.layout.fingerprint[:12]}) differ in "
@@ -143,151 +357,48 @@ def evaluate_generator(
         ):
             raise IncompatibleAdapterError(f"{zoo} has another lora_A than the zoo that a generator was trained on.")
     require_bare(base_model)
-    generator.check_base_model(base_model)
-    if unknown := sorted(set(more_rows) - set(MORE_ROWS)):
-        raise ValueError(f"more_rows: expected some of {MORE_ROWS}, found {unknown}.")
-    if taken := sorted({*ROWS, *MORE_ROWS} & others.keys()):
-        raise ValueError(f"other_generators: {taken} are names of rows already.")
-    chosen_rows = (*ROWS, *(row for row in MORE_ROWS if row in more_rows), *others)
-    if "fallback" in more_rows and generator.task_map is None:
-        raise NotFittedError("The row 'fallback' needs a map of the training tasks: call map_tasks(task_vectors).")
+    generators[0].check_base_model(base_model)
+
+
+def _checked_tasks(tasks: Sequence[Task], rows: Mapping[str, Row], zoo: LoraZoo) -> list[Task]:
     tasks = check_unique_names(tasks)
     if not tasks:
         raise TaskError("Expected at least one task to score, found none.")
     for task in tasks:
         task.require("demo", 2, "a task vector")
         task.require("test", 1, "a score")
-        if not {"description", "both"}.isdisjoint(more_rows) and not task.description:
-            raise TaskError(f"Task {task.name!r} has no description to generate an adapter from.")
+        if not task.description and (needed := sorted(NEED_DESCRIPTION & rows.keys())):
+            raise TaskError(f"Task {task.name!r} has no description, which the row {needed[0]} reads.")
     zoo.subset([task.name for task in tasks])  # or ZooError now, and not after minutes
-    seen = set(generator.config.training_tasks or ())
-    if not (seen_in_zoo := sorted(seen.intersection(zoo))):  # behavioural training sees more tasks than the zoo has
-        raise ZooError(f"{zoo} holds none of the {len(seen)} tasks that the generator was trained on.")
-    splits = {
-        "seen": [task for task in tasks if task.name in seen],
-        "unseen": [task for task in tasks if task.name not in seen],
-    }
-    seconds: dict[str, list[float]] = {"task_vector": [], "generation": [], "attachment": []}
-    extractor, *other_extractors = (
-        TaskVectorExtractor(TaskVectorSpec(**one.config.task_vector_spec)) for one in (generator, *others.values())
-    )
-    vectors = {}  # task name -> (num_draws, num_task_vectors, task_vector_size)
-    for task in own_part(tasks):
-        with _timed(seconds["task_vector"]):
-            vectors[task.name] = extractor.vector(base_model, processing_class, task.demo[:num_examples])
-    vectors = gathered(vectors)
-    rivals = _Rivals(zoo.subset(seen_in_zoo))
-    rows: dict[str, dict[str, dict[str, dict]]] = {split: {row: {} for row in chosen_rows} for split in splits}
-    own_parts = {split: own_part(members) for split, members in splits.items()}
-    total = sum(map(len, own_parts.values())) * len(chosen_rows)
-    progress = tqdm(total=total, desc="Evaluating", disable=not logging.is_progress_bar_enabled())
-    with _attachable(base_model, zoo) as (model, attach):
-        for split, members in splits.items():
-            for task in own_parts[split]:
-                own, other = vectors[task.name], vectors[_another(task, members, tasks).name]
-                with _timed(seconds["generation"]):
-                    generated = generator.decode_task_vector(own).cpu()
-                weights = {
-                    "task_lora": zoo.lora_weights(task.name),
-                    "generated": generated,
-                    "wrong_condition": generator.decode_task_vector(other).cpu(),
-                    "mean_lora": rivals.mean,
-                    "nearest_lora": rivals.nearest(own, task.name),
-                    "top_k_merge": rivals.top_k_merge(own, task.name),
-                    "ridge": rivals.ridge(own),
-                }
-                examples = task.demo[:num_examples]
-                gain = generator.gain_on_examples(examples, generated, model, processing_class)
-                for row, given in (("description", None), ("both", examples)):
-                    if row in more_rows:
-                        vector = extractor.vector(model, processing_class, given, task.description)
-                        weights[row] = generator.decode_task_vector(vector).cpu()
-                if "scaled" in more_rows:
-                    with _timed(seconds.setdefault("scaled", [])):
-                        scale = generator.best_scale(examples, generated, model, processing_class)
-                        weights["scaled"] = zoo.layout.scaled(generated, scale)
-                for name, other_extractor in zip(others, other_extractors, strict=True):
-                    vector = other_extractor.vector(model, processing_class, examples)
-                    weights[name] = others[name].decode_task_vector(vector).cpu()
-                if "best_rival" in more_rows:
-                    candidates = [zoo.layout.scaled(weights[row], s) for row in PLAIN_RIVALS for s in SCALES]
-                    weights["best_rival"] = generator.fit_to_examples(examples, candidates, model, processing_class)
-                if "best_of_n" in more_rows:
-                    with _timed(seconds.setdefault("best_of_n", [])):
-                        candidates = generator.candidates(own, num_samples)
-                        weights["best_of_n"] = generator.fit_to_examples(
-                            examples, candidates, model, processing_class
-                        ).cpu()
-                if "fallback" in more_rows:
-                    unfamiliar = generator.novelty(own)[0] > UNFAMILIAR or gain < 0  # on_unfamiliar="base"
-                    weights["fallback"] = torch.zeros_like(generated) if unfamiliar else generated
-                if "noisy_nearest" in more_rows:
-                    weights["noisy_nearest"] = rivals.noisy_nearest(generated, task.name)
-                for row, start, rate in (
-                    ("refined", generated, {}),
-                    ("fine_tuned", zoo.layout.scaled(rivals.mean, 0.0), {"learning_rate": FINE_TUNE_RATE}),
-                ):
-                    if row in more_rows:
-                        with _timed(seconds.setdefault(row, [])):
-                            fitted = generator.fit_to_examples(
-                                examples, [start], model, processing_class, refine_steps, **rate
-                            )
-                        weights[row] = fitted.cpu()
-                shown = "".join("".join(fill_template(sample, zoo.template)) for sample in examples)
-                for row in chosen_rows:
-                    context = shown if row == "few_shot_prompt" else ""
-                    is_encoder_decoder = base_model.config.is_encoder_decoder
-                    collate = CompletionCollator(processing_class, is_encoder_decoder, zoo.template, context, 1024)
-                    if row in weights:
-                        with _timed(seconds["attachment"]):
-                            attach(weights[row])
-                        rows[split][row][task.name] = _score(model, collate, task, batch_size)
-                    else:
-                        with frozen_base(model) as bare:
-                            rows[split][row][task.name] = _score(bare, collate, task, batch_size)
-                    progress.update()
-                rows[split]["generated"][task.name] |= _weight_errors(generated, weights["task_lora"])
-                rows[split]["generated"][task.name]["gain_on_examples"] = gain
-                if generator.task_map is not None:
-                    rows[split]["generated"][task.name]["novelty"] = generator.novelty(own)[0]
-                for row, own_weights in weights.items():
-                    rows[split][row][task.name]["nearest_seen_distance"] = rivals.distance(own_weights, task.name)
-    progress.close()
-    for split, members in splits.items():
-        for row in chosen_rows:
-            scores = gathered(rows[split][row])
-            rows[split][row] = {task.name: scores[task.name] for task in members}
+    return tasks
 
-    report = {
-        **run_metadata(generator.config.task_vector_spec["seed"]),
-        "num_examples": num_examples,
-        "splits": {split: _summarize(tables) for split, tables in rows.items() if tables["base"]},
-        "storage": storage(generator, zoo),
-        "seconds": {
-            **{name: round(statistics.median(times), 4) for name, times in seconds.items() if times},
-            "fine_tuning": round(statistics.mean(zoo.records[task.name].get("seconds", 0.0) for task in tasks), 2),
-            "evaluation": round(time.perf_counter() - started, 1),
-        },
-    }
-    if output_dir is not None and state().is_main_process:
-        write_report(report, output_dir)
-    return report
+
+def _rivals_in(zoo: LoraZoo, seen: set[str]) -> Rivals:
+    names = sorted(seen.intersection(zoo))  # behavioural training sees more tasks than the zoo has
+    if not names:
+        raise ZooError(f"{zoo} holds none of the {len(seen)} tasks that the generator was trained on.")
+    banks = zoo.task_vectors.banks
+    if missing := [name for name in names if "demonstrations" not in banks.get(name, {})]:
+        raise TaskVectorError(f"{zoo} has no task vectors of demonstrations for {missing[:3]}: extract them.")
+    return Rivals(
+        {name: zoo.lora_weights(name) for name in names}, {name: banks[name]["demonstrations"] for name in names}
+    )
 
 
 @contextmanager
-def _attachable(base_model: nn.Module, zoo: LoraZoo):
-    """Yield the base as a `PeftModel` and a function that puts packed weights into it; the base is restored after."""
+def _slot(base_model: nn.Module, zoo: LoraZoo) -> Iterator[AdapterSlot]:
+    """Yield a place in the base model that weights are written into; the base is as it was after that."""
     lora_config = canonical_lora_config(zoo.lora_config, zoo.layout.max_rank)
-
-    def attach(lora_weights: torch.Tensor, model: nn.Module) -> PeftModel:
-        return attach_adapter(model, lora_config, zoo.layout.unpack(lora_weights, zoo.shared_weights), "evaluation")
-
     with restored(base_model):
-        model = attach(torch.zeros(zoo.layout.num_weights), base_model)
+        slot = AdapterSlot(base_model, lora_config, zoo.layout, zoo.shared_weights, "evaluation")
         try:
-            yield model, partial(attach, model=model)
+            yield slot
         finally:
-            model.unload()
+            slot.model.unload()
+
+
+def _spec_of(generator: LoraGeneratorModel) -> TaskVectorSpec:
+    return TaskVectorSpec(**(generator.config.task_vector_spec or {}))
 
 
 def _another(task: Task, members: Sequence[Task], tasks: Sequence[Task]) -> Task:
@@ -299,177 +410,56 @@ def _another(task: Task, members: Sequence[Task], tasks: Sequence[Task]) -> Task
     return others[(others.index(task) + len(others) // 2) % len(others)]
 
 
-class _Rivals:
-    """What can be done with the seen tasks' LoRAs and vectors without training anything.
+class _Scorer:
+    """Make what each row scores for a task, score it on the task's test samples, and note how long making it took."""
 
-    Task vectors are standardized per entry and averaged over draws; cosines are taken between those.
-    """
+    def __init__(self, slot: AdapterSlot, rows: Mapping[str, Row], batch_size: int):
+        self.slot, self.rows, self.batch_size = slot, rows, batch_size
+        self.seconds: dict[str, list[float]] = {row: [] for row in rows}
+        self.attachment_seconds: list[float] = []
 
-    def __init__(self, seen: LoraZoo, top_k: int = 4):
-        banks = seen.task_vectors.banks
-        self.names = list(seen)
-        self.weights = torch.stack([seen.lora_weights(name) for name in self.names])  # (tasks, num_weights)
-        self.mean = self.weights.mean(0)
-        self.deviation = (self.weights - self.mean).square().sum(1).mean().sqrt().clamp(min=1e-12)
-        vectors = torch.stack([banks[name]["demonstrations"].mean(0).flatten() for name in self.names])
-        self.center, self.scale = vectors.mean(0), vectors.std(0, correction=0).clamp(min=1e-6)
-        self.vectors = self._standardize(vectors)  # (tasks, features)
-        self.top_k = min(top_k, len(self.names) - 1)
-        self.temperature = min((0.02, 0.05, 0.1, 0.2, 0.5), key=self._merge_error)
-        self.kernel = self.vectors @ self.vectors.T / self.vectors.shape[1]
-        self.penalty = min((0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0), key=self._ridge_error)
-        self.dual = torch.linalg.solve(self._penalized(self.penalty), self.weights - self.mean)  # (tasks, num_weights)
+    def __call__(self, given: Given, test: Sequence[Sample]) -> dict[str, dict[str, float]]:
+        scores = {}
+        for row, make in self.rows.items():
+            with _timed(self.seconds[row]):
+                made = make(given)
+            if isinstance(made, str):
+                with frozen_base(self.slot.model) as bare:
+                    scores[row] = self._score(bare, given, test, made)
+            else:
+                with _timed(self.attachment_seconds):
+                    self.slot.write(made)
+                scores[row] = self._score(self.slot.model, given, test)
+                scores[row]["nearest_seen_distance"] = given.rivals.distance(made, given.name)
+        # With a frozen A, comparing weights compares B @ A up to the metric that A gives.
+        own, target = given.generated, given.zoo.lora_weights(given.name)
+        scores["generated"]["relative_error"] = ((own - target).norm() / target.norm().clamp(min=1e-12)).item()
+        scores["generated"]["cosine"] = F.cosine_similarity(own, target, dim=0).item()
+        scores["generated"]["gain_on_examples"] = given.example_loss.gain(own)
+        return scores
 
-    def nearest(self, vector: torch.Tensor, task: str) -> torch.Tensor:
-        return self.weights[self._cosines(vector, task).argmax()]
-
-    def top_k_merge(self, vector: torch.Tensor, task: str) -> torch.Tensor:
-        return self._merge(self._cosines(vector, task), self.temperature)
-
-    def ridge(self, vector: torch.Tensor) -> torch.Tensor:
-        query = self._standardize(vector.mean(0).flatten())
-        return self.mean + (self.vectors @ query / len(query)) @ self.dual
-
-    def distance(self, weights: torch.Tensor, task: str) -> float:
-        """Return the distance to the nearest seen adapter of another task; 1 is their usual one from their mean."""
-        return (self._nearest_by_weights(weights, task)[1] / self.deviation).item()
-
-    def noisy_nearest(self, weights: torch.Tensor, task: str) -> torch.Tensor:
-        """Return the nearest seen adapter of another task, with noise of the length of its distance."""
-        nearest, distance = self._nearest_by_weights(weights, task)
-        noise = torch.randn(len(weights), generator=torch.Generator().manual_seed(0))
-        return nearest + noise * (distance / noise.norm())
-
-    def _nearest_by_weights(self, weights: torch.Tensor, task: str) -> tuple[torch.Tensor, torch.Tensor]:
-        others = [index for index, name in enumerate(self.names) if name != task] or [0]  # one task has no other
-        distance, index = (self.weights[others] - weights).norm(dim=1).min(0)
-        return self.weights[others[index]], distance
-
-    def _standardize(self, vectors: torch.Tensor) -> torch.Tensor:
-        return (vectors - self.center) / self.scale
-
-    def _cosines(self, vector: torch.Tensor, task: str) -> torch.Tensor:
-        query = self._standardize(vector.mean(0).flatten())
-        cosines = nn.functional.cosine_similarity(self.vectors, query[None])
-        if task in self.names and len(self.names) > 1:
-            cosines[self.names.index(task)] = -torch.inf
-        return cosines
-
-    def _merge(self, cosines: torch.Tensor, temperature: float) -> torch.Tensor:
-        values, indices = cosines.topk(max(1, self.top_k))
-        return (values / temperature).softmax(0) @ self.weights[indices]
-
-    def _merge_error(self, temperature: float) -> float:
-        cosines = nn.functional.cosine_similarity(self.vectors[:, None], self.vectors[None], dim=2)
-        cosines.fill_diagonal_(-torch.inf)
-        merged = torch.stack([self._merge(row, temperature) for row in cosines])
-        return (merged - self.weights).square().mean().item()
-
-    def _penalized(self, penalty: float) -> torch.Tensor:
-        return self.kernel + penalty * torch.eye(len(self.names))
-
-    def _ridge_error(self, penalty: float) -> float:
-        # The closed form of leaving one task out: its residual is its dual weight over the inverse's diagonal.
-        inverse = torch.linalg.inv(self._penalized(penalty))
-        residuals = inverse @ (self.weights - self.mean) / inverse.diagonal()[:, None]
-        return residuals.square().mean().item()
+    @torch.no_grad()
+    def _score(self, model: nn.Module, given: Given, test: Sequence[Sample], context: str = "") -> dict[str, float]:
+        is_encoder_decoder, template = given.base_model.config.is_encoder_decoder, given.zoo.template
+        collate = CompletionCollator(given.processing_class, is_encoder_decoder, template, context, MOST_TOKENS)
+        loss, tokens, exact = 0.0, 0, 0
+        samples = sorted(test, key=lambda sample: len(sample.prompt + sample.completion))  # little padding
+        for start in range(0, len(samples), self.batch_size):
+            scores = score_completions(model, collate(samples[start : start + self.batch_size]))
+            loss += scores.loss.sum().item()
+            tokens += int(scores.num_tokens.sum())
+            exact += int(scores.exact.sum())
+        return {"loss": loss / tokens, "exact_match": exact / len(test)}
 
 
-class _timed:  # noqa: N801
+@contextmanager
+def _timed(seconds: list[float]) -> Iterator[None]:
     """Append the seconds spent in the `with` block to a list."""
-
-    def __init__(self, times: list[float]):
-        self.times = times
-
-    def __enter__(self):
-        self.start = time.perf_counter()
-
-    def __exit__(self, *_):
-        self.times.append(time.perf_counter() - self.start)
+    start = time.perf_counter()
+    yield
+    seconds.append(time.perf_counter() - start)
 
 
-@torch.no_grad()
-def _score(model: nn.Module, collate: CompletionCollator, task: Task, batch_size: int) -> dict[str, float]:
-    loss, tokens, exact = 0.0, 0, 0
-    samples = sorted(task.test, key=lambda sample: len(sample.prompt + sample.completion))  # little padding
-    for start in range(0, len(samples), batch_size):
-        scores = score_completions(model, collate(samples[start : start + batch_size]))
-        loss, tokens = loss + scores.loss.sum().item(), tokens + scores.num_tokens.sum().item()
-        exact += int(scores.exact.sum())
-    return {"loss": loss / tokens, "exact_match": exact / len(task.test)}
-
-
-def _weight_errors(generated: torch.Tensor, target: torch.Tensor) -> dict[str, float]:
-    """Compare packed weights; with a frozen A this compares B @ A up to the metric that A gives."""
-    return {
-        "relative_error": ((generated - target).norm() / target.norm().clamp(min=1e-12)).item(),
-        "cosine": nn.functional.cosine_similarity(generated, target, dim=0).item(),
-    }
-
-
-def _summarize(tables: Mapping[str, Mapping[str, dict]]) -> dict[str, dict]:
-    summary = {}
-    for row, scores in tables.items():
-        for name, score in scores.items():
-            base, oracle = tables["base"][name]["loss"], tables["task_lora"][name]["loss"]
-            score["recovered_gain"] = recovered_gain(base, score["loss"], oracle)
-        gains = [score["recovered_gain"] for score in scores.values() if score["recovered_gain"] is not None]
-        summary[row] = {
-            "mean_recovered_gain": statistics.mean(gains) if gains else None,
-            "median_recovered_gain": statistics.median(gains) if gains else None,
-            "min_recovered_gain": min(gains, default=None),
-            "mean_loss": statistics.mean(score["loss"] for score in scores.values()),
-            "exact_match": statistics.mean(score["exact_match"] for score in scores.values()),
-            "tasks": scores,
-        }
-        distances = [score["nearest_seen_distance"] for score in scores.values() if "nearest_seen_distance" in score]
-        if distances:
-            summary[row]["nearest_seen_distance"] = statistics.mean(distances)
-        for sign in ("novelty", "gain_on_examples"):  # do they tell G?
-            judged = [s for s in scores.values() if sign in s and s["recovered_gain"] is not None]
-            if judged:
-                pairs = [(score[sign], score["recovered_gain"]) for score in judged]
-                summary[row][f"{sign}_correlation"] = rank_correlation(*zip(*pairs, strict=True))
-    return summary
-
-
-def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Return Spearman's rank correlation, ties sharing their mean rank; `None` if one side is constant.
-
-    Example:
-        >>> rank_correlation([0.1, 0.5, 0.9], [3.0, 2.0, 1.0])
-        -1.0
-    """
-    if len(set(x)) < 2 or len(set(y)) < 2:
-        return None
-    ranks = ([sum((o < v) + (o == v) / 2 for o in values) for v in values] for values in (x, y))
-    return statistics.correlation(*ranks)
-
-
-def storage(generator: LoraGeneratorModel, zoo: LoraZoo) -> dict[str, Any]:
-    """Compare the generator's size with that of one fp16 adapter per seen task.
-
-    Returns:
-        `dict`: `generator_bytes` (as stored), `adapter_bytes` (one in fp16), `shared_bytes` (what all adapters share,
-        in fp16), `num_seen_tasks`, `ratio` of the first to all adapters and what they share, and `break_even_tasks`,
-        the number of adapters from which on the generator is smaller.
-    """
-    size_of = stored_bytes(generator)
-    num_seen = len(set(generator.config.training_tasks or ()).intersection(zoo))
-    all_adapters = size_of["adapter_bytes"] * num_seen + size_of["shared_bytes"]
-    ratio = round(size_of["generator_bytes"] / all_adapters, 3) if num_seen else None
-    return size_of | {"num_seen_tasks": num_seen, "ratio": ratio}
-
-
-def write_report(report: Mapping[str, Any], output_dir: str | Path) -> None:
-    """Write `evaluation.json` and `evaluation.md` into a directory."""
-    output_dir = Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(output_dir / "evaluation.json", report)
-    with commit_file(output_dir / "evaluation.md") as temporary:
-        temporary.write_text(format_report(report), encoding="utf-8")
-
-
-def read_report(path: str | Path) -> dict[str, Any]:
-    """Read a report that [`write_report`] wrote."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+def _median(seconds: Sequence[float]) -> float | None:
+    """Return `None` of nothing: of several processes, one may have no task to take the time of."""
+    return round(statistics.median(seconds), 4) if seconds else None

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from .errors import AlreadyExistsError, CorruptFileError
+
 try:
     import fcntl
 except ImportError:  # on Windows
@@ -40,12 +42,12 @@ def commit_directory(path: str | Path) -> Iterator[Path]:
         `Path`: the temporary directory to write into. It is removed when the body raises.
 
     Raises:
-        FileExistsError: if `path` exists before, or was made by another process meanwhile; its content is untouched.
+        AlreadyExistsError: if `path` exists, or was made by another process meanwhile; its content is untouched.
         OSError: if it cannot be written, a full disk for instance; it names `path`, or what is beside it.
     """
     path = Path(path)
     if path.exists():
-        raise FileExistsError(f"{path} exists already.")
+        raise AlreadyExistsError(f"{path} exists already.")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
     temporary.mkdir()
@@ -59,7 +61,7 @@ def commit_directory(path: str | Path) -> Iterator[Path]:
                 os.rename(temporary, path)
             except OSError as error:
                 if path.exists():  # a rename onto a non-empty directory fails differently on each system
-                    raise FileExistsError(f"{path} was made by another process meanwhile.") from error
+                    raise AlreadyExistsError(f"{path} was made by another process meanwhile.") from error
                 raise
             _fsync(path.parent)
     finally:
@@ -133,16 +135,18 @@ def read_json(path: str | Path) -> Any:
     """Read JSON from an ordinary file of up to 64 MiB.
 
     Raises:
-        ValueError: if it is no JSON, or too large, or nested too deeply.
+        CorruptFileError: if it is no JSON, or too large, or nested too deeply.
         OSError: if there is no such file, or it cannot be read.
     """
     path = _ordinary(path)
     if (size := path.stat().st_size) > MAX_JSON:
-        raise ValueError(f"expected up to {MAX_JSON} bytes, found {size}")
+        raise CorruptFileError(f"expected up to {MAX_JSON} bytes, found {size}")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except RecursionError as error:
-        raise ValueError("nested too deeply") from error
+        raise CorruptFileError("nested too deeply") from error
+    except ValueError as error:  # of JSON, or of UTF-8
+        raise CorruptFileError(str(error)) from error
 
 
 def read_safetensors(path: str | Path, max_bytes: int = MAX_BYTES) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -156,8 +160,8 @@ def read_safetensors(path: str | Path, max_bytes: int = MAX_BYTES) -> tuple[dict
         `tuple[dict[str, torch.Tensor], dict[str, str]]`: the tensors as stored, and the file's metadata.
 
     Raises:
-        ValueError: if it is no ordinary file, is larger, malformed, has a name twice, another dtype, or a value that
-            is not finite.
+        CorruptFileError: if it is no ordinary file, is larger, malformed, has a name twice, another dtype, or a value
+            that is not finite.
         OSError: if there is no such file, or it cannot be read.
     """
     path = _ordinary(path)
@@ -166,12 +170,12 @@ def read_safetensors(path: str | Path, max_bytes: int = MAX_BYTES) -> tuple[dict
         with safe_open(path, framework="pt") as file:
             for key in file.keys():
                 if (dtype := file.get_slice(key).get_dtype()) not in DTYPES:
-                    raise ValueError(f"{key!r:.300}: expected one of {DTYPES}, found {dtype}")
+                    raise CorruptFileError(f"{key!r:.300}: expected one of {DTYPES}, found {dtype}")
             tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
     except SafetensorError as error:
-        raise ValueError(f"not a whole safetensors file: {error}") from error
+        raise CorruptFileError(f"not a whole safetensors file: {error}") from error
     if broken := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"{broken[0]} holds values that are not finite")
+        raise CorruptFileError(f"{broken[0]} holds values that are not finite")
     return tensors, metadata
 
 
@@ -179,7 +183,7 @@ def _ordinary(path: str | Path) -> Path:
     """Refuse a folder, and a pipe, which would be waited for."""
     path = Path(path)
     if path.exists() and not path.is_file():
-        raise ValueError("not a file")
+        raise CorruptFileError("not a file")
     return path
 
 
@@ -188,21 +192,23 @@ def _check_header(path: Path, max_bytes: int) -> None:
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > max_bytes:
-            raise ValueError(f"expected up to {max_bytes} bytes, found {size}; a larger max_bytes reads it")
+            raise CorruptFileError(f"expected up to {max_bytes} bytes, found {size}; a larger max_bytes reads it")
         length = int.from_bytes(file.read(8), "little")
         if not 0 < length <= min(size - 8, MAX_JSON):
-            raise ValueError(f"not a whole safetensors file: its header would have {length} bytes, of {size} in all")
+            raise CorruptFileError(
+                f"not a whole safetensors file: its header would have {length} bytes, of {size} in all"
+            )
         try:
             json.loads(file.read(length), object_pairs_hook=_unique)
         except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"not a whole safetensors file: its header: {error}") from error
+            raise CorruptFileError(f"not a whole safetensors file: its header: {error}") from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     unique = dict(pairs)
     if len(unique) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"its header has {next(name for name in names if names.count(name) > 1)!r} twice")
+        raise CorruptFileError(f"its header has {next(name for name in names if names.count(name) > 1)!r} twice")
     return unique
 
 
@@ -235,14 +241,6 @@ def sweep_temporary(root: str | Path, min_age: float = 3600.0) -> None:
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - leftover.lstat().st_mtime >= min_age:
                     shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink()
-
-
-def discard_directory(path: str | Path) -> None:
-    """Remove a directory so that nobody sees a part of it, and what cannot be removed now is swept later."""
-    path = Path(path)
-    leftover = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
-    os.rename(path, leftover)
-    shutil.rmtree(leftover, ignore_errors=True)
 
 
 def safe_dirname(name: str) -> str:

@@ -7,9 +7,10 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from peft import PeftModel
 
-from .errors import IcmLoraError
+from .errors import IncompatibleAdapterError, PublishingError
 from .files import stale_weights
-from .model_card import LIBRARY, adapter_card, is_local
+from .model_card import adapter_card
+from .provenance import LIBRARY, is_local
 
 CARD_FILE = "README.md"
 
@@ -72,38 +73,46 @@ def require_hub_id(base_model_name_or_path: str | None, what: str) -> None:
     """Refuse to publish what names a folder of this machine as its base model.
 
     Raises:
-        IcmLoraError: if it does, or names nothing.
+        PublishingError: if it does, or names nothing.
     """
     if not base_model_name_or_path or is_local(base_model_name_or_path):
-        raise IcmLoraError(
+        raise PublishingError(
             f"Expected a base model that others can load, found {base_model_name_or_path!r}, which is no id on the "
             f"Hub: {what}."
         )
 
 
-def carry_card(model: PeftModel) -> None:
-    """Make a `PeftModel` save and push generated adapters with a card that says so, instead of PEFT's."""
-    # On the object, since the class is PEFT's own, one of several, and users check for it.
-    model.create_or_update_model_card = save_adapter_card.__get__(model)
-    model.save_pretrained = save_adapters.__get__(model)
-    model.push_to_hub = push_adapter.__get__(model)
-
-
-def save_adapters(model: PeftModel, save_directory: str | Path, save_embedding_layers: bool = False, **kwargs) -> None:
-    """Save as `PeftModel.save_pretrained` does, but without asking the Hub about the base model's vocabulary."""
-    type(model).save_pretrained(model, save_directory, save_embedding_layers=save_embedding_layers, **kwargs)
-
-
 def save_adapter_card(
-    model: PeftModel, output_dir: str | Path, repo_id: str | None = None, tags: Sequence[str] = ()
+    model: PeftModel,
+    output_dir: str | Path,
+    repo_id: str | None = None,
+    tags: Sequence[str] = (),
+    describe_task: bool = True,
 ) -> None:
-    """Write the card of a model's generated adapters into a folder, the active one first."""
-    there = {name: about for name, about in model.lora_generation.items() if name in model.peft_config}
-    if not there:  # all of them were deleted meanwhile
-        return
+    """Write the card of a model's generated adapters into a folder, in place of the one that PEFT writes there.
+
+    Args:
+        model (`PeftModel`): With adapters that `generate_adapter` made. The active one stands first in the card.
+        output_dir (`str` or `Path`): The folder that `model.save_pretrained` wrote.
+        repo_id (`str`, *optional*): Where it will be on the Hub.
+        tags (`Sequence[str]`, *optional*): More tags, for the card.
+        describe_task (`bool`, *optional*, defaults to `True`): Whether the card holds description and examples.
+
+    Raises:
+        IncompatibleAdapterError: if no adapter of the model was generated.
+
+    Example:
+        >>> model.save_pretrained("capital-lora")  # doctest: +SKIP
+        >>> save_adapter_card(model, "capital-lora")  # doctest: +SKIP
+    """
+    records = getattr(model, "lora_generation", {})
+    there = {name: record.to_dict(describe_task) for name, record in records.items() if name in model.peft_config}
+    if not there:
+        raise IncompatibleAdapterError(
+            f"Expected a PeftModel with an adapter that generate_adapter made, found {list(model.peft_config)}."
+        )
     first = model.active_adapter if model.active_adapter in there else next(iter(there))
-    generated = {first: there[first], **there}
-    card = adapter_card(model.peft_config[first].to_dict(), generated, repo_id, tags)
+    card = adapter_card(model.peft_config[first].to_dict(), {first: there[first], **there}, repo_id, tags)
     card.save(Path(output_dir) / CARD_FILE)
 
 
@@ -112,24 +121,33 @@ def push_adapter(
     repo_id: str,
     *,
     commit_message: str | None = "Upload generated adapter",
-    tags: Sequence[str] | None = None,
+    tags: Sequence[str] = (),
+    describe_task: bool = True,
     **options,
 ) -> CommitInfo:
-    """Push a model's adapters, as its `save_pretrained` writes them, with a card that says how they were made.
+    """Push a model's adapters in one commit, with a card that says how they were made.
 
     Args:
+        model (`PeftModel`): With adapters that `generate_adapter` made.
         repo_id, commit_message: As in [`push_files`].
-        tags (`Sequence[str]`, *optional*): More tags, for the card.
+        tags, describe_task (*optional*): As in [`save_adapter_card`].
         options: `commit_description`, `private`, `token`, `revision`, `create_pr`, as in [`push_files`].
 
+    Returns:
+        `CommitInfo`: a string, too: the commit's URL.
+
     Raises:
-        IcmLoraError: if an adapter names a local folder as its base model.
+        IncompatibleAdapterError: if no adapter of the model was generated.
+        PublishingError: if an adapter names a local folder as its base model.
+
+    Example:
+        >>> push_adapter(model, "user/capital-lora", private=True)  # doctest: +SKIP
     """
     for config in model.peft_config.values():
         require_hub_id(
             config.base_model_name_or_path, "set model.peft_config[adapter_name].base_model_name_or_path to one"
         )
     with tempfile.TemporaryDirectory() as folder:
-        save_adapters(model, folder)
-        save_adapter_card(model, folder, repo_id, tags or ())
+        model.save_pretrained(folder, save_embedding_layers=False)  # or PEFT asks the Hub for the base's vocabulary
+        save_adapter_card(model, folder, repo_id, tags, describe_task)
         return push_files(files_below(folder), repo_id, commit_message=commit_message, **options)

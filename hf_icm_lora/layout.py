@@ -6,67 +6,33 @@ architecture. The vector is ordered kind by kind, so that all matrices of one ki
 `(count, rank, width)`, which a network can read without copying. Both matrices are stored as rows per rank
 component: A is `(rank, in_features)` as it is, B `(out_features, rank)` is transposed.
 
-B @ A is unique, (A, B) is not: B R^-1 and R A are the same adapter for any invertible R. A layout says how that
-freedom was removed:
+B @ A is unique, (A, B) is not: B R^-1 and R A are the same adapter for any invertible R. A layout says what is left
+of that freedom, its gauge:
 
     frozen_a      all adapters share one A that was never trained; only B varies, and B @ A is linear in it
     shared_init   A and B were both trained, from the same start
-    canonical     A and B of any origin, brought into one form; see gauge.py
+    free          A and B of any origin: only their products can be compared
 """
 
 import dataclasses
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from .errors import CorruptAdapterError, IncompatibleAdapterError
 from .files import sha256_of
-from .gauge import align, balance, mean_reference
+from .lora_config import check_module_name, check_plain_lora, lora_scaling
 
 PREFIX = "base_model.model."  # of every key in a PEFT state dict
-GAUGES = ("frozen_a", "shared_init", "canonical")
+GAUGES = ("frozen_a", "shared_init", "free")
 
-# Fields of LoraConfig that leave an adapter two plain matrices per module, with the types of their values. All others
-# must have their default value, also those of later versions of PEFT.
-CONFIG_FIELDS: dict[str, Any] = {
-    "peft_type": object,
-    "task_type": str,
-    "base_model_name_or_path": str,
-    "revision": str,
-    "inference_mode": bool,
-    "r": int,
-    "lora_alpha": (int, float),
-    "lora_dropout": (int, float),
-    "use_rslora": bool,
-    "fan_in_fan_out": bool,
-    "init_lora_weights": (bool, str),
-    "target_modules": (str, list, tuple, set),
-    "exclude_modules": (str, list, tuple, set),
-    "layers_to_transform": (int, list),
-    "layers_pattern": (str, list),
-    "rank_pattern": Mapping,
-    "alpha_pattern": Mapping,
-    "auto_mapping": object,  # names of classes: never looked at
-    "peft_version": object,
-    "eva_config": object,  # how A was initialized
-}
-_DEFAULTS = {
-    "bias": "none",
-    "megatron_core": "megatron.core",
-    "qalora_group_size": 16,
-}  # those of all others are falsy
-_PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva")  # PiSSA and its kin subtract A and B from the base
-# Regular expressions from a file run on names from a file: both are kept short and simple.
-MAX_NAME, MAX_PATTERN, MAX_PATTERNS, MAX_WILDCARDS = 200, 256, 512, 32
 MAX_SIZE = 2**24  # of a side of a matrix
-TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 
 @dataclass(frozen=True)
@@ -126,7 +92,7 @@ class LoraLayout:
 
     Args:
         modules (`tuple[LoraModule, ...]`): The adapted modules, sorted by kind and position.
-        gauge (`str`): `"frozen_a"`, `"shared_init"` or `"canonical"`.
+        gauge (`str`): `"frozen_a"`, `"shared_init"` or `"free"`.
 
     Example:
         >>> layout = LoraLayout.from_state_dict(state_dict, lora_config, gauge="frozen_a")  # doctest: +SKIP
@@ -143,7 +109,7 @@ class LoraLayout:
         if not self.modules:
             raise IncompatibleAdapterError("Expected at least one adapted module, found none.")
         for module in self.modules:
-            _check_name(module.name)
+            check_module_name(module.name)
             sizes = (module.in_features, module.out_features, module.rank)
             if not all(isinstance(size, int) and 0 < size <= MAX_SIZE for size in sizes):
                 raise IncompatibleAdapterError(
@@ -236,15 +202,12 @@ class LoraLayout:
         except (KeyError, TypeError) as error:
             raise IncompatibleAdapterError(f"Not a LoRA layout: {error!r} in {str(values)[:200]}.") from error
 
-    def pack(
-        self, state_dict: Mapping[str, torch.Tensor], lora_config: Mapping, reference: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def pack(self, state_dict: Mapping[str, torch.Tensor], lora_config: Mapping) -> tuple[torch.Tensor, torch.Tensor]:
         """Turn a PEFT state dict into vectors, with the scaling (alpha / r, rsLoRA, patterns) folded into B.
 
         Args:
             state_dict (`Mapping[str, torch.Tensor]`): Keys as PEFT saves them, in any order and dtype.
             lora_config (`Mapping`): The adapter's `LoraConfig` as a dictionary.
-            reference (`torch.Tensor` of shape `(num_weights,)`, *optional*): As in [`LoraLayout.canonical`].
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: `lora_weights` `(num_weights,)` and `shared_weights`
@@ -265,8 +228,6 @@ class LoraLayout:
         if not (lora_weights.isfinite().all() and shared_weights.isfinite().all()):
             key, count = next((k, n) for k, m in matrices.items() if (n := int((~m.isfinite()).sum())))
             raise CorruptAdapterError(f"{key} holds {count} values that are not finite.")
-        if self.gauge == "canonical":
-            lora_weights = self.canonical(lora_weights, reference)
         return lora_weights, shared_weights
 
     def factors(
@@ -306,44 +267,6 @@ class LoraLayout:
         pairs = zip(parts, self.blocks, strict=True)
         return torch.cat([scale * part if block.factor == "lora_B" else part for part, block in pairs], dim=-1)
 
-    def canonical(self, lora_weights: torch.Tensor, reference: torch.Tensor | None = None) -> torch.Tensor:
-        """Bring vectors of the gauge `"canonical"` into the form that depends on each product B @ A alone.
-
-        Args:
-            lora_weights (`torch.Tensor` of shape `(..., num_weights)`).
-            reference (`torch.Tensor` of shape `(num_weights,)`, *optional*): What the balanced factors are rotated
-                towards, as from [`LoraLayout.mean_reference`]. Without it they stay in the form of a singular value
-                decomposition.
-
-        Returns:
-            `torch.Tensor` of the same shape.
-        """
-        nothing = lora_weights.new_zeros(0)
-        towards = {} if reference is None else self.stacked_factors(reference, nothing)
-        factors = {}
-        for names, (a, b) in self.stacked_factors(lora_weights, nothing).items():
-            a, b, _ = balance(a, b)
-            if towards:
-                a, b = align(a, b, *towards[names])
-            factors |= dict(zip(names, zip(a.unbind(-3), b.unbind(-3), strict=True), strict=True))
-        return self._joined(factors)
-
-    def mean_reference(self, lora_weights: torch.Tensor) -> torch.Tensor:
-        """Return the mean of canonical vectors `(num_adapters, num_weights)` after aligning each with it."""
-        factors = {}
-        for names, (a, b) in self.stacked_factors(self.canonical(lora_weights), lora_weights.new_zeros(0)).items():
-            a, b = mean_reference(a, b)
-            factors |= dict(zip(names, zip(a.unbind(-3), b.unbind(-3), strict=True), strict=True))
-        return self._joined(factors)
-
-    def _joined(self, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-        """The way back from `factors`: `(..., num_weights)`."""
-        parts = []
-        for block in self.blocks:
-            side = ("lora_A", "lora_B").index(block.factor)
-            parts.append(torch.stack([factors[module.name][side] for module in block.modules], dim=-3).flatten(-3))
-        return torch.cat(parts, dim=-1)
-
     def unpack(self, lora_weights: torch.Tensor, shared_weights: torch.Tensor) -> dict[str, torch.Tensor]:
         """Turn vectors back into a PEFT state dict whose scaling is 1 (`lora_alpha == r`).
 
@@ -365,114 +288,16 @@ class LoraLayout:
         return state_dict
 
 
+def module_names(state_dict: Mapping[str, Any]) -> set[str]:
+    """Return the paths of the modules that a PEFT state dict has matrices for."""
+    return {key.removeprefix(PREFIX).rsplit(".", 2)[0] for key in state_dict}
+
+
 def split(vector: torch.Tensor, blocks: tuple[MatrixBlock, ...]) -> list[torch.Tensor]:
     """View a vector `(..., num_weights)` as its blocks, each `(..., count, rank, width)`."""
     parts = vector.split([block.size for block in blocks], dim=-1)
     return [part.unflatten(-1, (block.count, block.rank, block.width))
             for part, block in zip(parts, blocks, strict=True)]  # fmt: skip
-
-
-def lora_rank(lora_config: Mapping, name: str) -> int:
-    """Return the rank that PEFT gives the module of this name, patterns included."""
-    return _from_pattern(lora_config.get("rank_pattern") or {}, name, lora_config["r"])
-
-
-def lora_scaling(lora_config: Mapping, name: str, rank: int) -> float:
-    """Return the factor that PEFT puts before B @ A for the module of this name, patterns and rsLoRA included."""
-    alpha = _from_pattern(lora_config.get("alpha_pattern") or {}, name, lora_config["lora_alpha"])
-    return alpha / (math.sqrt(rank) if lora_config.get("use_rslora") else rank)
-
-
-def check_plain_lora(lora_config: Mapping) -> None:
-    """Refuse configurations whose effect is not just scaling * B @ A per module.
-
-    Raises:
-        IncompatibleAdapterError: naming the field, what it may be and what it is.
-    """
-    if str(lora_config.get("peft_type", "LORA")).removeprefix("PeftType.") != "LORA":
-        raise IncompatibleAdapterError(f"Expected peft_type 'LORA', found {lora_config['peft_type']!r}.")
-    for field, value in lora_config.items():
-        if field not in CONFIG_FIELDS and value and value != (plain := _DEFAULTS.get(field)):
-            raise IncompatibleAdapterError(
-                f"LoraConfig.{field}={value!r:.200} is not supported: expected {plain!r}, since an adapter must be "
-                "nothing but two matrices per module."
-            )
-        if value is not None and not isinstance(value, CONFIG_FIELDS.get(field, object)):
-            raise IncompatibleAdapterError(f"LoraConfig.{field}: expected another type, found {value!r:.200}.")
-    for field in ("r", "lora_alpha"):
-        if not _is_positive(value := lora_config.get(field)):
-            raise IncompatibleAdapterError(f"LoraConfig.{field}: expected a positive number, found {value!r:.200}.")
-    if (task_type := lora_config.get("task_type")) and task_type not in TASK_TYPES:
-        raise IncompatibleAdapterError(
-            f"LoraConfig.task_type: expected one of {TASK_TYPES}, found {task_type!r:.200}."
-        )
-    if not 0 <= (dropout := lora_config.get("lora_dropout") or 0.0) < 1:
-        raise IncompatibleAdapterError(f"LoraConfig.lora_dropout: expected 0 to below 1, found {dropout!r:.200}.")
-    for field in ("target_modules", "exclude_modules"):
-        value = lora_config.get(field)
-        if not isinstance(value, str) and not all(isinstance(name, str) for name in value or ()):
-            raise IncompatibleAdapterError(f"LoraConfig.{field}: expected names of modules, found {value!r:.200}.")
-    for field in ("rank_pattern", "alpha_pattern"):
-        patterns = lora_config.get(field) or {}
-        wildcards = sum(map(_wildcards, patterns))
-        if len(patterns) > MAX_PATTERNS or wildcards > MAX_WILDCARDS or not all(map(_is_positive, patterns.values())):
-            raise IncompatibleAdapterError(
-                f"LoraConfig.{field}: expected up to {MAX_PATTERNS} regular expressions with positive numbers and "
-                f"up to {MAX_WILDCARDS} wildcards in all of them, found {patterns!r:.200}."
-            )
-        if strays := [key for key in patterns if not _is_simple(key)]:
-            raise IncompatibleAdapterError(
-                f"LoraConfig.{field}: expected regular expressions of up to {MAX_PATTERN} characters with up to two "
-                f"wildcards or groups and none of them nested, found {strays[0]!r:.300}."
-            )
-        if field == "rank_pattern" and not all(isinstance(rank, int) for rank in patterns.values()):
-            raise IncompatibleAdapterError(f"LoraConfig.{field}: expected whole numbers, found {patterns!r:.200}.")
-    if (init := lora_config.get("init_lora_weights")) not in _PLAIN_INITS:
-        raise IncompatibleAdapterError(
-            f"LoraConfig.init_lora_weights={init!r:.200} is not supported: expected one of {_PLAIN_INITS}, since "
-            "others change the base model's own weights."
-        )
-
-
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 65536
-
-
-def _wildcards(pattern: Any) -> int:
-    return sum(map(str(pattern).count, "*+?("))
-
-
-def _is_simple(pattern: Any) -> bool:
-    """Whether a regular expression takes a time that is bounded by the length of names, cubed at most."""
-    if not isinstance(pattern, str) or len(pattern) > MAX_PATTERN or _wildcards(pattern) > 2:
-        return False
-    if re.search(r"\(\?|\)[*+?]|\{|\\[0-9]", pattern):  # extensions, repeated groups, counts, references
-        return False
-    try:
-        return bool(_compiled(pattern))
-    except re.error:
-        return False
-
-
-@lru_cache(maxsize=MAX_PATTERNS)
-def _compiled(pattern: str) -> re.Pattern:
-    # PEFT's rule: a pattern matches the end of a module's path, on a dot.
-    return re.compile(rf"(.*\.)?({pattern})$")
-
-
-def _check_name(name: Any) -> None:
-    """Refuse what is no path of a module: a name may come from a file, and is matched, counted and looked up."""
-    if not isinstance(name, str) or len(name) > MAX_NAME or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", name, re.ASCII):
-        raise IncompatibleAdapterError(
-            f"Expected the path of a module in up to {MAX_NAME} letters, digits, '_', '-' and '.', found "
-            f"{name!r:.300}."
-        )
-    if max((len(part) for part in name.split(".") if part.isdigit()), default=0) > 5:
-        raise IncompatibleAdapterError(f"{name}: expected numbers of up to five digits in the path of a module.")
-
-
-def _from_pattern(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
-    return next((value for key, value in pattern.items() if _compiled(key).match(name)), default)  # the first one
 
 
 def _flatten(matrices: Mapping[str, torch.Tensor], blocks: tuple[MatrixBlock, ...]) -> torch.Tensor:

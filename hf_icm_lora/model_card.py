@@ -1,79 +1,28 @@
-"""Cards: what the reader of a repository with a generator, an adapter or a zoo is told, and what is told of a run.
+"""Cards: what the reader of a repository with a generator, an adapter or a zoo is told.
 
 The texts are the Jinja templates in `templates/`; a card is a `huggingface_hub.ModelCard`, with metadata that the Hub
 understands.
 """
 
 import json
-import platform
 import re
-import sys
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
+from .errors import EvaluationError
+from .provenance import LIBRARY, is_local
+from .report import format_report, stored_bytes
+
 TEMPLATES = Path(__file__).parent / "templates"
-LIBRARY = "hf_icm_lora"
 AUTO_CLASSES = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM"}
 FOLDER = "path/to/this/folder"  # stands in a card for the repository, while it is not in one
 MOST_TASKS, MOST_EXAMPLES = 200, 32  # in a card
 NOT_EVALUATED = (
     "Not evaluated yet: `evaluate_generator` makes the table, `hf-icm-lora push --evaluation` puts it here."
 )
-
-
-def run_metadata(seed: int) -> dict[str, Any]:
-    """Return what a figure needs beside it to be reproduced: command, date, versions, machine, seed."""
-    packages = (LIBRARY, "transformers", "peft", "torch", "safetensors", "datasets", "accelerate")
-    return {
-        "command": " ".join(public_arguments(sys.argv)),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
-        "machine": {"processor": platform.machine(), "system": platform.system(), "threads": torch.get_num_threads()},
-        "seed": seed,
-    }
-
-
-def public_arguments(arguments: Sequence[str]) -> list[str]:
-    """Return a command line as others may see it: without secrets, absolute paths by their last part alone.
-
-    Example:
-        >>> public_arguments(["/home/me/train.py", "--zoo=/data/zoo", "--hub_token", "hf_abc"])
-        ['train.py', '--zoo=zoo', '--hub_token', '***']
-    """
-    told, secret = [], False
-    for argument in arguments:
-        option, equals, value = argument.rpartition("=")
-        named = re.search("token|key|secret|password", option, re.IGNORECASE)
-        if secret or named or re.match("hf_[A-Za-z0-9]{8,}", value):
-            value = "***"
-        elif Path(value).is_absolute() or PureWindowsPath(value).is_absolute() or value.startswith("~"):
-            value = re.split(r"[/\\]", value.rstrip("/\\"))[-1]
-        told.append(option + equals + value)
-        secret = not equals and bool(re.match("--?.*(token|key|secret|password)", argument, re.IGNORECASE))
-    return told
-
-
-def stored_bytes(generator) -> dict[str, int]:
-    """Return the bytes of a generator and of fp16 adapters, as in [`storage`], which needs a zoo for the rest."""
-    generator_bytes = sum(tensor.numel() * tensor.element_size() for tensor in generator.state_dict().values())
-    adapter_bytes, shared_bytes = 2 * generator.layout.num_weights, 2 * generator.layout.num_shared_weights
-    return {
-        "generator_bytes": generator_bytes,
-        "adapter_bytes": adapter_bytes,
-        "shared_bytes": shared_bytes,
-        "break_even_tasks": max(0, -(-(generator_bytes - shared_bytes) // adapter_bytes)),
-    }
-
-
-def is_local(name_or_path: str) -> bool:
-    """Return whether a name of a model means a folder of this machine, and no repository on the Hub."""
-    return not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name_or_path) or Path(name_or_path).exists()
 
 
 def generator_card(
@@ -142,17 +91,22 @@ def add_evaluation(card: ModelCard, report: Mapping[str, Any], pictures: Sequenc
         pictures (`Sequence[str]`, *optional*): Names of image files beside the card.
 
     Raises:
-        ValueError: if the card has no place for it.
+        EvaluationError: if the card has no place for it.
     """
     before, start, rest = card.content.partition("<!-- evaluation -->")
     _, end, after = rest.partition("<!-- end evaluation -->")
-    if not end:
-        raise ValueError("The card has no place for an evaluation: expected <!-- evaluation --> ... in it.")
+    heading = re.search("^# (.+)$", card.text, re.MULTILINE)
+    if not end or not heading:
+        raise EvaluationError(
+            "The card has no place for an evaluation: expected a heading, <!-- evaluation --> and, after it, "
+            "<!-- end evaluation -->."
+        )
     shown = [format_report(report).rstrip(), *(f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in pictures)]
     made = f"Made by `{report['command']}` on {report['date'][:10]}, seed {report['seed']}."
     renewed = ModelCard(before + start + "\n\n" + "\n\n".join([*shown, made]) + "\n\n" + end + after)
-    renewed.data.model_name = renewed.data.get("model_name") or re.search("^# (.+)$", renewed.text, re.MULTILINE)[1]
-    renewed.data.eval_results = [
+    data: Any = renewed.data
+    data.model_name = data.get("model_name") or heading[1]
+    data.eval_results = [
         EvalResult(
             task_type="text-generation",
             task_name="LoRA generation",
@@ -186,7 +140,8 @@ def addressed(card: ModelCard, repo_id: str, local_base: str, base: str) -> Mode
         content = content.replace(f'from_pretrained("{name}")', f'from_pretrained("{base}")')
         content = content.replace(f"`{name}`", _link(base))
     moved = ModelCard(content)
-    moved.data.base_model, moved.data.base_model_relation = base, "adapter"
+    data: Any = moved.data
+    data.base_model, data.base_model_relation = base, "adapter"
     return moved
 
 
@@ -274,43 +229,6 @@ def zoo_card(zoo, *, repo_id: str, base_model_name_or_path: str, license: str | 
     )
 
 
-def format_report(report: Mapping[str, Any]) -> str:
-    """Return the report as Markdown: a table per split, then storage and times."""
-    parts = []
-    for split, rows in report["splits"].items():
-        excluded = [n for n, s in rows["generated"]["tasks"].items() if s["recovered_gain"] is None]
-        lines = [
-            f"### {split.replace('_', ' ').capitalize()} tasks ({len(rows['base']['tasks'])})\n",
-            "| row | mean G | median G | min G | loss | exact match |",
-            "|---|---|---|---|---|---|",
-        ]
-        for row, summary in rows.items():
-            gains = [summary[f"{kind}_recovered_gain"] for kind in ("mean", "median", "min")]
-            cells = ["-" if gain is None else f"{gain:.2f}" for gain in gains]
-            cells += [f"{summary['mean_loss']:.3f}", f"{100 * summary['exact_match']:.0f} %"]
-            lines.append(f"| {row} | " + " | ".join(cells) + " |")
-        near = {row: rows[row].get("nearest_seen_distance") for row in ("generated", "task_lora", "mean_lora")}
-        if None not in near.values():
-            told = ", ".join(f"{row} {distance:.2f}" for row, distance in near.items())
-            lines.append(f"\nDistance to the nearest other seen adapter, in the seen ones' deviation: {told}.")
-        signs = {"the gain on the examples": "gain_on_examples", "novelty": "novelty"}
-        told = {what: rows["generated"].get(f"{sign}_correlation") for what, sign in signs.items()}
-        told = ", ".join(f"{what} {value:.2f}" for what, value in told.items() if value is not None)
-        if told:
-            lines.append(f"\nRank correlation with G of the generated adapters: {told}.")
-        if excluded:
-            lines.append(f"\nWithout G, since fine-tuning gained nothing: {', '.join(excluded)}.")
-        parts.append("\n".join(lines))
-    store, seconds = report["storage"], report["seconds"]
-    parts.append(
-        f"Generator {store['generator_bytes'] / 1e6:.1f} MB, one fp16 adapter {store['adapter_bytes'] / 1e6:.2f} MB: "
-        f"smaller than {store['break_even_tasks']} adapters or more ({store['num_seen_tasks']} seen tasks).\n"
-        f"Seconds: task vector {seconds['task_vector']:.2f}, generation {seconds['generation']:.3f}, attachment "
-        f"{seconds['attachment']:.3f}; fine-tuning one LoRA {seconds['fine_tuning']:.1f}."
-    )
-    return "\n\n".join(parts) + "\n"
-
-
 def _card_data(kind: type, base: str, license: str | None, tags: Sequence[str]):
     data = kind(license=license, tags=[LIBRARY, *dict.fromkeys(tags)])
     data.library_name = LIBRARY
@@ -333,7 +251,7 @@ def _link(base: str) -> str:
 
 
 def _auto_class(lora_config: Mapping[str, Any] | None) -> str:
-    return AUTO_CLASSES.get((lora_config or {}).get("task_type"), "AutoModel")
+    return AUTO_CLASSES.get((lora_config or {}).get("task_type") or "", "AutoModel")
 
 
 def _target_modules(lora_config: Mapping[str, Any]) -> str:

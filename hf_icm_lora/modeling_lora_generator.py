@@ -15,7 +15,7 @@ networks see as `condition (batch, condition_size)`, `z (batch, latent_size)`, a
 import copy
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -24,7 +24,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from huggingface_hub import CommitInfo, ModelCard, try_to_load_from_cache
-from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
 from torch.nn.utils import parametrize
@@ -36,36 +35,27 @@ from transformers.utils import CONFIG_NAME, ModelOutput, logging
 
 from .adapter import (
     AdapterSlot,
-    attach_adapter,
-    base_model_fingerprint,
-    canonical_lora_config,
-    frozen_base,
     save_adapter,
 )
-from .completion import CompletionCollator
+from .base_model import base_model_fingerprint
 from .configuration_lora_generator import LoraGeneratorConfig
 from .errors import (
     CorruptAdapterError,
     IncompatibleAdapterError,
     NotFittedError,
-    TaskError,
     TaskVectorError,
-    UnfamiliarTaskError,
 )
 from .files import commit_files
-from .functional import FunctionalDataset, functional_loss, refine_lora_weights
-from .gauge import product_error
-from .hub import CARD_FILE, carry_card, files_below, push_files, require_hub_id
+from .generation import generate_adapter
+from .hub import CARD_FILE, files_below, push_files, require_hub_id
 from .layout import LoraLayout, MatrixBlock, split
+from .lora_config import canonical_lora_config
 from .model_card import generator_card
+from .normalization import ZooNormalizer
 from .serving import plain_adapter
-from .task_vectors import MODES, TaskVectorExtractor, TaskVectors, TaskVectorSpec
-from .tasks import to_sample
 
+MAX_PARAMETERS = 2**31  # 8 GB in fp32; a configuration that asks for more is refused before anything is allocated
 MAX_MISSING = 2**25  # numbers that a checkpoint may lack, for instance an encoder's
-UNFAMILIAR = 0.99  # novelty above which a task counts as unfamiliar
-FALLBACKS = ("generate", "base", "nearest", "mean", "raise")
-SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of B @ A; a stronger adapter than the generated one gained nothing
 
 
 @dataclass
@@ -92,130 +82,6 @@ class LoraGeneratorOutput(ModelOutput):
     posterior_logvar: torch.Tensor | None = None
     prior_mean: torch.Tensor | None = None
     prior_logvar: torch.Tensor | None = None
-
-
-class ZooNormalizer(nn.Module):
-    """Statistics of the training data, in fp32: what one unit of weight and of task vector means.
-
-    Of the zoo: the elementwise mean adapter, one scale per matrix, since B is small beside A and layers differ, and
-    the weights that all adapters share. Of the task vectors: mean and scale of every entry, and the principal
-    directions, which turn a vector into a condition.
-
-    A condition is half whitened: each direction is divided by the fourth root of its variance. A few directions hold
-    most of the variance of hidden states, and what tells two tasks of a family apart has little of it: gradient
-    descent would come to it last. Full whitening, on the other hand, would make noise as loud as what matters.
-    """
-
-    def __init__(self, config: LoraGeneratorConfig):
-        super().__init__()
-        layout = config.lora_layout
-        self.layout, self.sizes = layout, [b.rank * b.width for b in layout.blocks for _ in b.modules]
-        vector = (config.num_task_vectors, config.task_vector_size)
-        self.register_buffer("weight_mean", torch.zeros(layout.num_weights))
-        self.register_buffer("weight_scale", torch.ones(len(self.sizes)))
-        self.register_buffer("shared_weights", torch.zeros(layout.num_shared_weights))
-        if config.reconstruction == "products":
-            self.register_buffer("product_scale", torch.ones(len(layout.modules)))
-        self.register_buffer("vector_mean", torch.zeros(vector))
-        self.register_buffer("vector_scale", torch.ones(vector))
-        self.register_buffer("vector_directions", torch.zeros(config.condition_size, vector[0] * vector[1]))
-        self.register_buffer("is_fitted", torch.zeros(1))
-
-    def fit_weights(self, batches: Iterable[torch.Tensor], shared_weights: torch.Tensor) -> None:
-        """Fit to adapters, batches of `(batch, num_weights)`."""
-        count, mean, squares, products = 0, 0.0, 0.0, 0.0
-        for batch in batches:  # Welford's update, batch by batch (Chan, Golub, LeVeque 1983)
-            own = batch.double().mean(0)
-            shift, total = own - mean, count + len(batch)
-            squares = squares + (batch.double() - own).square().sum(0) + shift**2 * (count * len(batch) / total)
-            mean, count = mean + shift * (len(batch) / total), total
-            if hasattr(self, "product_scale"):
-                products = products + self._product_errors(batch, shared_weights).sum(0)
-        scale = torch.stack([v.mean().sqrt() for v in (squares / count).split(self.sizes)])
-        self.weight_mean.copy_(mean)
-        # A matrix that never varies has scale 0: the floor makes it come out as its mean, instead of as NaN.
-        self.weight_scale.copy_(scale.clamp(min=max(1e-3 * scale.median().item(), 1e-8)))
-        self.shared_weights.copy_(shared_weights)
-        if hasattr(self, "product_scale"):
-            scale = products / count
-            self.product_scale.copy_(scale.clamp(min=max(1e-6 * scale.median().item(), 1e-16)))
-
-    def fit_vectors(self, vectors: torch.Tensor) -> None:
-        """Fit to task vectors, `(num_vectors, num_task_vectors, task_vector_size)`."""
-        scale = vectors.double().std(0, correction=0)
-        self.vector_mean.copy_(vectors.double().mean(0))
-        self.vector_scale.copy_(scale.clamp(min=max(1e-3 * scale.median().item(), 1e-8)))
-        normalized = ((vectors.to(self.vector_mean) - self.vector_mean) / self.vector_scale).flatten(1)
-        *_, singular_values, directions = torch.linalg.svd(normalized, full_matrices=False)
-        known = min(len(self.vector_directions), int((singular_values > 1e-4 * singular_values[0]).sum()))
-        deviations = singular_values[:known] / len(vectors) ** 0.5
-        # The mean square of an entry of a condition is 1: half whitened, direction i has the variance deviation i.
-        unit = (deviations.sum() / len(self.vector_directions)).sqrt()
-        self.vector_directions.zero_()  # few vectors span fewer directions: the others stay silent
-        self.vector_directions[:known] = directions[:known] / (deviations.sqrt() * unit)[:, None]
-
-    def normalize(self, lora_weights: torch.Tensor) -> torch.Tensor:
-        return (lora_weights.float() - self.weight_mean) / self._scale_of_each_weight()
-
-    def denormalize(self, normalized: torch.Tensor) -> torch.Tensor:
-        return normalized.float() * self._scale_of_each_weight() + self.weight_mean
-
-    def error(self, lora_weights: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Return what reconstruction minimizes, `(batch,)`, of two batches of weights `(batch, num_weights)`."""
-        if hasattr(self, "product_scale"):
-            return (self._product_errors(lora_weights, self.shared_weights, target) / self.product_scale).mean(1)
-        return ((lora_weights.float() - target.float()) / self._scale_of_each_weight()).square().mean(1)
-
-    def _product_errors(
-        self, lora_weights: torch.Tensor, shared_weights: torch.Tensor, target: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Return |B @ A - target|^2 of each module, `(batch, num_modules)`; without a target that of 0."""
-        own = self.layout.stacked_factors(lora_weights.float(), shared_weights)
-        target = torch.zeros_like(lora_weights) if target is None else target
-        others = self.layout.stacked_factors(target.float(), shared_weights)
-        # A shared A has no batch dimension.
-        pairs = [[x.expand(len(lora_weights), *x.shape[-3:]) for x in (*own[n], *others[n])] for n in own]
-        return torch.cat([product_error(*pair) for pair in pairs], dim=1)
-
-    def condition(self, task_vector: torch.Tensor) -> torch.Tensor:
-        normalized = (task_vector.float() - self.vector_mean) / self.vector_scale
-        return normalized.flatten(1) @ self.vector_directions.float().T  # also where all of the model was cast
-
-    def _scale_of_each_weight(self) -> torch.Tensor:
-        blocks = self.layout.blocks
-        scales = self.weight_scale.split([block.count for block in blocks])
-        # By copies of whole rows: `repeat_interleave` takes as long as the decoder's matrix products do.
-        return torch.cat(
-            [
-                scale[:, None].expand(-1, block.rank * block.width).flatten()
-                for scale, block in zip(scales, blocks, strict=True)
-            ]
-        )
-
-
-class TaskMap(nn.Module):
-    """Where the training tasks lie among conditions, in fp32: what says how unfamiliar a new task is.
-
-    Distances count the first `map_size` entries of a condition. The later ones hold more of what differs between two
-    draws of demonstrations of one task, and less of what differs between tasks.
-    """
-
-    def __init__(self, config: LoraGeneratorConfig):
-        super().__init__()
-        num_tasks = len(config.mapped_tasks)
-        self.register_buffer("places", torch.zeros(num_tasks, min(config.map_size, config.condition_size)))
-        self.register_buffer("gaps", torch.zeros(num_tasks))  # of each task to the nearest other one, sorted
-
-    def fit(self, conditions: torch.Tensor) -> None:
-        """Fit to one condition per task, `(num_tasks, condition_size)`."""
-        self.places.copy_(conditions[:, : self.places.shape[1]])
-        distances = torch.cdist(self.places, self.places).fill_diagonal_(torch.inf)
-        self.gaps.copy_(distances.amin(1).sort().values)
-
-    def locate(self, condition: torch.Tensor) -> tuple[float, int]:
-        """Return how unfamiliar a condition `(condition_size,)` is, from 0 to 1, and the index of the nearest task."""
-        distance, nearest = (self.places - condition[: self.places.shape[1]]).norm(dim=1).min(0)
-        return (self.gaps < distance).float().mean().item(), int(nearest)
 
 
 class Attention(nn.Module):
@@ -436,6 +302,29 @@ def _encodes(config: LoraGeneratorConfig) -> bool:
     return config.has_encoder and config.prior != "none"  # without a latent there is nothing to encode into
 
 
+NETWORKS = {"transformer": TransformerCVAE, "conv1d": Conv1dCVAE}
+
+
+def check_size(config: LoraGeneratorConfig) -> None:
+    """Refuse sizes of which a generator could not be made, by making one that has no memory.
+
+    Raises:
+        IncompatibleAdapterError: with the largest tensors.
+    """
+    try:
+        with torch.device("meta"):
+            network = NETWORKS[config.architecture](config)
+            parts = nn.ModuleDict({"statistics": ZooNormalizer(config), "network": network, "prior": Prior(config)})
+    except RuntimeError as error:
+        raise IncompatibleAdapterError(f"Expected sizes of tensors that can be counted: {error}") from error
+    sizes = {name: tensor.numel() for name, tensor in parts.state_dict().items()}
+    if (total := sum(sizes.values())) > MAX_PARAMETERS:
+        largest = ", ".join(f"{name} {sizes[name]:,}" for name in sorted(sizes, key=lambda name: -sizes[name])[:3])
+        raise IncompatibleAdapterError(
+            f"Expected sizes that make up to {MAX_PARAMETERS:,} parameters, found ones that make {total:,}: {largest}."
+        )
+
+
 class LoraGeneratorModel(PreTrainedModel):
     """A conditional VAE that writes LoRA adapters for tasks that it knows by a task vector.
 
@@ -455,17 +344,17 @@ class LoraGeneratorModel(PreTrainedModel):
     main_input_name = "task_vector"
     model_tags = ["hf_icm_lora"]
     accepts_loss_kwargs = False
-    _keep_in_fp32_modules_strict = ["zoo_normalizer", "task_map"]
+    _keep_in_fp32_modules_strict = ["zoo_normalizer"]
 
     def __init__(self, config: LoraGeneratorConfig):
         if config.layout is None:
             raise IncompatibleAdapterError("A generator needs a layout: make its configuration with from_zoo().")
+        check_size(config)
         super().__init__(config)
         self.zoo_normalizer = ZooNormalizer(config)
-        self.network = {"transformer": TransformerCVAE, "conv1d": Conv1dCVAE}[config.architecture](config)
+        self.network = NETWORKS[config.architecture](config)
         self.prior = Prior(config) if config.prior == "learned" else None
         self.layout: LoraLayout = config.lora_layout
-        self.task_map = TaskMap(config) if config.mapped_tasks else None
         if config.weight_format == "int8":
             self._round_weights()
         self.post_init()
@@ -480,15 +369,20 @@ class LoraGeneratorModel(PreTrainedModel):
         elif isinstance(module, TokenwiseLinear):
             init.normal_(module.weight, std=0.02)
             init.zeros_(module.bias)
-        elif isinstance(module, (ZooNormalizer, TaskMap)):
+        elif isinstance(module, ZooNormalizer):
             # Or a checkpoint without statistics would come up with garbage.
             for name, buffer in module.named_buffers():
                 (init.ones_ if name.endswith("_scale") else init.zeros_)(buffer)
         else:
             super()._init_weights(module)
 
+    @property
+    def shared_weights(self) -> torch.Tensor:
+        """What all adapters of this generator share, `(num_shared_weights,)`, fp32."""
+        return self.zoo_normalizer.shared_weights
+
     def fit_normalizer(
-        self, dataset: Dataset, functional_dataset: FunctionalDataset | None = None, batch_size: int = 32
+        self, dataset: Dataset, behavioural_dataset: Dataset | None = None, batch_size: int = 32
     ) -> None:
         """Compute the normalization statistics from the training split, once, before training.
 
@@ -496,8 +390,8 @@ class LoraGeneratorModel(PreTrainedModel):
             dataset (`LoraZooDataset`): As from `LoraZoo.as_dataset()`: with `each_adapter()`, which yields
                 `(num_weights,)`, and the attributes `shared_weights` `(num_shared_weights,)` and `task_vectors`
                 `(num_vectors, num_task_vectors, task_vector_size)`.
-            functional_dataset (`FunctionalDataset`, *optional*): What behavioural training will go through after that:
-                with it, the condition also tells the tasks apart that have no LoRA.
+            behavioural_dataset (`BehaviouralDataset`, *optional*): What behavioural training will go through after
+                that: with it, the condition also tells the tasks apart that have no LoRA.
             batch_size (`int`, *optional*, defaults to 32): Adapters per step.
 
         Raises:
@@ -510,7 +404,7 @@ class LoraGeneratorModel(PreTrainedModel):
                 f"Expected {normalizer.shared_weights.numel()} shared weights, found "
                 f"{tuple(dataset.shared_weights.shape)}: the dataset comes from a zoo of another layout."
             )
-        vectors = torch.cat([d.task_vectors for d in (dataset, functional_dataset) if d is not None])
+        vectors = torch.cat([d.task_vectors for d in (dataset, behavioural_dataset) if d is not None])
         self._check_task_vector(vectors)
         normalizer.fit_vectors(vectors)
         # A bar from 2 s on.
@@ -522,19 +416,18 @@ class LoraGeneratorModel(PreTrainedModel):
 
     def forward(
         self,
+        task_vector: torch.Tensor,
         lora_weights: torch.Tensor | None = None,
-        task_vector: torch.Tensor | None = None,
         return_loss: bool = True,
         return_dict: bool | None = None,
     ) -> LoraGeneratorOutput | tuple:
-        """Reconstruct adapters, or generate them if only task vectors are given.
+        """Generate adapters from task vectors, or reconstruct those that are given with them.
 
-        In training mode z is drawn from the posterior, in eval mode it is the posterior's mean. In training mode, too,
-        the condition gets the configuration's noise.
+        In training mode z is drawn from the posterior, in eval mode it is the posterior's mean.
 
         Args:
-            lora_weights (`torch.Tensor` of shape `(batch, num_weights)`, *optional*): Packed adapters.
-            task_vector (`torch.Tensor` of shape `(batch, num_task_vectors, task_vector_size)`): Their tasks' vectors.
+            task_vector (`torch.Tensor` of shape `(batch, num_task_vectors, task_vector_size)`): The tasks' vectors.
+            lora_weights (`torch.Tensor` of shape `(batch, num_weights)`, *optional*): Packed adapters of these tasks.
             return_loss (`bool`, *optional*, defaults to `True`): Whether to compute `loss`.
             return_dict (`bool`, *optional*): Whether to return a [`LoraGeneratorOutput`] instead of a tuple.
 
@@ -543,8 +436,6 @@ class LoraGeneratorModel(PreTrainedModel):
             TaskVectorError, IncompatibleAdapterError: if a shape is not the generator's.
         """
         condition = self._condition(task_vector)
-        if self.training and self.config.condition_noise:
-            condition = condition + self.config.condition_noise * torch.randn_like(condition)
         prior_mean, prior_logvar = self._prior(condition)
         if lora_weights is None:
             generated = self.zoo_normalizer.denormalize(self.network.decode(prior_mean, condition))
@@ -662,7 +553,7 @@ class LoraGeneratorModel(PreTrainedModel):
                 parametrize.register_parametrization(module, "weight", Int8())
         parametrize.register_parametrization(self.zoo_normalizer, "vector_directions", Int8())
 
-    def generate_lora_weights(
+    def generate_state_dict(
         self, task_vector: torch.Tensor, generator: torch.Generator | None = None
     ) -> dict[str, torch.Tensor]:
         """Generate an adapter as a PEFT state dict, whose scaling is 1.
@@ -674,137 +565,9 @@ class LoraGeneratorModel(PreTrainedModel):
             `dict[str, torch.Tensor]`: fp32 tensors under keys like
             `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`.
         """
-        lora_weights = self.decode_task_vector(task_vector, generator)
-        return self.layout.unpack(lora_weights, self.zoo_normalizer.shared_weights)
+        return self.layout.unpack(self.decode_task_vector(task_vector, generator), self.shared_weights)
 
-    def generate_adapter(
-        self,
-        base_model: nn.Module,
-        *,
-        task_vector: torch.Tensor | None = None,
-        examples: Sequence | None = None,
-        description: str | Mapping[str, float] | None = None,
-        processing_class=None,
-        adapter_name: str = "default",
-        generator: torch.Generator | None = None,
-        num_samples: int = 1,
-        fit_scale: bool = True,
-        refine_steps: int = 0,
-        on_unfamiliar: str = "generate",
-        check_base_model: bool = True,
-        describe_task: bool = True,
-    ) -> PeftModel:
-        """Generate an adapter for a task and attach it to its base model. No gradient step is taken unless asked for.
-
-        Args:
-            base_model (`PreTrainedModel` or `PeftModel`): The model that the generator was made for. A `PeftModel`
-                gets one more adapter; an adapter that already has the name is overwritten in place.
-            task_vector (`torch.Tensor`, *optional*): As in `decode_task_vector`; instead of the next three.
-            examples (`Sequence`, *optional*): Samples of the task, `(prompt, completion)` pairs for instance.
-            description (`str` or `Mapping[str, float]`, *optional*): The task in a sentence, with or without examples;
-                or several sentences with weights, whose task vectors are averaged.
-            processing_class (*optional*): The base model's tokenizer, needed for examples and descriptions.
-            adapter_name (`str`, *optional*, defaults to `"default"`): Name of the adapter, which becomes active.
-            generator (`torch.Generator`, *optional*): If given, the latent is drawn instead of being its mean.
-            num_samples (`int`, *optional*, defaults to 1): Adapters to generate, from the latent's mean and from
-                draws; the one with the least loss on the examples is kept.
-            fit_scale (`bool`, *optional*, defaults to `True`): Whether to weaken the adapter to what suits the
-                examples, if there are any: to 0, 1/4, 1/2 or 3/4 of itself, if the loss on them is least then.
-            refine_steps (`int`, *optional*, defaults to 0): Gradient steps on the examples, starting from the
-                generated adapter: fine-tuning with a head start.
-            on_unfamiliar (`str`, *optional*, defaults to `"generate"`): What to do for a task that is less familiar
-                than 99 of 100 training tasks are to each other, or whose adapter makes the loss on its own examples
-                larger: `"generate"` all the same, leave the `"base"` model as it is by an adapter of zeros, generate
-                from the vector of the `"nearest"` training task, take the `"mean"` adapter of the zoo, or `"raise"`.
-                It needs `map_tasks`, and examples or a task vector: a description alone does not tell.
-            check_base_model (`bool`, *optional*, defaults to `True`): Whether to compare the base model's fingerprint.
-                A base in 4 or 8 bits has no comparable one.
-            describe_task (`bool`, *optional*, defaults to `True`): Whether description and examples are kept beside
-                the adapter, and so come into the card that `save_pretrained` and `push_to_hub` of the result write.
-
-        Returns:
-            `PeftModel`: in eval mode, the adapter frozen. `model.lora_generation[adapter_name]` holds what is known
-            about it: generator and settings; of a generator with a map of its training tasks the task's `novelty` and
-            its `nearest_task`; with examples the `scale` and the `gain_on_examples`, see the method of that name.
-
-        Raises:
-            TaskError: if there is neither a task vector, nor examples, nor a description; or no `processing_class`; or
-                no examples to choose or refine by.
-            TaskVectorError: if the task vector does not fit this generator.
-            UnfamiliarTaskError: if the task is unfamiliar and `on_unfamiliar="raise"`.
-            NotFittedError: if `on_unfamiliar` needs the map of the training tasks, and there is none.
-            IncompatibleAdapterError: if the base model is another one. It is then unchanged.
-
-        Example:
-            >>> model = generator.generate_adapter(base, processing_class=tokenizer,  # doctest: +SKIP
-            ...     description="Give the capital of the country.", examples=[("France", "Paris")])
-        """
-        if check_base_model:
-            self.check_base_model(base_model)
-        if task_vector is None:
-            if not examples and not description:
-                raise TaskError("Expected a task_vector, examples or a description; found none of them.")
-            if processing_class is None:
-                raise TaskError("Examples and descriptions are read by the base model: pass its processing_class too.")
-            extractor = TaskVectorExtractor(TaskVectorSpec(**self.config.task_vector_spec))
-            weights = description if isinstance(description, Mapping) else {description: 1.0}
-            if not sum(weights.values()) > 0:
-                raise TaskError(f"description: expected weights with a positive sum, found {dict(weights)}.")
-            vectors = [extractor.vector(base_model, processing_class, examples, text) for text in weights]
-            # The condition is linear in the task vector: this is a point between the tasks' conditions.
-            parts = zip(weights.values(), vectors, strict=True)
-            task_vector = sum(weight * vector for weight, vector in parts) / sum(weights.values())
-        elif examples or description:
-            raise TaskError("Expected either a task_vector, or examples and/or a description; found both.")
-        if num_samples < 1 or refine_steps < 0:
-            raise TaskError(f"Expected num_samples >= 1 and refine_steps >= 0, found {num_samples}, {refine_steps}.")
-        if (num_samples > 1 or refine_steps) and not examples:
-            raise TaskError("Adapters are chosen and refined by examples of the task: pass examples too.")
-        if on_unfamiliar not in FALLBACKS:
-            raise TaskError(f"on_unfamiliar: expected one of {FALLBACKS}, found {on_unfamiliar!r}.")
-        about, told = self._origin(generator, num_samples, refine_steps), bool(examples) or not description
-        if on_unfamiliar != "generate" and not told:
-            raise TaskError("A description alone does not tell how familiar a task is: pass examples too.")
-        if told and (self.task_map is not None or on_unfamiliar != "generate"):
-            # The map is of demonstrations, from which descriptions lie far away.
-            known = task_vector[: len(task_vector) // len(MODES)] if examples and description else task_vector
-            about["novelty"], about["nearest_task"] = self.novelty(known)
-        given = (base_model, processing_class)
-        if num_samples == 1:
-            lora_weights = self.decode_task_vector(task_vector, generator)
-        else:
-            candidates = self.candidates(task_vector, num_samples, generator)
-            lora_weights = self.fit_to_examples(examples, candidates, *given)
-        if examples:
-            scales = SCALES if fit_scale else (0.0, 1.0)
-            scaled = [self.layout.scaled(lora_weights, scale) for scale in scales]
-            losses = dict(zip(scales, self._losses(examples, scaled, *given), strict=True))
-            about["gain_on_examples"] = 1 - losses[1.0] / losses[0.0]
-        if on_unfamiliar != "generate" and (reason := self._unfamiliar(about)):
-            if on_unfamiliar == "raise":
-                raise UnfamiliarTaskError(
-                    f"{reason} Give other examples, fine-tune a LoRA, or pass on_unfamiliar='generate'."
-                )
-            about["fallback"] = on_unfamiliar
-            lora_weights = self._fallback(on_unfamiliar, about["nearest_task"])
-        elif fit_scale and examples:
-            about["scale"] = min(losses, key=losses.get)
-            about["gain_on_examples"] = 1 - losses[about["scale"]] / losses[0.0]
-            lora_weights = self.layout.scaled(lora_weights, about["scale"])
-        if refine_steps:
-            lora_weights = self.fit_to_examples(examples, [lora_weights], *given, refine_steps)
-        if examples and (refine_steps or "fallback" in about):
-            about["gain_on_examples"] = self.gain_on_examples(examples, lora_weights, *given)
-        state_dict = self.layout.unpack(lora_weights, self.zoo_normalizer.shared_weights)
-        if describe_task and description:
-            about["description"] = description if isinstance(description, str) else dict(description)
-        if describe_task and examples:
-            samples = [to_sample(raw, f"examples[{index}]") for index, raw in enumerate(examples)]
-            about["examples"] = [{"prompt": sample.prompt, "completion": sample.completion} for sample in samples]
-        model = attach_adapter(base_model, self.adapter_config(), state_dict, adapter_name)
-        model.lora_generation = {**getattr(model, "lora_generation", {}), adapter_name: about}
-        carry_card(model)
-        return model
+    generate_adapter = generate_adapter  # the method; as a function it stands where the tokenizer is known
 
     def adapter_slot(
         self, base_model: nn.Module, adapter_name: str = "default", check_base_model: bool = True
@@ -823,8 +586,7 @@ class LoraGeneratorModel(PreTrainedModel):
         """
         if check_base_model:
             self.check_base_model(base_model)
-        shared_weights = self.zoo_normalizer.shared_weights
-        return AdapterSlot(base_model, self.adapter_config(), self.layout, shared_weights, adapter_name)
+        return AdapterSlot(base_model, self.adapter_config(), self.layout, self.shared_weights, adapter_name)
 
     def export_adapter(
         self,
@@ -849,185 +611,10 @@ class LoraGeneratorModel(PreTrainedModel):
             FileExistsError: if the folder exists.
             NotFittedError, TaskVectorError, IncompatibleAdapterError: as `decode_task_vector` and `plain_adapter`.
         """
-        state_dict = self.generate_lora_weights(task_vector, generator)
+        state_dict = self.generate_state_dict(task_vector, generator)
         config, state_dict, lost = plain_adapter(self.adapter_config(), state_dict, rank=rank, dtype=dtype)
         save_adapter(save_directory, config, state_dict)
         return lost
-
-    def map_tasks(self, task_vectors: TaskVectors) -> None:
-        """Remember where the training tasks lie, so that `novelty` can say how far a new task is from them.
-
-        Args:
-            task_vectors (`TaskVectors`): With banks of training tasks; those of other tasks are not looked at.
-
-        Raises:
-            TaskVectorError: if there are fewer than two training tasks among them.
-        """
-        banks = {name: task_vectors.banks.get(name, {}) for name in self.config.training_tasks or ()}
-        names = [name for name, bank in banks.items() if "demonstrations" in bank]
-        if len(names) < 2:
-            raise TaskVectorError(f"Expected vectors of at least two training tasks, found {names}.")
-        means = torch.stack([banks[name]["demonstrations"].mean(0) for name in names])
-        self.config.mapped_tasks = names
-        self.task_map = TaskMap(self.config).to(self.device)
-        self.task_map.fit(self._condition(means).float())
-
-    def novelty(self, task_vector: torch.Tensor) -> tuple[float, str]:
-        """Say how far a task is from the training tasks.
-
-        Args:
-            task_vector (`torch.Tensor`): As in `decode_task_vector`.
-
-        Returns:
-            `tuple[float, str]`: The part of the training tasks that have a nearer neighbour among the others than this
-            task has among all of them, from 0 to 1; and the name of the nearest training task.
-
-        Raises:
-            NotFittedError: if `map_tasks` was never called.
-        """
-        if self.task_map is None:
-            raise NotFittedError("This generator has no map of its training tasks: call map_tasks(task_vectors).")
-        draws = task_vector.reshape((1,) * (3 - task_vector.ndim) + tuple(task_vector.shape))
-        score, nearest = self.task_map.locate(self._condition(draws).float().mean(0))
-        return score, self.config.mapped_tasks[nearest]
-
-    def _origin(self, generator: torch.Generator | None, num_samples: int, refine_steps: int) -> dict:
-        """Return by what and how an adapter is made, for its card."""
-        name, revision = self.config._name_or_path, getattr(self.config, "_commit_hash", None)
-        source = {"id": name, "revision": revision} if revision else {"folder": Path(name).name}
-        about = {"generator": source, "template": self.config.template}
-        about["seed"] = None if generator is None else generator.initial_seed()
-        return about | {"num_samples": num_samples, "refine_steps": refine_steps}
-
-    def _unfamiliar(self, about: dict) -> str | None:
-        """Return why a task counts as unfamiliar, if it does."""
-        if about["novelty"] > UNFAMILIAR:
-            return (
-                f"The task is less familiar than {about['novelty']:.1%} of the training tasks are to each other; the "
-                f"nearest is {about['nearest_task']!r}."
-            )
-        if about.get("gain_on_examples", 0.0) < 0:
-            return f"The adapter makes the loss on its own examples larger, by {-about['gain_on_examples']:.1%}."
-        return None
-
-    def _fallback(self, choice: str, nearest: str) -> torch.Tensor:
-        """Return the weights `(num_weights,)` to use instead of generated ones."""
-        if choice == "mean":
-            return self.zoo_normalizer.weight_mean
-        if choice == "base":  # and not A = 0, too, from which no gradient leads away
-            return self.layout.scaled(self.zoo_normalizer.weight_mean, 0.0)
-        place = self.task_map.places[self.config.mapped_tasks.index(nearest)]
-        return self._decode(F.pad(place, (0, self.config.condition_size - len(place)))[None].to(self.dtype))
-
-    def candidates(
-        self, task_vector: torch.Tensor, num_samples: int, generator: torch.Generator | None = None
-    ) -> list[torch.Tensor]:
-        """Generate several packed adapters for one task, for `fit_to_examples` to choose from.
-
-        Args:
-            task_vector (`torch.Tensor`): As in `decode_task_vector`.
-            num_samples (`int`): How many: one from the latent's mean, the others from draws.
-            generator (`torch.Generator`, *optional*): What to draw with; by default one of seed 0.
-
-        Returns:
-            `list[torch.Tensor]`: Each `(num_weights,)`, fp32.
-        """
-        drawn_from = torch.Generator().manual_seed(0) if generator is None else generator
-        draws = [self.decode_task_vector(task_vector, drawn_from) for _ in range(num_samples - 1)]
-        return [self.decode_task_vector(task_vector), *draws]
-
-    def fit_to_examples(
-        self,
-        examples: Sequence,
-        candidates: Sequence[torch.Tensor],
-        base_model: nn.Module,
-        processing_class,
-        num_steps: int = 0,
-        learning_rate: float = 3e-3,
-    ) -> torch.Tensor:
-        """Choose among packed adapters by their loss on examples, and refine the best by gradient steps on them.
-
-        Args:
-            examples (`Sequence`): Samples of the task.
-            candidates (`Sequence[torch.Tensor]`): Each `(num_weights,)`, as from `decode_task_vector`.
-            base_model (`PreTrainedModel` or `PeftModel`): The base. Its adapters, if any, are off meanwhile.
-            processing_class: Its tokenizer.
-            num_steps (`int`, *optional*, defaults to 0): Steps, each on all examples.
-            learning_rate (`float`, *optional*, defaults to 3e-3): At the first step; it falls to zero.
-
-        Returns:
-            `torch.Tensor` of shape `(num_weights,)`.
-        """
-        best = candidates[0]
-        if len(candidates) > 1:
-            losses = self._losses(examples, candidates, base_model, processing_class)
-            best = candidates[losses.index(min(losses))]
-        if not num_steps:
-            return best
-        with frozen_base(base_model) as base:
-            base.requires_grad_(False)
-            batch, shared_weights = self._examples_batch(examples, base, processing_class)
-            best = best.to(shared_weights.device)
-            return refine_lora_weights(base, self.layout, best, shared_weights, batch, num_steps, learning_rate)
-
-    def best_scale(
-        self, examples: Sequence, lora_weights: torch.Tensor, base_model: nn.Module, processing_class
-    ) -> float:
-        """Return the scale of an adapter, from 0 to 1 in steps of 1/4, that has the least loss on examples.
-
-        Where a generator is wrong, it is wrong at full strength. That shows on the examples that it wrote from, since
-        it was not fitted to them.
-
-        Args:
-            examples (`Sequence`): Samples of the task.
-            lora_weights (`torch.Tensor` of shape `(num_weights,)`): As from `decode_task_vector`. What
-                [`LoraLayout.scaled`] makes of them has the scale.
-            base_model, processing_class: As in `fit_to_examples`.
-        """
-        scaled = [self.layout.scaled(lora_weights, scale) for scale in SCALES]
-        losses = self._losses(examples, scaled, base_model, processing_class)
-        return SCALES[losses.index(min(losses))]
-
-    def gain_on_examples(
-        self, examples: Sequence, lora_weights: torch.Tensor, base_model: nn.Module, processing_class
-    ) -> float:
-        """Return which part of the base model's loss on examples an adapter takes away.
-
-        A generated adapter was not fitted to the examples that its task vector came from, so this tells how much it
-        is worth on others. Of a refined one it says little.
-
-        Args:
-            examples (`Sequence`): Samples of the task.
-            lora_weights (`torch.Tensor` of shape `(num_weights,)`): As from `decode_task_vector`.
-            base_model, processing_class: As in `fit_to_examples`.
-
-        Returns:
-            `float`: 1 if nothing is left of the loss, 0 if the adapter changes nothing, below if it does harm.
-        """
-        both = [torch.zeros_like(lora_weights), lora_weights]
-        before, after = self._losses(examples, both, base_model, processing_class)
-        return (before - after) / before
-
-    @torch.no_grad()
-    def _losses(
-        self, examples: Sequence, candidates: Sequence[torch.Tensor], base_model: nn.Module, processing_class
-    ) -> list[float]:
-        """Return the loss on examples of each packed adapter."""
-        with frozen_base(base_model) as base:
-            batch, shared_weights = self._examples_batch(examples, base, processing_class)
-            return [
-                functional_loss(base, self.layout, own.to(shared_weights.device)[None], shared_weights, batch).item()
-                for own in candidates
-            ]
-
-    def _examples_batch(
-        self, examples: Sequence, base: nn.Module, processing_class
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Return a batch of examples, and the shared weights where the base model is."""
-        samples = [to_sample(raw, f"examples[{index}]") for index, raw in enumerate(examples)]
-        is_encoder_decoder = base.config.is_encoder_decoder
-        collate = CompletionCollator(processing_class, is_encoder_decoder, self.config.template, row_length=64)
-        return collate(samples), self.zoo_normalizer.shared_weights.to(next(base.parameters()).device)
 
     def adapter_config(self) -> dict:
         """Return the `LoraConfig` fields of generated adapters: one rank, `lora_alpha == r`, nothing else needed."""
@@ -1123,7 +710,7 @@ class LoraGeneratorModel(PreTrainedModel):
             `CommitInfo`: a string, too: the commit's URL.
 
         Raises:
-            IcmLoraError: if `config.base_model_name_or_path` is a local folder, which nobody else can load.
+            PublishingError: if `config.base_model_name_or_path` is a local folder, which nobody else can load.
 
         Example:
             >>> generator.push_to_hub("user/my-generator", private=True)  # doctest: +SKIP
@@ -1172,12 +759,12 @@ class LoraGeneratorModel(PreTrainedModel):
         self._check_task_vector(task_vector)
         return self.zoo_normalizer.condition(task_vector.to(self.device)).to(self.dtype)
 
-    def _check_task_vector(self, task_vector: torch.Tensor | None) -> None:
+    def _check_task_vector(self, task_vector: torch.Tensor) -> None:
         expected = (self.config.num_task_vectors, self.config.task_vector_size)
-        if task_vector is None or task_vector.ndim != 3 or tuple(task_vector.shape[1:]) != expected:
-            found = None if task_vector is None else tuple(task_vector.shape)
+        if task_vector.ndim != 3 or tuple(task_vector.shape[1:]) != expected:
             raise TaskVectorError(
-                f"Expected a task vector of shape (batch, {expected[0]}, {expected[1]}), found {found}."
+                f"Expected a task vector of shape (batch, {expected[0]}, {expected[1]}), found "
+                f"{tuple(task_vector.shape)}."
             )
         if not task_vector.isfinite().all():
             raise TaskVectorError("The task vector holds values that are not finite.")

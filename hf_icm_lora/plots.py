@@ -1,4 +1,4 @@
-"""Pictures of a generator: what it recovers, where its tasks lie, how it learned, and where its weights are off.
+"""Pictures of a generator: what it recovers, how it learned, and where its weights are off.
 
 Each function returns a `matplotlib.figure.Figure`, 1200 pixels wide, which `figure.savefig("picture.png")` writes. No
 window and no pyplot is involved, and the style is this module's own, whatever the user's is.
@@ -6,7 +6,6 @@ window and no pyplot is involved, and the style is this module's own, whatever t
 
 import json
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,14 +13,12 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
-from .errors import TaskVectorError
+from .errors import EvaluationError, TaskVectorError
 from .evaluation import PLAIN_RIVALS
 from .files import commit_file
-from .layout import PREFIX, LoraLayout, split
+from .layout import LoraLayout, split
 from .modeling_lora_generator import LoraGeneratorModel
-from .task_vectors import TaskVectors
 from .zoo import LoraZoo
 
 if TYPE_CHECKING:
@@ -30,8 +27,6 @@ if TYPE_CHECKING:
 
 INK, GREY, PALE = "#222222", "#6b6b6b", "#e4e4e4"
 BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#cc79a7"  # Okabe and Ito: for any eye
-FAMILY_COLORS = ("#332288", "#44aad4", "#117733", "#ddaa33", "#cc6677", "#44aa99", "#882255")  # after Tol's muted
-FAMILY_MARKERS = "osD^"
 MARKS: dict[str, tuple[str, dict]] = {  # row of the report -> its name in the legend, and how it is drawn
     "few_shot_prompt": ("examples in the prompt", {"marker": "|", "s": 80, "color": INK, "lw": 1.4}),
     "rival": ("best plain rival", {"marker": "o", "s": 24, "facecolor": "white", "edgecolor": ORANGE}),
@@ -41,12 +36,11 @@ MARKS: dict[str, tuple[str, dict]] = {  # row of the report -> its name in the l
 }
 LOSSES = {  # what is measured -> its unit, and its names in the log
     "Error of the weights": ("squared error (1: the mean adapter)", ("reconstruction_loss", "generation_loss")),
-    "Loss through the base model": ("nats per token", ("functional_loss",)),
-    "Divergence from the teachers": ("nats per token", ("distillation_loss",)),
+    "Loss through the base model": ("nats per token", ("behavioural_loss",)),
     "Information in z (KL)": ("nats", ("kl",)),
     "Loss": ("as optimized", ("loss",)),
 }
-STYLE = {
+STYLE: dict[Any, Any] = {
     "axes.edgecolor": GREY,
     "axes.labelcolor": GREY,
     "axes.linewidth": 0.7,
@@ -119,7 +113,7 @@ def plot_recovered_gain(report: Mapping[str, Any]) -> "Figure":
     figure = _figure(0.6 + sum(pitch * (length + 2.7) + 0.55 for length in lengths))
     axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=[length + 2.7 for length in lengths])[:, 0]
     for ax, (name, (rival, gains)) in zip(axes, panels.items(), strict=True):
-        tasks = sorted(gains["generated"], key=gains["generated"].get, reverse=True)
+        tasks = sorted(gains["generated"], key=lambda task: gains["generated"][task], reverse=True)
         places = [-1.4, *range(len(tasks))] if tasks else []
         ax.vlines([0, 1], -2, len(tasks) - 0.5, color=GREY, lw=0.8, zorder=1)
         ax.hlines(places, lowest, 1, color=PALE, lw=0.7, zorder=0)
@@ -157,132 +151,9 @@ def _marked_gains(rows: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[str,
         row: {name: s["recovered_gain"] for name, s in summary["tasks"].items() if s["recovered_gain"] is not None}
         for row, summary in rows.items()
     }
-    rival = max(PLAIN_RIVALS, key=lambda row: sum(gains[row].values()))
+    rival = max((row.__name__ for row in PLAIN_RIVALS), key=lambda row: sum(gains[row].values()))
     gains["rival"] = gains[rival]
     return rival, {mark: gains[mark] for mark in MARKS if mark in gains}
-
-
-@_own_style()
-def plot_maps(generator: LoraGeneratorModel, zoo: LoraZoo, task_vectors: TaskVectors | None = None) -> "Figure":
-    """Draw a map of the tasks' conditions beside one of their LoRAs' effects B @ A, both by principal components.
-
-    Above each map stands how many tasks have a task of their own family as the nearest one, before the projection to
-    two dimensions; tasks that are alone in their family are not counted.
-
-    Args:
-        generator (`LoraGeneratorModel`): Its normalizer makes the conditions; its training tasks are the seen ones.
-        zoo (`LoraZoo`): The tasks, with their families; `zoo.subset(names)` for some of them.
-        task_vectors (`TaskVectors`, *optional*): By default the zoo's. Tasks without any are left out.
-
-    Returns:
-        `matplotlib.figure.Figure`: Seen tasks filled, unseen ones open, coloured by family.
-
-    Raises:
-        TaskVectorError: if none of the tasks has a vector.
-
-    Example:
-        >>> plot_maps(generator, LoraZoo("zoo")).savefig("maps.png")  # doctest: +SKIP
-    """
-    zoo, vectors = _with_vectors(zoo, task_vectors)
-    means = torch.stack([bank.mean(0) for bank in vectors.values()]).to(generator.device)
-    conditions = generator.zoo_normalizer.condition(means).detach().cpu()
-    grams = {"What the generator reads: conditions": conditions @ conditions.T,
-             "What fine-tuning wrote: effects B·A": _effect_gram(zoo)}  # fmt: skip
-    looks = [{"color": color, "marker": marker} for marker in FAMILY_MARKERS for color in FAMILY_COLORS]
-    families = [record.get("family") or "no family" for record in zoo.records.values()]
-    common = [family for family, _ in Counter(families).most_common(len(looks))]
-    groups = [family if family in common else "other families" for family in families]
-    looks = dict(zip(sorted(common), looks, strict=False)) | {"other families": {"color": GREY, "marker": "."}}
-    seen = [name in (generator.config.training_tasks or ()) for name in zoo]
-
-    figure = _figure(4.7 + 0.15 * (len(set(groups)) // 5), "Where the tasks lie, to the generator and to fine-tuning")
-    axes = figure.subplots(1, 2)
-    maps = [(ax, *_principal_places(gram)) for ax, gram in zip(axes, grams.values(), strict=True)]
-    for (ax, places, shares), (title, gram) in zip(maps, grams.items(), strict=True):
-        for group in [name for name in looks if name in groups]:
-            for filled in (True, False):
-                x, y = places[[g == group and s == filled for g, s in zip(groups, seen, strict=True)]].T
-                look = {"ls": "", "ms": 4.5, "mew": 0.9, "mfc": looks[group]["color"] if filled else "white"}
-                ax.plot(x, y, label=group if filled else None, **looks[group], **look)
-        if (near := _near_their_family(gram, families)) is not None:
-            title += f"\n{100 * near:.0f} % of the tasks are nearest to one of their family"
-        ax.set_title(title)
-        ax.set_xlabel(f"first principal component ({100 * shares[0]:.0f} % of the variance)")
-        ax.set_ylabel(f"second ({100 * shares[1]:.0f} %)")
-        ax.set_aspect("equal", "datalim")
-        ax.locator_params(nbins=5)
-    for name, color in (("seen", INK), ("unseen", "white")):
-        axes[0].plot([], [], ls="", ms=4.5, marker="o", color=INK, mfc=color, label=name)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=5, fontsize=7.5)
-    figure.draw_without_rendering()  # it is not known before where there is room
-    for ax, places, _ in maps:
-        _name_some(ax, places, list(zoo), families)
-    return figure
-
-
-def _with_vectors(zoo: LoraZoo, task_vectors: TaskVectors | None) -> tuple[LoraZoo, dict[str, torch.Tensor]]:
-    """Return the tasks that have vectors of demonstrations, and these, `(num_draws, num_vectors, hidden_size)`."""
-    banks = (task_vectors or zoo.task_vectors).banks
-    vectors = {name: banks[name]["demonstrations"] for name in zoo if "demonstrations" in banks.get(name, {})}
-    if not vectors:
-        raise TaskVectorError(f"There are no vectors for any of the tasks of {zoo}.")
-    return zoo.subset(vectors), vectors
-
-
-def _effect_gram(zoo: LoraZoo) -> torch.Tensor:
-    """Return all inner products `(tasks, tasks)` of the adapters' effects, from their factors.
-
-    <B A, B' A'> is the sum of the entries of (A A'^T) * (B^T B'), which are as small as the rank.
-    """
-    adapters = [zoo.layout.unpack(zoo.lora_weights(name), zoo.shared_weights) for name in zoo]
-    gram = torch.zeros(len(adapters), len(adapters))
-    for module in zoo.layout.modules:
-        key = f"{PREFIX}{module.name}.lora_"
-        a = torch.cat([adapter[f"{key}A.weight"] for adapter in adapters])  # (tasks * rank, in_features)
-        b = torch.cat([adapter[f"{key}B.weight"].T for adapter in adapters])  # (tasks * rank, out_features)
-        products = ((a @ a.T) * (b @ b.T)).unflatten(1, (len(adapters), -1)).unflatten(0, (len(adapters), -1))
-        gram += products.sum((1, 3))
-    return gram
-
-
-def _principal_places(gram: torch.Tensor) -> tuple[torch.Tensor, list[float]]:
-    """Return the first two principal components `(tasks, 2)` and their shares of the variance, from a Gram matrix."""
-    gram = gram.double()
-    values, vectors = torch.linalg.eigh(gram - gram.mean(0) - gram.mean(1, keepdim=True) + gram.mean())
-    values = nn.functional.pad(values.clamp(min=0), (1, 0))  # one task has one component only
-    vectors = nn.functional.pad(vectors, (1, 0))
-    shares = values / values.sum().clamp(min=1e-12)
-    return (vectors * values.sqrt())[:, -2:].flip(1), shares[-2:].flip(0).tolist()
-
-
-def _near_their_family(gram: torch.Tensor, families: Sequence[str]) -> float | None:
-    """Return the part of the tasks, of those not alone in their family, whose nearest task is of their family."""
-    squares = gram.diagonal()
-    nearest = (squares[:, None] + squares - 2 * gram).fill_diagonal_(torch.inf).argmin(1).tolist()
-    near = [families[i] == family for i, family in zip(nearest, families, strict=True) if families.count(family) > 1]
-    return sum(near) / len(near) if near else None
-
-
-def _name_some(ax: "Axes", places: torch.Tensor, names: Sequence[str], families: Sequence[str], most: int = 8) -> None:
-    """Write the names of a few points beside them: far apart, one of a family, and where there is room."""
-    points, boxes, named = ax.transData.transform(places.tolist()), [], set()
-    distances = (places - places.mean(0)).norm(dim=1)
-    for _ in names:
-        index = int(distances.argmax())
-        distances = distances.minimum((places - places[index]).norm(dim=1))  # to the nearest of those before
-        for x, y, ha, va in ((6, -0.5, "left", "center"), (-6, -0.5, "right", "center"),
-                             (0, 6, "center", "bottom"), (0, -6, "center", "top")):  # fmt: skip
-            if len(boxes) == most or families[index] in named:
-                break
-            text = ax.annotate(names[index], places[index].tolist(), (x, y), textcoords="offset points",
-                               ha=ha, va=va, fontsize=6.5, color=GREY)  # fmt: skip
-            text.set_in_layout(False)
-            box = text.get_window_extent().padded(6)
-            if box.count_contains(points) or box.count_overlaps(boxes) or ax.bbox.count_contains(box.corners()) < 4:
-                text.remove()
-            else:
-                boxes.append(box)
-                named.add(families[index])
 
 
 @_own_style()
@@ -298,44 +169,28 @@ def plot_losses(trainer_state: Mapping[str, Any] | str | Path) -> "Figure":
         `matplotlib.figure.Figure`: One to three panels, depending on what the loss was made of.
 
     Raises:
-        ValueError: if no loss was logged.
+        EvaluationError: if no loss was logged.
 
     Example:
         >>> plot_losses("generator/checkpoint-600/trainer_state.json").savefig("losses.png")  # doctest: +SKIP
     """
     if not isinstance(trainer_state, Mapping):
-        trainer_state = json.loads(Path(trainer_state).read_text(encoding="utf-8"))
+        return plot_losses(json.loads(Path(trainer_state).read_text(encoding="utf-8")))
     history = trainer_state["log_history"]
-    curves = {}  # title -> name in the log -> its points
-    for title, (_, names) in LOSSES.items():
-        for name in [f"{prefix}{name}" for name in names for prefix in ("", "eval_")]:
-            if points := [(logs["step"], logs[name]) for logs in history if name in logs]:
-                curves.setdefault(title, {})[name] = points
-    if len(curves) > 1:
-        curves.pop("Loss", None)  # the sum of the others
+    curves = _curves(history)
     if not curves:
-        raise ValueError("No loss was logged in this training run: it was shorter than its logging_steps.")
+        raise EvaluationError("No loss was logged in this training run: it was shorter than its logging_steps.")
 
     figure = _figure(3.2, f"How the generator learned in {history[-1]['step']} steps")
     axes = figure.subplots(1, len(curves), squeeze=False)[0]
     for ax, (title, terms) in zip(axes, curves.items(), strict=True):
         for name, points in terms.items():
-            color = ORANGE if "generation" in name else BLUE
-            steps, values = zip(*points, strict=True)
-            if name.startswith("eval_"):
-                ax.plot(steps, values, "o", ms=4, color=color)
-            else:
-                reach = len(values) // 20
-                means = [fmean(values[max(0, i - reach) : i + min(i, reach) + 1]) for i in range(len(values))]
-                ax.plot(steps, values, lw=0.8, color=color, alpha=0.35)
-                ax.plot(steps, means, lw=1.8, color=color)
-                values = means
-            if name.startswith("eval_") or f"eval_{name}" not in terms:
+            steps, values = _draw_curve(ax, name, points)
+            if name.startswith("eval_") or f"eval_{name}" not in terms:  # of two curves of a term, name one
                 term = name.removeprefix("eval_").removesuffix("_loss")
                 text = f"{values[-1]:.3g}" if len(LOSSES[title][1]) == 1 else f"{term}\n{values[-1]:.3g}"
-                ax.annotate(
-                    text, (steps[-1], values[-1]), (6, 0), textcoords="offset points", va="center", color=color
-                )
+                look = {"va": "center", "color": _color_of(name)}
+                ax.annotate(text, (steps[-1], values[-1]), (6, 0), textcoords="offset points", **look)
         ax.set_title(title)
         ax.set_xlabel("step")
         ax.set_ylabel(LOSSES[title][0])
@@ -343,16 +198,43 @@ def plot_losses(trainer_state: Mapping[str, Any] | str | Path) -> "Figure":
         ax.locator_params(nbins=6)
         ax.margins(y=0.12)  # room for the last value
     if any(name.startswith("eval_") for terms in curves.values() for name in terms):
-        for label, look in (("training", {"lw": 1.8}), ("evaluation", {"marker": "o", "ls": "", "ms": 4})):
-            axes[0].plot([], [], color=GREY, label=label, **look)
+        axes[0].plot([], [], color=GREY, label="training", lw=1.8)
+        axes[0].plot([], [], color=GREY, label="evaluation", marker="o", ls="", ms=4)
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, handletextpad=0.6)
     return figure
 
 
+def _curves(history: Sequence[Mapping[str, float]]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """Return what was logged of a run: title of a panel -> name in the log -> (step, value) of each entry."""
+    curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for title, (_, terms) in LOSSES.items():
+        for name in [f"{prefix}{term}" for term in terms for prefix in ("", "eval_")]:
+            if points := [(logs["step"], logs[name]) for logs in history if name in logs]:
+                curves.setdefault(title, {})[name] = points
+    if len(curves) > 1:
+        curves.pop("Loss", None)  # the sum of the others
+    return curves
+
+
+def _draw_curve(ax: "Axes", name: str, points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """Draw an evaluation as points, training as a pale line below its running mean; return what stands out."""
+    steps, values = ([point[axis] for point in points] for axis in (0, 1))
+    if name.startswith("eval_"):
+        ax.plot(steps, values, "o", ms=4, color=_color_of(name))
+        return steps, values
+    reach = len(values) // 20
+    means = [fmean(values[max(0, i - reach) : i + min(i, reach) + 1]) for i in range(len(values))]
+    ax.plot(steps, values, lw=0.8, color=_color_of(name), alpha=0.35)
+    ax.plot(steps, means, lw=1.8, color=_color_of(name))
+    return steps, means
+
+
+def _color_of(name: str) -> str:
+    return ORANGE if "generation" in name else BLUE
+
+
 @_own_style()
-def plot_module_errors(
-    generator: LoraGeneratorModel, zoo: LoraZoo, task_vectors: TaskVectors | None = None
-) -> "Figure":
+def plot_module_errors(generator: LoraGeneratorModel, zoo: LoraZoo) -> "Figure":
     """Draw how far generated weights are from those of the tasks' LoRAs, layer by kind of module.
 
     The error is |generated - task LoRA| / |task LoRA| over a module's packed weights, as `relative_error` in the
@@ -360,8 +242,8 @@ def plot_module_errors(
 
     Args:
         generator (`LoraGeneratorModel`): A generator with the layout of the zoo.
-        zoo (`LoraZoo`): The tasks; `zoo.subset(names)` for some of them.
-        task_vectors (`TaskVectors`, *optional*): By default the zoo's. Tasks without any are left out.
+        zoo (`LoraZoo`): The tasks and their vectors; `zoo.subset(names)` for some of them. Tasks without vectors are
+            left out.
 
     Returns:
         `matplotlib.figure.Figure`: One row of cells per kind of module, one column per layer.
@@ -375,10 +257,13 @@ def plot_module_errors(
     """
     from matplotlib.colors import TwoSlopeNorm
 
-    zoo, vectors = _with_vectors(zoo, task_vectors)
+    banks = zoo.task_vectors.banks
+    vectors = {name: banks[name]["demonstrations"] for name in zoo if "demonstrations" in banks.get(name, {})}
+    if not vectors:
+        raise TaskVectorError(f"There are no vectors for any of the tasks of {zoo}.")
     modules, seen = zoo.layout.modules, set(generator.config.training_tasks or ())
     kinds, layers = sorted({module.kind for module in modules}), sorted({module.position for module in modules})
-    errors = {}  # split -> (tasks, modules)
+    errors: dict[str, list[torch.Tensor]] = {}  # split -> of each task, (num_modules,)
     for name, vector in vectors.items():
         error = _module_errors(zoo.layout, generator.decode_task_vector(vector).cpu(), zoo.lora_weights(name))
         errors.setdefault("seen" if name in seen else "unseen", []).append(error)
@@ -445,8 +330,7 @@ def write_plots(
     """Draw all pictures of an evaluation into PNG files.
 
     Args:
-        output_dir (`str` or `Path`): Where they go: `recovered_gain.png`, `maps.png`, `module_errors.png`, and
-            `losses.png`.
+        output_dir (`str` or `Path`): Where they go: `recovered_gain.png`, `module_errors.png`, and `losses.png`.
         generator (`LoraGeneratorModel`), zoo (`LoraZoo`), report (`Mapping`): Of `evaluate_generator`.
         run_dir (`str` or `Path`, *optional*): Where the generator was trained. The last checkpoint of each run there
             gives the losses, one picture per run; without any there is none.
@@ -464,20 +348,25 @@ def write_plots(
     tasks = zoo.subset(dict.fromkeys([*scored, *filter(zoo.__contains__, generator.config.training_tasks or ())]))
     figures = {
         "recovered_gain": plot_recovered_gain(report),
-        "maps": plot_maps(generator, tasks),
         "module_errors": plot_module_errors(generator, tasks),
     }
-    runs = {}
-    for pattern in ("checkpoint-*", "*/checkpoint-*"):
-        states = Path(run_dir).glob(f"{pattern}/trainer_state.json") if run_dir else ()
-        runs |= {state.parent.parent: state for state in sorted(states, key=lambda state: state.stat().st_mtime)}
-    for run, state in runs.items():
-        content = json.loads(state.read_text(encoding="utf-8"))
-        with suppress(ValueError):  # too short a run to have logged a loss
-            figures["-".join(("losses", *run.relative_to(run_dir).parts))] = plot_losses(content)
+    for run, state in (_last_states(Path(run_dir)) if run_dir else {}).items():
+        with suppress(EvaluationError):  # too short a run to have logged a loss
+            figures["-".join(("losses", *run.parts))] = plot_losses(state)
     paths = [Path(output_dir) / f"{name}.png" for name in figures]
     Path(output_dir).mkdir(parents=True, exist_ok=True)
     for path, figure in zip(paths, figures.values(), strict=True):
         with commit_file(path) as temporary, _own_style():
             figure.savefig(temporary, format="png")
     return paths
+
+
+def _last_states(folder: Path) -> dict[Path, Path]:
+    """Return the state of the last checkpoint of each training run in a folder, by the run's place in it."""
+    states = [
+        state
+        for pattern in ("checkpoint-*", "*/checkpoint-*")
+        for state in folder.glob(f"{pattern}/trainer_state.json")
+    ]
+    ordered = sorted(states, key=lambda state: state.stat().st_mtime)
+    return {state.parent.parent.relative_to(folder): state for state in ordered}

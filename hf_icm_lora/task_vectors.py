@@ -7,7 +7,8 @@ the paper's public code reads it from a model that was already fine-tuned on the
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .adapter import base_model_fingerprint, frozen_base
+from .base_model import base_model_fingerprint, frozen_base
 from .completion import DEFAULT_TEMPLATE, fill_template
 from .errors import TaskError, TaskVectorError
 from .files import commit_file, read_safetensors, sha256_of
@@ -145,10 +146,10 @@ class TaskVectors:
             for key, bank in tensors.items():
                 index, mode = key.split(".")
                 if mode not in MODES or bank.ndim != 3 or not len(bank) or bank.shape[1] != size:
-                    raise ValueError(f"{key}: expected draws of {size} vectors, found {tuple(bank.shape)}")
+                    raise TaskVectorError(f"{key}: expected draws of {size} vectors, found {tuple(bank.shape)}")
                 banks[names[int(index)]][mode] = bank.float()
             if len({bank.shape[2] for bank in tensors.values()}) > 1:
-                raise ValueError("its vectors differ in size")
+                raise TaskVectorError("its vectors differ in size")
         except (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
             raise TaskVectorError(f"{path}: not a file of task vectors: {error!r}") from error
         return cls(spec, fingerprint, banks)
@@ -312,7 +313,7 @@ class TaskVectorExtractor:
         rows, positions = zip(*(self._tokens(processing_class, prompt, max_length) for prompt in prompts), strict=True)
         by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # little padding in a batch
         vectors: list[torch.Tensor | None] = [None] * len(rows)
-        with frozen_base(base_model) as model, tqdm(
+        with frozen_base(base_model) as model, _no_hooks_left(model), tqdm(
             total=len(rows), desc="Task vectors", leave=False,
             disable=len(rows) < 64 or not logging.is_progress_bar_enabled(),
         ) as progress:  # fmt: skip
@@ -336,3 +337,21 @@ class TaskVectorExtractor:
                     vectors[i] = torch.cat([row[tokens].float().mean(0) for tokens in positions[i]]).cpu()
                 progress.update(len(indices))
         return torch.stack(vectors)
+
+
+@contextmanager
+def _no_hooks_left(model: nn.Module) -> Iterator[None]:
+    """After this context a model has the hooks that it had before.
+
+    To hand out hidden states transformers registers local functions as hooks, for good: no model with them is pickled.
+    """
+    installed = "_output_capturing_hooks_installed"  # how transformers remembers them
+    before = {module: (set(module._forward_hooks), installed in vars(module)) for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, (hooks, was_installed) in before.items():
+            for added in module._forward_hooks.keys() - hooks:
+                del module._forward_hooks[added]
+            if installed in vars(module) and not was_installed:
+                delattr(module, installed)

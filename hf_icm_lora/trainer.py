@@ -16,12 +16,14 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import CONFIG_NAME, PushInProgress, logging
 
-from .adapter import require_bare, restored
-from .errors import IcmLoraError, TaskError
-from .functional import FunctionalDataset, distillation_loss, functional_loss
+from .base_model import require_bare, restored
+from .behaviour import behavioural_loss
+from .errors import ArgumentError, PublishingError, TaskError, TrainingError
 from .hub import CARD_FILE, push_files, require_hub_id
-from .model_card import generator_card, run_metadata
+from .model_card import generator_card
 from .modeling_lora_generator import LoraGeneratorModel, LoraGeneratorOutput, kl_per_unit
+from .provenance import run_metadata
+from .training_data import BehaviouralDataset
 
 logger = logging.get_logger(__name__)
 
@@ -34,21 +36,19 @@ class LoraGeneratorTrainingArguments(TrainingArguments):
 
     On items with `lora_weights` the loss per sample is `reconstruction_loss + kl_weight * mean over latent units of
     max(kl, free_bits)`; in the usual terms of a beta-VAE with unit variance, beta = kl_weight * num_weights /
-    (2 * latent_size). On items with `samples` it is `functional_weight * ` the base model's loss on them.
+    (2 * latent_size). On items with `samples` it is the base model's loss on them.
 
     Args:
         kl_weight (`float`, *optional*, defaults to 0.01): Weight of the KL term.
         kl_warmup_ratio (`float`, *optional*, defaults to 0.2): Fraction of all steps over which it rises from zero.
             Evaluation always uses the full weight.
         free_bits (`float`, *optional*, defaults to 0.05): Nats per latent unit that cost nothing.
-        functional_weight (`float`, *optional*, defaults to 1.0): Weight of the loss through the frozen base model.
         logging_nan_inf_filter (`bool`, *optional*, defaults to `False`): A loss that is not a number is an error here.
     """
 
     kl_weight: float = field(default=0.01, metadata={"help": "Weight of the KL term."})
     kl_warmup_ratio: float = field(default=0.2, metadata={"help": "Fraction of all steps over which it rises from 0."})
     free_bits: float = field(default=0.05, metadata={"help": "Nats per latent unit that cost nothing."})
-    functional_weight: float = field(default=1.0, metadata={"help": "Weight of the loss through the base model."})
     learning_rate: float = field(default=1e-3)
     warmup_steps: float = field(default=0.05)
     lr_scheduler_type: str = field(default="cosine")
@@ -64,10 +64,9 @@ class LoraGeneratorTrainer(Trainer):
     """Train a [`LoraGeneratorModel`] on packed adapters and task vectors, or through the frozen base model.
 
     What is trained follows from the dataset. `LoraZoo.as_dataset()` gives reconstruction, the paper's loss. A
-    [`FunctionalDataset`] with a [`FunctionalCollator`] and `base_model` gives behavioural training: weights are
+    [`BehaviouralDataset`] with a [`BehaviouralCollator`] and `base_model` gives behavioural training: weights are
     generated from the task vector, and their loss is the base model's on the task's samples, logged as
-    `functional_loss`; with the dataset's `teachers`, its divergence from what it predicts with them, logged as
-    `distillation_loss`. Run the first, then the second on many more tasks, with the first beside it.
+    `behavioural_loss`. Run the first, then the second on many more tasks.
 
     For reconstruction, logs and `evaluate()` report, beside the loss, averaged over samples: `reconstruction_loss`
     (from the posterior), `generation_loss` (from the task vector alone, which is what a user gets), `kl` in nats, and
@@ -85,6 +84,8 @@ class LoraGeneratorTrainer(Trainer):
 
     Raises:
         TaskError: if `eval_dataset` mixes tasks of `train_dataset` with others.
+        ArgumentError: if the base model is missing that a dataset needs.
+        PublishingError: if what would be pushed names a local base model, or holds pickles.
         IncompatibleAdapterError: if the base model is another one, or has adapters.
 
     Example:
@@ -103,7 +104,7 @@ class LoraGeneratorTrainer(Trainer):
         if args.push_to_hub:  # now, and not after hours
             require_hub_id(model.config.base_model_name_or_path, "set model.config.base_model_name_or_path to one")
             if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-                raise IcmLoraError(
+                raise PublishingError(
                     f"hub_strategy {args.hub_strategy.value!r} would publish the optimizer's state as pickles, which "
                     "others should not open: choose 'every_save' or 'end'."
                 )
@@ -112,9 +113,9 @@ class LoraGeneratorTrainer(Trainer):
         if base_model is not None:
             require_bare(base_model)
             model.check_base_model(base_model)
-        elif any(isinstance(dataset, FunctionalDataset) for dataset in (train_dataset, kwargs.get("eval_dataset"))):
-            raise IcmLoraError("Behavioural training goes through the base model: pass base_model too.")
-        if isinstance(train_dataset, FunctionalDataset):
+        elif any(isinstance(dataset, BehaviouralDataset) for dataset in (train_dataset, kwargs.get("eval_dataset"))):
+            raise ArgumentError("Behavioural training goes through the base model: pass base_model too.")
+        if isinstance(train_dataset, BehaviouralDataset):
             names = [*(model.config.training_tasks or ()), *(task.name for task in train_dataset.tasks)]
             model.config.training_tasks = list(dict.fromkeys(names))
         elif train_dataset is not None and not model.zoo_normalizer.is_fitted:
@@ -133,7 +134,7 @@ class LoraGeneratorTrainer(Trainer):
             args, kwargs: As in `Trainer.train`.
 
         Raises:
-            IcmLoraError: if no checkpoint is whole, or the loss is not finite.
+            TrainingError: if no checkpoint is whole, or the loss is not finite.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._last_checkpoint()
@@ -150,7 +151,7 @@ class LoraGeneratorTrainer(Trainer):
             if not (lacks := self._what_is_broken(folder)):
                 return str(folder)
             logger.warning(f"{folder} is no whole checkpoint ({lacks}), and the one before it is taken.")
-        raise IcmLoraError(
+        raise TrainingError(
             f"{self.args.output_dir}: expected a whole checkpoint to resume from, found {sorted(numbered)}: start "
             "without resume_from_checkpoint."
         )
@@ -175,10 +176,10 @@ class LoraGeneratorTrainer(Trainer):
         return None if weights else "model.safetensors is missing"
 
     def _record(self, seconds: float) -> dict:
-        args, functional = self.args, isinstance(self.train_dataset, FunctionalDataset)
+        args, behavioural = self.args, isinstance(self.train_dataset, BehaviouralDataset)
         terms = {name: value for logs in self.state.log_history for name, value in logs.items() if "loss" in name}
         return {
-            "trained_on": "samples, through the base model" if functional else "adapters",
+            "trained_on": "samples, through the base model" if behavioural else "adapters",
             "items": len(self.train_dataset),
             "steps": self.state.global_step,
             "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
@@ -231,7 +232,7 @@ class LoraGeneratorTrainer(Trainer):
             kwargs: For `create_model_card`.
 
         Raises:
-            IcmLoraError: if `config.base_model_name_or_path` is a local folder, which nobody else can load.
+            PublishingError: if `config.base_model_name_or_path` is a local folder, which nobody else can load.
         """
         model = self.accelerator.unwrap_model(self.model)
         require_hub_id(model.config.base_model_name_or_path, "set model.config.base_model_name_or_path to one")
@@ -283,7 +284,7 @@ class LoraGeneratorTrainer(Trainer):
             tensors = {**dict(model.named_buffers()), **dict(model.named_parameters())}
             tensors |= {f"gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
             broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-            raise IcmLoraError(
+            raise TrainingError(
                 f"The loss became {loss.item()} by step {self.state.global_step + 1}; not finite: "
                 f"{', '.join(broken[:3]) or 'none of the weights'}. Lower the learning rate, or look for an adapter "
                 "with extreme values in the zoo."
@@ -292,17 +293,11 @@ class LoraGeneratorTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the mean loss of the batch, and remember its terms."""
-        inputs = dict(inputs)
         if "labels" in inputs:
-            beside = inputs.pop("beside", None)
-            losses, terms, output = self._functional_loss(model, inputs)
-            loss = losses.mean()
-            if beside is not None:
-                losses, more, output = self._reconstruction_loss(model, beside)
-                loss, terms = loss + losses.mean(), terms | more
+            losses, terms, output = self._behavioural_loss(model, inputs)
         else:
             losses, terms, output = self._reconstruction_loss(model, inputs)
-            loss = losses.mean()
+        loss = losses.mean()
         if model.training:
             self._terms["train"].append({name: values.detach() for name, values in terms.items()})
         return (loss, output) if return_outputs else loss
@@ -314,17 +309,13 @@ class LoraGeneratorTrainer(Trainer):
         losses = output.reconstruction_loss + self._kl_weight(model.training) * penalty  # (batch,)
         return losses, {"reconstruction_loss": output.reconstruction_loss, "kl_per_unit": units}, output
 
-    def _functional_loss(self, model, inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor], LoraGeneratorOutput]:
+    def _behavioural_loss(self, model, inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor], LoraGeneratorOutput]:
         batch = dict(inputs)
         output = model(task_vector=batch.pop("task_vector"), return_loss=False, return_dict=True)
         generator = self.accelerator.unwrap_model(model)
-        teachers = batch.pop("teacher", None)
-        adapters = (generator.layout, output.lora_weights, generator.zoo_normalizer.shared_weights)
-        if teachers is None:
-            name, losses = "functional_loss", functional_loss(self.frozen_base, *adapters, batch)
-        else:
-            name, losses = "distillation_loss", distillation_loss(self.frozen_base, *adapters, batch, teachers)
-        return self.args.functional_weight * losses, {name: losses}, output
+        adapters = (generator.layout, output.lora_weights, generator.shared_weights)
+        losses = behavioural_loss(self.frozen_base, *adapters, batch)
+        return losses, {"behavioural_loss": losses}, output
 
     def _kl_weight(self, training: bool) -> float:
         # A pure function of the step: a resumed run follows the same curve, and evaluations compare.
@@ -337,8 +328,7 @@ class LoraGeneratorTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
             if "labels" in inputs:
-                inputs.pop("beside", None)
-                losses, terms, _ = self._functional_loss(model, inputs)
+                losses, terms, _ = self._behavioural_loss(model, inputs)
             else:
                 losses, terms, _ = self._reconstruction_loss(model, inputs)
                 normalizer = self.accelerator.unwrap_model(model).zoo_normalizer

@@ -2,7 +2,6 @@
 
     zoo.json                                  base model, LoRA configuration, layout, template; written once
     task_vectors.safetensors                  see task_vectors.py
-    reference.safetensors                     in the canonical gauge: what the adapters' factors are rotated towards
     adapters/<task>/                          one task, which appears by one rename
     adapters/<task>/step-40/                  one snapshot: an ordinary PEFT folder
     adapters/<task>/task.json                 its best snapshot, losses, seconds
@@ -25,47 +24,41 @@ from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo, hf_hub_download, snapshot_download
-from safetensors.torch import save_file
-from torch import nn
-from torch.utils.data import Dataset
 from tqdm.auto import tqdm
-from transformers.utils import logging
 
 from .adapter import (
     CONFIG_FILE,
     WEIGHTS_FILE,
-    base_model_fingerprint,
     load_adapter,
-    lora_config_to_dict,
-    require_bare,
     save_adapter,
-    target_modules,
 )
-from .completion import DEFAULT_TEMPLATE
-from .errors import CorruptAdapterError, IncompatibleAdapterError, TaskError, TaskVectorError, ZooError
+from .errors import (
+    AlreadyExistsError,
+    ArgumentError,
+    CorruptAdapterError,
+    CorruptFileError,
+    IncompatibleAdapterError,
+    TaskVectorError,
+    ZooError,
+)
 from .files import (
     TEMPORARY,
     commit_directory,
-    commit_file,
-    discard_directory,
     locked,
     read_json,
-    read_safetensors,
     safe_dirname,
     write_json,
 )
 from .hub import push_files, require_hub_id
-from .importing import common_layout, convert, inspect, shared_rows
-from .layout import LoraLayout, check_plain_lora
+from .layout import LoraLayout
+from .lora_config import check_plain_lora, lora_config_to_dict
 from .model_card import zoo_card
-from .task_vectors import MODES, TaskVectors, joined
+from .task_vectors import MODES, TaskVectors
+from .training_data import LoraZooDataset
 
 FORMAT_VERSION = 1
 FIELDS = ("layout", "lora_config", "template", "base_model_name_or_path", "base_model_fingerprint")  # of zoo.json
 ZOO_FILE, VECTORS_FILE, TASK_FILE = "zoo.json", "task_vectors.safetensors", "task.json"
-REFERENCE_FILE = "reference.safetensors"
-MOST_IN_MEMORY = 2**30  # bytes of adapters that a dataset keeps
-REFERENCE_ADAPTERS = 32  # a mean of more of them changes little, and they are all in memory at once
 
 
 class LoraZoo:
@@ -90,11 +83,10 @@ class LoraZoo:
         self.path = Path(path)
         _refuse_links(self.path, self.path / "adapters")
         self.about = _read_json(self.path / ZOO_FILE, "a zoo")
-        version = self.about.get("format_version", 0)
-        if not isinstance(version, int) or version > FORMAT_VERSION:
+        if (version := self.about.get("format_version")) != FORMAT_VERSION:
             raise ZooError(
-                f"{self.path}: format version {version!r:.200}, this package reads up to {FORMAT_VERSION}: upgrade "
-                "hf_icm_lora."
+                f"{self.path}: expected format version {FORMAT_VERSION}, found {version!r:.200}. If that is newer "
+                "than this package, upgrade hf_icm_lora."
             )
         if missing := [field for field in FIELDS if field not in self.about]:
             raise ZooError(f"{self.path / ZOO_FILE}: expected the fields {FIELDS}, found no {missing}.")
@@ -163,103 +155,6 @@ class LoraZoo:
         return zoo
 
     @classmethod
-    def import_adapters(
-        cls,
-        path: str | Path,
-        adapters: Mapping[str, str | Path] | Sequence[str | Path],
-        base_model: nn.Module,
-        *,
-        rank: int | None = None,
-        template: str = DEFAULT_TEMPLATE,
-        base_model_name_or_path: str | None = None,
-        revision: str | None = None,
-        token: bool | str | None = None,
-    ) -> tuple["LoraZoo", list[dict[str, Any]]]:
-        """Make a zoo of LoRAs that were trained elsewhere, or add them to one.
-
-        Ranks, scalings, dtypes, seeds and modules may differ from adapter to adapter. Adapters that share one A keep
-        it, and B alone varies; all others are brought into the canonical gauge.
-
-        Args:
-            path (`str` or `Path`): The zoo's directory. A zoo that stands there keeps its layout.
-            adapters (`Mapping` or `Sequence`): Task name -> PEFT folder or Hub id. Of a sequence, the last part of
-                each is the task's name.
-            base_model (`PreTrainedModel`): The base model of all of them, without adapters.
-            rank (`int`, *optional*): Rank of the zoo; by default the largest. Smaller ranks are padded, which is
-                exact; of larger ones the largest singular values of B @ A are kept.
-            template (`str`, *optional*): Text with `{prompt}` and `{completion}` that the adapters were trained on.
-            base_model_name_or_path (`str`, *optional*): What the adapters may call their base model; by default, and
-                in the zoo, the name that it was loaded by. Adapters that name another repository are refused.
-            revision, token (*optional*): As in `huggingface_hub`, for adapters on the Hub.
-
-        Returns:
-            `tuple[LoraZoo, list[dict]]`: the zoo, and a row per adapter: `task`, `source`, `status` ("taken",
-            "converted", "held" if the zoo has the task already, or "refused"), `rank`, `changes`, `lost_energy` (the
-            part of all squared singular values that a smaller rank cut off) and, if it was refused, the `reason`.
-
-        Raises:
-            IncompatibleAdapterError: if none of them can be taken; with the reasons.
-            ZooError: if two adapters have one name, or another zoo stands there.
-
-        Example:
-            >>> zoo, table = LoraZoo.import_adapters("zoo", ["user/lora-1", "user/lora-2"], base)  # doctest: +SKIP
-        """
-        if not isinstance(adapters, Mapping):
-            named = [(Path(source).name, source) for source in adapters]
-            adapters = dict(named)
-            if len(adapters) < len(named):
-                raise ZooError(f"Two adapters have one name among {[name for name, _ in named]}: pass a mapping.")
-        require_bare(base_model)
-        path, base_name = Path(path), base_model_name_or_path or base_model.config._name_or_path
-        zoo = cls(path) if (path / ZOO_FILE).exists() else None
-        zoo = zoo if zoo and zoo.records else None  # one without tasks has no A to go by
-        hide = not logging.is_progress_bar_enabled()
-        progress = tqdm(adapters.items(), desc="Reading adapters", disable=hide)
-        found = [inspect(*pair, base_model, base_name, revision, token) for pair in progress]
-        usable = [adapter for adapter in found if not adapter.refused]
-        if not usable:
-            reasons = "; ".join(f"{adapter.source}: {adapter.refused}" for adapter in found[:3])
-            raise IncompatibleAdapterError(f"None of {len(found)} adapters can be taken. {reasons}")
-        if zoo is None:
-            shared = shared_rows(usable) if rank in (None, usable[0].rank) else None
-            layout = common_layout(usable, rank, "canonical" if shared is None else "frozen_a")
-        else:
-            layout, shared = zoo.layout, None
-            if layout.gauge == "frozen_a":
-                factors = layout.factors(torch.zeros(layout.num_weights), zoo.shared_weights)
-                shared = {name: a for name, (a, _) in factors.items()}
-            if rank not in (None, layout.max_rank):
-                raise ZooError(f"{path} is a zoo of rank {layout.max_rank}, and cannot get adapters of rank {rank}.")
-        lora_config = zoo.lora_config if zoo else {
-            "peft_type": "LORA", "r": layout.max_rank, "lora_alpha": layout.max_rank,
-            "target_modules": target_modules(layout, base_model),
-        } | usable[0].kept_fields  # fmt: skip
-        zoo = cls.create(
-            path,
-            layout=layout,
-            lora_config=lora_config,
-            base_model_name_or_path=base_name,
-            base_model_fingerprint=base_model_fingerprint(base_model),
-            template=template,
-        )
-        rows = []
-        for adapter in tqdm(found, desc="Importing adapters", disable=hide):
-            held = adapter.task in zoo
-            if not adapter.refused and not held:
-                try:
-                    state_dict = convert(adapter, layout, shared)
-                    about = {"source": adapter.source, "changes": adapter.changes, "lost_energy": adapter.lost_energy}
-                    zoo.add(adapter.task, {0: state_dict}, **about)
-                except IncompatibleAdapterError as error:
-                    adapter.refused = str(error)
-            rows.append(adapter.row() | ({"status": "held"} if held else {}))
-        if layout.gauge == "canonical" and zoo.reference is None and zoo.records:
-            vectors = [zoo.lora_weights(name) for name in list(zoo)[:REFERENCE_ADAPTERS]]
-            with commit_file(path / REFERENCE_FILE) as temporary:
-                save_file({"reference": layout.mean_reference(torch.stack(vectors))}, temporary)
-        return cls(path), rows
-
-    @classmethod
     def from_hub(
         cls,
         repo_id: str,
@@ -284,16 +179,16 @@ class LoraZoo:
 
         Raises:
             ZooError: if the repository is no zoo.
-            ValueError: if a zoo is to be streamed and to have a `local_dir`.
+            ArgumentError: if a zoo is to be streamed and to have a `local_dir`.
             RepositoryNotFoundError, GatedRepoError, LocalEntryNotFoundError and others: from `huggingface_hub`.
 
         Example:
             >>> zoo = LoraZoo.from_hub("user/my-zoo")  # doctest: +SKIP
         """
         if streaming and local_dir is not None:
-            raise ValueError("A zoo is either streamed or downloaded into a local_dir: pass one of the two.")
+            raise ArgumentError("A zoo is either streamed or downloaded into a local_dir: pass one of the two.")
         names = None if tasks is None else list(tasks)
-        files = [ZOO_FILE, VECTORS_FILE, REFERENCE_FILE]
+        files = [ZOO_FILE, VECTORS_FILE]
         for folder in ["*"] if names is None else map(safe_dirname, names):
             files += [f"adapters/{folder}/{TASK_FILE}", f"adapters/{folder}/step-*/{CONFIG_FILE}"]
             files += [] if streaming else [f"adapters/{folder}/step-*/{WEIGHTS_FILE}"]
@@ -334,7 +229,7 @@ class LoraZoo:
 
         Raises:
             ZooError: if there is no task to upload.
-            IcmLoraError: if the base model is a local folder.
+            PublishingError: if the base model is a local folder.
         """
         if not self.records:
             raise ZooError(f"{self.path}: no complete task to upload.")
@@ -350,7 +245,8 @@ class LoraZoo:
             "tasks.jsonl": table.encode(),
             ZOO_FILE: _as_json(self.about | rename),
         }
-        files |= {n: self.path / n for n in (VECTORS_FILE, REFERENCE_FILE) if (self.path / n).exists()}
+        if self.has_task_vectors:
+            files[VECTORS_FILE] = self.path / VECTORS_FILE
         for record in self.records.values():
             folder = record["folder"]
             names = [
@@ -430,13 +326,15 @@ class LoraZoo:
             record: What else `task.json` should say, such as `best_step`, which defaults to the last one.
 
         Raises:
-            ZooError: if the task is complete already, or there is no snapshot, or none of `best_step`.
+            AlreadyExistsError: if the task is complete already.
+            ZooError: if there is no snapshot, or none of `best_step`.
             IncompatibleAdapterError, CorruptAdapterError: if a snapshot has another layout, or values that are not
                 finite.
         """
         folder = self.task_folder(name)
-        if self.holds(name):
-            raise ZooError(f"{self.path} already holds the task {name!r}.")
+        held = f"{self.path} already holds the task {name!r}: {folder.name} exists in it."
+        if folder.exists():
+            raise AlreadyExistsError(held)
         if not snapshots:
             raise ZooError(f"Task {name!r} needs at least one snapshot, found none.")
         record = {"name": name, "snapshots": sorted(snapshots), "best_step": max(snapshots)} | record
@@ -451,16 +349,14 @@ class LoraZoo:
                     f"Task {name!r}, step {step}: lora_A differs from the zoo's, but gauge {self.layout.gauge!r} "
                     "means one A for all adapters."
                 )
-        if folder.exists() and not self.holds(name):  # of an interrupted try, by a version that wrote them in place
-            discard_directory(folder)
         config = self.lora_config | {"base_model_name_or_path": self.base_model_name_or_path, "inference_mode": True}
         try:
             with commit_directory(folder) as temporary:
                 for step, state_dict in snapshots.items():
                     save_adapter(temporary / f"step-{step}", config, state_dict)
                 write_json(temporary / TASK_FILE, record)
-        except FileExistsError as error:
-            raise ZooError(f"{self.path} already holds the task {name!r}.") from error
+        except AlreadyExistsError as error:
+            raise AlreadyExistsError(held) from error
         self.records[name] = _read_record(folder / TASK_FILE) | {"folder": folder}
 
     @contextmanager
@@ -485,20 +381,6 @@ class LoraZoo:
         name = next(iter(self.records))
         return self.layout.pack(self.load_snapshot(name), self.lora_config)[1]
 
-    @cached_property
-    def reference(self) -> torch.Tensor | None:
-        """What the factors of canonical adapters are rotated towards, `(num_weights,)`; see gauge.py."""
-        file = self.path / REFERENCE_FILE
-        if not file.exists():
-            return None
-        try:
-            reference = read_safetensors(file)[0]["reference"]
-        except (OSError, ValueError, KeyError) as error:
-            raise CorruptAdapterError(f"{file}: not a reference of a zoo: {error}") from error
-        if reference.shape != (self.layout.num_weights,):
-            raise CorruptAdapterError(f"{file}: expected {self.layout.num_weights} weights, found {reference.shape}.")
-        return reference
-
     def load_snapshot(self, name: str, step: int | None = None) -> dict[str, torch.Tensor]:
         """Read one snapshot as a PEFT state dict.
 
@@ -521,10 +403,10 @@ class LoraZoo:
 
     def lora_weights(self, name: str, step: int | None = None) -> torch.Tensor:
         """Read one snapshot as a packed vector `(num_weights,)`."""
-        weights, shared = self.layout.pack(self.load_snapshot(name, step), self.lora_config, self.reference)
+        lora_weights, shared = self.layout.pack(self.load_snapshot(name, step), self.lora_config)
         if not torch.equal(shared, self.shared_weights):
             raise CorruptAdapterError(f"{self.records[name]['folder']}: its lora_A is not the zoo's.")
-        return weights
+        return lora_weights
 
     def add_task_vectors(self, vectors: TaskVectors) -> None:
         """Store the vectors of the zoo's tasks, in place of older ones.
@@ -574,7 +456,7 @@ class LoraZoo:
             raise ZooError(f"{self.path} has no task vectors yet: call add_task_vectors(extractor.extract(...)).")
         return TaskVectors.load(self.path / VECTORS_FILE)
 
-    def as_dataset(self, modes: Sequence[str] = MODES, num_snapshots: int | None = None) -> "LoraZooDataset":
+    def as_dataset(self, modes: Sequence[str] = MODES, num_snapshots: int | None = None) -> LoraZooDataset:
         """Return the zoo's tasks as a dataset for [`LoraGeneratorTrainer`].
 
         Args:
@@ -584,64 +466,6 @@ class LoraZoo:
                 default.
         """
         return LoraZooDataset(self, modes, num_snapshots)
-
-
-class LoraZooDataset(Dataset):
-    """All pairs of a snapshot and one of its task's vectors.
-
-    Each epoch shows every adapter with every draw of demonstrations: what the generator can learn is the map from
-    evidence to weights, and not one vector per task. A description, which has one vector, is repeated so that every
-    mode counts alike.
-
-    Adapters of up to 1 GiB in all are kept in memory; more are read from disk, item by item.
-
-    Items: `{"lora_weights": (num_weights,), "task_vector": (num_task_vectors, task_vector_size)}`, fp32. The attribute
-    `task_names` says whose they are.
-    """
-
-    def __init__(self, zoo: LoraZoo, modes: Sequence[str], num_snapshots: int | None):
-        if unknown := sorted(set(modes) - set(MODES)):
-            raise TaskVectorError(f"Expected modes among {MODES}, found {unknown}.")
-        if num_snapshots is not None and num_snapshots < 1:
-            raise ZooError(f"Expected num_snapshots >= 1, or None for all; found {num_snapshots}.")
-        if not zoo.records:
-            raise ZooError(f"{zoo.path}: no tasks to make a dataset of.")
-        self.task_names = list(zoo)
-        banks = zoo.task_vectors.banks
-        self.zoo, self.shared_weights = zoo, zoo.shared_weights
-        self.snapshots: list[tuple[str, int]] = []
-        vectors, pairs, first = [], [], 0
-        for name, record in zoo.records.items():
-            steps = sorted(step for step in record["snapshots"] if step <= record["best_step"])
-            bank = [banks[name][mode] for mode in modes if mode in banks.get(name, {})]
-            if not bank:
-                raise TaskError(f"Task {name!r} has no task vectors of the modes {tuple(modes)}.")
-            vectors.append(joined(bank))
-            for step in steps[-num_snapshots:] if num_snapshots is not None else steps:
-                pairs += [(len(self.snapshots), first + draw) for draw in range(len(vectors[-1]))]
-                self.snapshots.append((name, step))
-            first += len(vectors[-1])
-        self.lora_weights = None  # or (snapshots, num_weights)
-        if 4 * len(self.snapshots) * zoo.layout.num_weights <= MOST_IN_MEMORY:
-            self.lora_weights = torch.stack([zoo.lora_weights(*snapshot) for snapshot in self.snapshots])
-        self.task_vectors = torch.cat(vectors)  # (draws of all tasks, num_task_vectors, task_vector_size)
-        self.pairs = pairs
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        snapshot, draw = self.pairs[index]
-        return {"lora_weights": self._weights(snapshot), "task_vector": self.task_vectors[draw]}
-
-    def each_adapter(self) -> Iterator[torch.Tensor]:
-        """Yield every adapter once, `(num_weights,)`, whatever the number of its task's vectors."""
-        yield from map(self._weights, range(len(self.snapshots)))
-
-    def _weights(self, snapshot: int) -> torch.Tensor:
-        if self.lora_weights is not None:
-            return self.lora_weights[snapshot]
-        return self.zoo.lora_weights(*self.snapshots[snapshot])
 
 
 class _NoBar(tqdm):
@@ -660,7 +484,7 @@ def _read_json(path: Path, what: str) -> dict[str, Any]:
         content = read_json(path)
     except FileNotFoundError as error:
         raise ZooError(f"{path.parent} is not {what}: {path.name} is missing.") from error
-    except ValueError as error:
+    except CorruptFileError as error:
         raise ZooError(f"{path}: expected JSON: {error}") from error
     if not isinstance(content, dict):
         raise ZooError(f"{path}: expected a JSON object, found {type(content).__name__}.")

@@ -24,8 +24,7 @@ import pytest
 import transformers
 
 import hf_icm_lora
-from hf_icm_lora import cli
-from hf_icm_lora.suite import FAMILIES
+from hf_icm_lora import base_model, cli
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "docs" / "source"
@@ -131,15 +130,16 @@ def check_requirement(requirement: str) -> None:
         assert requirement in read("constraints.txt").split(), f"constraints.txt has no {requirement}."
 
 
-def use_stand_ins(patch: pytest.MonkeyPatch, folder: Path, text: str) -> None:
-    """Let blocks import tiny models instead of the real ones, a few samples of a few tasks, and train a few steps."""
+def few_tasks(text: str):
+    """Return a `built_in_tasks` of a few samples of a few tasks, among them those that a page names."""
     code = "\n".join(block.code for block in blocks_of(text))
     real = functools.cache(hf_icm_lora.built_in_tasks)
 
     def built_in_tasks(families=None):
-        families = families or [family for family in FAMILIES if family in code]
         kept = {}
-        for task in real(tuple(families)):
+        for task in real(None if families is None else tuple(families)):
+            if families is None and task.family not in code:
+                continue
             others = kept.setdefault(task.family, [])
             if task.name in code or len(others) < NUM_OTHERS:
                 others.append(task)
@@ -149,8 +149,15 @@ def use_stand_ins(patch: pytest.MonkeyPatch, folder: Path, text: str) -> None:
             for task in tasks
         ]
 
-    for module in (hf_icm_lora, cli):
+    return built_in_tasks
+
+
+def use_stand_ins(patch: pytest.MonkeyPatch, folder: Path, text: str) -> None:
+    """Let blocks import tiny models instead of the real ones, a few samples of a few tasks, and train a few steps."""
+    built_in_tasks = few_tasks(text)
+    for module in (hf_icm_lora, base_model):
         patch.setattr(module, "smollm2_path", lambda: folder / "base")
+    for module in (hf_icm_lora, cli):
         patch.setattr(module, "smollm2_generator_path", lambda: folder / "generator")
         patch.setattr(module, "built_in_tasks", built_in_tasks)
 

@@ -1,10 +1,10 @@
 """Adapters: read strictly, written so that PEFT reads them, attached exactly or not at all."""
 
 import copy
+import dataclasses
 import json
 import math
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,18 +13,21 @@ from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 
-from hf_icm_lora import CorruptAdapterError, IncompatibleAdapterError, attach_adapter, load_adapter, save_adapter
+from hf_icm_lora import (
+    AlreadyExistsError,
+    CorruptAdapterError,
+    IncompatibleAdapterError,
+    attach_adapter,
+    load_adapter,
+    save_adapter,
+)
 from hf_icm_lora.adapter import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     adapter_state_dict,
-    base_model_fingerprint,
-    canonical_lora_config,
-    fast_dtype,
-    frozen_base,
-    lora_config_to_dict,
 )
 from hf_icm_lora.layout import PREFIX
+from hf_icm_lora.lora_config import lora_config_to_dict
 
 IDS = torch.tensor([[5, 17, 3, 99, 42, 8]])
 Q0, V1 = (f"{PREFIX}model.layers.{i}.self_attn.{name}_proj" for i, name in ((0, "q"), (1, "v")))
@@ -39,7 +42,7 @@ def logits(model, ids=IDS):
         return model(input_ids=ids, **extra).logits
 
 
-def random_weights(seed=0, rank=4):
+def make_state_dict(seed=0, rank=4):
     """A state dict for `CONFIG` on the tiny Llama (two layers, 32 wide, keys and values 16 wide)."""
     generator = torch.Generator().manual_seed(seed)
     state_dict = {}
@@ -75,7 +78,7 @@ def assert_as_before(base, before):
 @pytest.fixture
 def folder(tmp_path):
     path = tmp_path / "adapter"
-    save_adapter(path, CONFIG, random_weights())
+    save_adapter(path, CONFIG, make_state_dict())
     return path
 
 
@@ -84,8 +87,8 @@ def folder(tmp_path):
 
 def test_round_trip_keeps_every_bit(folder):
     config, state_dict = load_adapter(folder)
-    assert state_dict.keys() == random_weights().keys()
-    assert all(torch.equal(state_dict[key], tensor) for key, tensor in random_weights().items())
+    assert state_dict.keys() == make_state_dict().keys()
+    assert all(torch.equal(state_dict[key], tensor) for key, tensor in make_state_dict().items())
     assert lora_config_to_dict(config) == lora_config_to_dict(CONFIG)
 
 
@@ -115,7 +118,7 @@ def _no_tensors(folder):
 
 def _not_finite(value):
     def spoil(folder):
-        state_dict = random_weights()
+        state_dict = make_state_dict()
         state_dict[f"{V1}.lora_B.weight"][3, 1] = value
         save_file(state_dict, folder / WEIGHTS_FILE)
 
@@ -132,7 +135,7 @@ def _config(**fields):
 
 def _only_pickle(folder):
     (folder / WEIGHTS_FILE).unlink()
-    torch.save(random_weights(), folder / "adapter_model.bin")
+    torch.save(make_state_dict(), folder / "adapter_model.bin")
 
 
 @pytest.mark.parametrize(
@@ -174,7 +177,7 @@ def test_folder_that_is_not_there(tmp_path):
 
 
 def test_peft_reads_what_is_saved(folder, llama):
-    ours = attach_adapter(make_llama(), CONFIG, random_weights())
+    ours = attach_adapter(make_llama(), CONFIG, make_state_dict())
     theirs = PeftModel.from_pretrained(llama, folder)
     assert isinstance(theirs, PeftModelForCausalLM)
     assert torch.equal(logits(theirs), logits(ours))
@@ -188,42 +191,21 @@ def test_saved_configuration_says_what_peft_would(folder):
 
 def test_saved_configuration_does_not_depend_on_the_hash_seed(tmp_path):
     modules = [f"module_{letter}" for letter in "hgfedcbaponmlkji"]
-    save_adapter(tmp_path / "adapter", CONFIG | {"target_modules": modules}, random_weights())
+    save_adapter(tmp_path / "adapter", CONFIG | {"target_modules": modules}, make_state_dict())
     assert json.loads((tmp_path / "adapter" / CONFIG_FILE).read_text())["target_modules"] == sorted(modules)
 
 
 def test_existing_folder_is_not_overwritten(folder):
     before = (folder / WEIGHTS_FILE).read_bytes()
-    with pytest.raises(FileExistsError, match="exists already"):
-        save_adapter(folder, CONFIG, random_weights(seed=1))
+    with pytest.raises(AlreadyExistsError, match="exists already"):
+        save_adapter(folder, CONFIG, make_state_dict(seed=1))
     assert (folder / WEIGHTS_FILE).read_bytes() == before
 
 
 def test_failed_save_leaves_nothing(tmp_path):
     with pytest.raises(TypeError, match="no_such_field"):  # after the weights are written
-        save_adapter(tmp_path / "adapter", CONFIG | {"no_such_field": 1}, random_weights())
+        save_adapter(tmp_path / "adapter", CONFIG | {"no_such_field": 1}, make_state_dict())
     assert list(tmp_path.iterdir()) == []
-
-
-def test_plain_configuration_survives_json_and_peft():
-    config = LoraConfig(r=4, target_modules=["v_proj", "q_proj"], task_type="CAUSAL_LM", rank_pattern={"q_proj": 2})
-    plain = json.loads(json.dumps(lora_config_to_dict(config)))
-    assert plain == {
-        "peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"],
-        "task_type": "CAUSAL_LM", "rank_pattern": {"q_proj": 2},
-    }  # fmt: skip
-    assert LoraConfig(**plain).to_dict() == config.to_dict()
-    assert lora_config_to_dict(plain | {"target_modules": ["v_proj", "q_proj"]}) == plain  # the order means nothing
-
-
-def test_canonical_configuration_scales_by_one():
-    config = canonical_lora_config(
-        CONFIG
-        | {"use_rslora": True, "alpha_pattern": {"q": 2}, "rank_pattern": {"q": 2}, "lora_dropout": 0.1}
-        | {"init_lora_weights": "olora", "inference_mode": False},
-        rank=8,
-    )
-    assert config == CONFIG | {"r": 8, "lora_alpha": 8, "inference_mode": True}
 
 
 # Attaching
@@ -231,11 +213,19 @@ def test_canonical_configuration_scales_by_one():
 
 @pytest.mark.parametrize(("task_type", "expected"), [("CAUSAL_LM", PeftModelForCausalLM), (None, PeftModel)])
 def test_attached_model_has_the_type_of_its_task(llama, task_type, expected):
-    assert type(attach_adapter(llama, CONFIG | {"task_type": task_type}, random_weights())) is expected
+    assert type(attach_adapter(llama, CONFIG | {"task_type": task_type}, make_state_dict())) is expected
+
+
+def test_configuration_in_the_model_is_the_one_that_peft_would_have_made(llama):
+    ours = attach_adapter(llama, CONFIG, make_state_dict()).peft_config["default"]
+    theirs = get_peft_model(make_llama(), LoraConfig(**CONFIG)).peft_config["default"]
+    assert ours.target_modules == {"q_proj", "v_proj"}
+    assert ours.base_model_name_or_path is None  # what this copy of the base is called says nothing
+    assert dataclasses.replace(ours, base_model_name_or_path=theirs.base_model_name_or_path) == theirs
 
 
 def test_attached_weights_are_the_given_ones_frozen_and_their_own(llama):
-    given = random_weights()
+    given = make_state_dict()
     model = attach_adapter(llama.train(), CONFIG, given)
     assert adapter_state_dict(model).keys() == given.keys()
     assert all(torch.equal(tensor, given[key]) for key, tensor in adapter_state_dict(model).items())
@@ -251,29 +241,29 @@ def test_attached_weights_are_the_given_ones_frozen_and_their_own(llama):
 
 def test_given_configuration_is_not_changed(llama):
     config = copy.deepcopy(CONFIG)
-    attach_adapter(llama, config, random_weights())
+    attach_adapter(llama, config, make_state_dict())
     assert config == CONFIG
 
 
 def test_reading_and_attaching_fit_together(folder, llama):
     model = attach_adapter(llama, *load_adapter(folder))
-    assert all(torch.equal(tensor, random_weights()[key]) for key, tensor in adapter_state_dict(model).items())
+    assert all(torch.equal(tensor, make_state_dict()[key]) for key, tensor in adapter_state_dict(model).items())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_adapter_takes_the_dtype_of_the_base(dtype):
-    model = attach_adapter(make_llama(dtype=dtype), CONFIG, random_weights())
+    model = attach_adapter(make_llama(dtype=dtype), CONFIG, make_state_dict())
     assert {tensor.dtype for tensor in adapter_state_dict(model).values()} == {dtype}
     assert logits(model).isfinite().all()
 
 
 def test_second_adapter_joins_the_first_and_is_active(llama):
-    model = attach_adapter(llama, CONFIG, random_weights(0), "one")
+    model = attach_adapter(llama, CONFIG, make_state_dict(0), "one")
     first = logits(model)
-    assert attach_adapter(model, CONFIG | {"r": 2}, random_weights(1, rank=2), "two") is model
+    assert attach_adapter(model, CONFIG | {"r": 2}, make_state_dict(1, rank=2), "two") is model
     assert list(model.peft_config) == ["one", "two"]
     assert model.active_adapter == "two"
-    alone = attach_adapter(make_llama(), CONFIG | {"r": 2}, random_weights(1, rank=2))
+    alone = attach_adapter(make_llama(), CONFIG | {"r": 2}, make_state_dict(1, rank=2))
     torch.testing.assert_close(logits(model), logits(alone))
     assert not any(parameter.requires_grad for parameter in model.parameters())
     model.set_adapter("one")
@@ -281,16 +271,16 @@ def test_second_adapter_joins_the_first_and_is_active(llama):
 
 
 def test_same_name_is_overwritten_in_place(llama):
-    model = attach_adapter(llama, CONFIG, random_weights(0), "one")
-    attach_adapter(model, CONFIG, random_weights(1), "two")
-    attach_adapter(model, CONFIG, random_weights(2), "one")
+    model = attach_adapter(llama, CONFIG, make_state_dict(0), "one")
+    attach_adapter(model, CONFIG, make_state_dict(1), "two")
+    attach_adapter(model, CONFIG, make_state_dict(2), "one")
     pointers = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
-    assert attach_adapter(model, CONFIG, random_weights(3), "one") is model
+    assert attach_adapter(model, CONFIG, make_state_dict(3), "one") is model
     assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == pointers
     assert model.active_adapter == "one"
     for name, seed in (("one", 3), ("two", 1)):
         found = adapter_state_dict(model, name)
-        assert all(torch.equal(found[key], tensor) for key, tensor in random_weights(seed).items())
+        assert all(torch.equal(found[key], tensor) for key, tensor in make_state_dict(seed).items())
 
 
 @pytest.mark.parametrize(
@@ -299,34 +289,34 @@ def test_same_name_is_overwritten_in_place(llama):
     ids=["alpha", "rslora", "alpha_pattern", "alpha_pattern_regex"],
 )
 def test_overwriting_takes_over_the_scaling_too(llama, fields):
-    model = attach_adapter(llama, CONFIG, random_weights(0))
-    attach_adapter(model, CONFIG | fields, random_weights(1))
-    fresh = attach_adapter(make_llama(), CONFIG | fields, random_weights(1))
+    model = attach_adapter(llama, CONFIG, make_state_dict(0))
+    attach_adapter(model, CONFIG | fields, make_state_dict(1))
+    fresh = attach_adapter(make_llama(), CONFIG | fields, make_state_dict(1))
     torch.testing.assert_close(logits(model), logits(fresh))
 
 
 def _without(*names):
-    return {key: t for key, t in random_weights().items() if not any(name in key for name in names)}
+    return {key: t for key, t in make_state_dict().items() if not any(name in key for name in names)}
 
 
 def _resized(key, *shape):
-    return random_weights() | {key: torch.ones(shape)}
+    return make_state_dict() | {key: torch.ones(shape)}
 
 
 BAD_WEIGHTS = [
     pytest.param({}, _without("layers.1.self_attn.v_proj"), "without weights", id="module_missing"),
-    pytest.param({"target_modules": ["q_proj"]}, random_weights(), "without a place", id="module_unexpected"),
+    pytest.param({"target_modules": ["q_proj"]}, make_state_dict(), "without a place", id="module_unexpected"),
     pytest.param({}, _without("layers.0.self_attn.q_proj.lora_B"), "found one of them for", id="half_missing"),
     pytest.param({}, {}, "without weights", id="empty"),
-    pytest.param({"r": 8}, random_weights(), "q_proj.*found rank 4, but LoraConfig says 8", id="rank"),
+    pytest.param({"r": 8}, make_state_dict(), "q_proj.*found rank 4, but LoraConfig says 8", id="rank"),
     pytest.param({}, _resized(f"{Q0}.lora_A.weight", 4, 48), r"\(4, 48\), which does not fit", id="width"),
     pytest.param({}, _resized(f"{V1}.lora_A.weight", 4, 16), "v_proj", id="sides_exchanged"),
     pytest.param(
-        {}, {key.replace("model.layers", "transformer.h"): t for key, t in random_weights().items()},
+        {}, {key.replace("model.layers", "transformer.h"): t for key, t in make_state_dict().items()},
         "LlamaForCausalLM.* has no module 'transformer.h.0.self_attn.q_proj'", id="other_base",
     ),
-    pytest.param({}, random_weights() | {"nonsense": torch.ones(1)}, "nonsense", id="stray_key"),
-    pytest.param({"target_modules": ["no_such"]}, random_weights(), "no_such", id="no_such_target"),
+    pytest.param({}, make_state_dict() | {"nonsense": torch.ones(1)}, "nonsense", id="stray_key"),
+    pytest.param({"target_modules": ["no_such"]}, make_state_dict(), "no_such", id="no_such_target"),
 ]  # fmt: skip
 
 
@@ -339,12 +329,12 @@ def test_weights_that_do_not_fit_leave_a_base_as_it_was(llama, fields, weights, 
     with pytest.raises(IncompatibleAdapterError, match=message):
         attach_adapter(llama, CONFIG | fields, weights)
     assert_as_before(llama, before)
-    assert attach_adapter(llama, CONFIG, random_weights())  # and it can still take one that fits
+    assert attach_adapter(llama, CONFIG, make_state_dict())  # and it can still take one that fits
 
 
 @pytest.mark.parametrize(("fields", "weights", "message"), BAD_WEIGHTS)
 def test_weights_that_do_not_fit_leave_other_adapters_as_they_were(llama, fields, weights, message):
-    model = attach_adapter(llama, CONFIG, random_weights(), "one")
+    model = attach_adapter(llama, CONFIG, make_state_dict(), "one")
     before = snapshot(model)
     with pytest.raises(IncompatibleAdapterError, match=message):
         attach_adapter(model, CONFIG | fields, weights, "two")
@@ -359,14 +349,14 @@ def test_weights_that_do_not_fit_leave_other_adapters_as_they_were(llama, fields
         pytest.param(
             {}, _without("layers.1.self_attn.v_proj"), "'one' exists with another layout", id="module_missing"
         ),
-        pytest.param({"r": 2}, random_weights(rank=2), r"is \(4, 32\) in the model, \(2, 32\) in", id="other_rank"),
-        pytest.param({"r": 8}, random_weights(), "found rank 4, but LoraConfig says 8", id="rank"),
-        pytest.param({}, random_weights() | {"nonsense": torch.ones(1)}, "nonsense", id="stray_key"),
-        pytest.param({"use_dora": True}, random_weights(), "use_dora", id="dora"),
+        pytest.param({"r": 2}, make_state_dict(rank=2), r"is \(4, 32\) in the model, \(2, 32\) in", id="other_rank"),
+        pytest.param({"r": 8}, make_state_dict(), "found rank 4, but LoraConfig says 8", id="rank"),
+        pytest.param({}, make_state_dict() | {"nonsense": torch.ones(1)}, "nonsense", id="stray_key"),
+        pytest.param({"use_dora": True}, make_state_dict(), "use_dora", id="dora"),
     ],
 )
 def test_failed_overwriting_leaves_the_adapter_as_it_was(llama, fields, weights, message):
-    model = attach_adapter(llama, CONFIG, random_weights(), "one")
+    model = attach_adapter(llama, CONFIG, make_state_dict(), "one")
     before = snapshot(model)
     with pytest.raises(IncompatibleAdapterError, match=message):
         attach_adapter(model, CONFIG | fields, weights, "one")
@@ -374,14 +364,14 @@ def test_failed_overwriting_leaves_the_adapter_as_it_was(llama, fields, weights,
 
 
 def test_overwriting_names_the_first_tensor_that_differs(llama):
-    model = attach_adapter(llama, CONFIG, random_weights(), "one")
+    model = attach_adapter(llama, CONFIG, make_state_dict(), "one")
     with pytest.raises(IncompatibleAdapterError, match=re.escape(f"{V1}.lora_A.weight is (4, 32) in the model, None")):
         attach_adapter(model, CONFIG, _without("layers.1.self_attn.v_proj"), "one")
 
 
 def test_ranks_may_differ_from_module_to_module(llama):
     weights = {key: t if "q_proj" in key else t[:2] if "lora_A" in key else t[:, :2]
-               for key, t in random_weights().items()}  # fmt: skip
+               for key, t in make_state_dict().items()}  # fmt: skip
     model = attach_adapter(llama, CONFIG | {"rank_pattern": {"v_proj": 2}}, weights)
     assert all(torch.equal(tensor, weights[key]) for key, tensor in adapter_state_dict(model).items())
     with pytest.raises(IncompatibleAdapterError, match="v_proj.lora_A.weight: found rank 2, but LoraConfig says 4"):
@@ -392,7 +382,7 @@ def test_adapter_of_another_architecture_is_refused(llama):
     gpt2 = make_gpt2()
     before = snapshot(gpt2)
     with pytest.raises(IncompatibleAdapterError, match="Load the base model that the adapter was made for"):
-        attach_adapter(gpt2, CONFIG, random_weights())
+        attach_adapter(gpt2, CONFIG, make_state_dict())
     assert_as_before(gpt2, before)
 
 
@@ -407,91 +397,3 @@ def test_merged_model_answers_like_the_adapter(any_model):
     assert not any(isinstance(module, LoraLayer) for module in merged.modules())
     assert not torch.allclose(adapted, plain, atol=1e-2)
     torch.testing.assert_close(logits(merged), adapted, atol=1e-4, rtol=1e-4)
-
-
-# The base model
-
-
-def test_fingerprint_is_of_the_base_and_not_of_its_dtype_or_adapters(any_model):
-    base, targets = any_model
-    fingerprint = base_model_fingerprint(base)
-    assert base_model_fingerprint(copy.deepcopy(base).bfloat16()) == fingerprint
-    config = LoraConfig(target_modules=targets, fan_in_fan_out=type(base).__name__ == "GPT2LMHeadModel")
-    model = get_peft_model(base, config, adapter_name="some")
-    assert base_model_fingerprint(model) == fingerprint
-    assert base_model_fingerprint(base) == fingerprint  # which get_peft_model changed in place
-    assert base_model_fingerprint(model.unload()) == fingerprint
-
-
-def test_fingerprint_is_the_one_that_zoos_and_generators_hold():
-    model = torch.nn.Linear(40, 40)
-    with torch.no_grad():
-        model.weight.copy_(torch.arange(1600.0).reshape(40, 40) / 16)
-        model.bias.copy_(torch.arange(40.0))
-    assert base_model_fingerprint(model) == "272d1e0d0c13267d0b86122d746f8b8a51ea6b97e8237d9d8f5cac98ee4da673"
-
-
-def test_fingerprint_tells_bases_apart(any_model):
-    base, _ = any_model
-    fingerprints = {base_model_fingerprint(make_llama(seed)) for seed in range(3)} | {
-        base_model_fingerprint(make_gpt2())
-    }
-    assert len(fingerprints) == 4
-    other = copy.deepcopy(base)
-    with torch.no_grad():
-        list(other.parameters())[-1].add_(0.5)  # one single tensor
-    assert base_model_fingerprint(other) != base_model_fingerprint(base)
-
-
-@pytest.mark.parametrize("inner", [False, True], ids=["peft_model", "its_base"])
-@pytest.mark.parametrize("error", [None, KeyError])
-def test_frozen_base_is_the_plain_base_and_everything_is_restored(llama, inner, error):
-    plain = logits(llama)
-    model = attach_adapter(llama, CONFIG, random_weights())
-    adapted = logits(model)
-    model.train()
-    llama.model.norm.eval()
-    next(iter(model.parameters())).requires_grad_(True)
-    given = llama if inner else model
-    before = snapshot(given)
-    try:
-        with frozen_base(given) as base:
-            assert base is llama
-            assert not any(module.training for module in base.modules())
-            assert not torch.is_grad_enabled()
-            assert torch.equal(logits(base), plain)
-            if error:
-                raise error
-    except KeyError:
-        pass
-    assert torch.is_grad_enabled()
-    assert_as_before(given, before)
-    assert torch.equal(logits(model.eval()), adapted)
-
-
-def test_frozen_base_leaves_disabled_adapters_disabled(llama):
-    model = attach_adapter(llama, CONFIG, random_weights())
-    with model.disable_adapter():
-        plain = logits(model)
-        with frozen_base(model) as base:
-            assert torch.equal(logits(base), plain)
-        assert torch.equal(logits(model), plain)
-
-
-def test_fast_dtype_of_an_accelerator(monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    assert fast_dtype.__wrapped__() == torch.bfloat16
-
-
-@pytest.mark.parametrize(("slow", "expected"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
-def test_fast_dtype_is_the_one_that_this_machine_multiplies_faster(monkeypatch, slow, expected):
-    clock = [0.0]
-
-    def matmul(x, other):
-        clock[0] += 2.0 if x.dtype == slow else 1.0
-        return x
-
-    monkeypatch.setattr(torch.Tensor, "__matmul__", matmul)
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    monkeypatch.setattr("hf_icm_lora.adapter.time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    assert fast_dtype.__wrapped__() == expected

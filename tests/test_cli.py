@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -15,9 +14,10 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_icm_lora import LoraGeneratorModel, LoraZoo, load_adapter, save_tasks
+from hf_icm_lora import LoraGeneratorModel, LoraZoo, ZooError, load_adapter, save_tasks
 from hf_icm_lora.cli import COMMANDS, main
-from hf_icm_lora.evaluation import read_report
+from hf_icm_lora.evaluation import MORE_ROWS, descriptions
+from hf_icm_lora.report import read_report
 
 SEEN, UNSEEN = ["shift/1", "shift/2", "shift/3"], ["shift/4"]
 SMALL = ["--hidden_size", "32", "--latent_size", "8", "--max_steps", "4", "--save_strategy", "no", "--report_to",
@@ -102,7 +102,7 @@ def test_trained_generator_is_json_and_safetensors(folder):
 
 def test_training_goes_on_through_the_base_model(folder, tmp_path):
     assert train(folder, tmp_path / "one", "--unseen", *UNSEEN, "--dtype", "float32") == 0
-    more = ("--functional_steps", "3", "--tasks", str(folder / "tasks.jsonl"), "--dtype", "float32")
+    more = ("--behavioural_steps", "3", "--tasks", str(folder / "tasks.jsonl"), "--dtype", "float32")
     assert train(folder, tmp_path / "more", "--unseen", *UNSEEN, *more) == 0
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "more"))
     changed = {name for name in one if not torch.equal(one[name], other[name])}
@@ -111,7 +111,7 @@ def test_training_goes_on_through_the_base_model(folder, tmp_path):
         f"zoo_normalizer.vector_{name}" for name in ("mean", "scale", "directions")
     }
     generator = LoraGeneratorModel.from_pretrained(tmp_path / "more")
-    assert sorted(generator.config.training_tasks) == generator.config.mapped_tasks == SEEN
+    assert sorted(generator.config.training_tasks) == SEEN
 
 
 def test_same_seed_trains_the_same_generator(folder, tmp_path):
@@ -136,16 +136,15 @@ def test_training_reports_unseen_tasks_and_resumes(folder, tmp_path, capsys):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_generated_adapter_is_chosen_and_refined_on_the_examples(folder, tmp_path):
+def test_generated_adapter_is_refined_on_the_examples(folder, tmp_path):
     argv = ["generate", "--generator", str(folder / "generator"), "--examples", str(folder / "examples.jsonl")]
-    more = ["--num_samples", "2", "--no_fit_scale", "--refine_steps", "2", "--dtype", "float32"]
+    more = ["--no_fit_scale", "--refine_steps", "2", "--dtype", "float32"]
     assert main([*argv, *more, "--out", str(tmp_path / "adapter")]) == 0
     base = AutoModelForCausalLM.from_pretrained(folder / "base")
     model = LoraGeneratorModel.from_pretrained(folder / "generator").generate_adapter(
         base,
         processing_class=AutoTokenizer.from_pretrained(folder / "base"),
         examples=[("ab", "bc"), ("xy", "yz")],
-        num_samples=2,
         fit_scale=False,
         refine_steps=2,
     )
@@ -189,19 +188,6 @@ def test_env_names_versions(capsys):
     assert main(["env"]) == 0
     out = capsys.readouterr().out
     assert all(f"- {name}: " in out for name in ("platform", "python", "hf_icm_lora", "torch", "peft", "device"))
-
-
-def test_env_says_what_is_missing(capsys, monkeypatch):
-    def version(name):
-        if name == "peft":
-            raise PackageNotFoundError
-        return "1.2.3"
-
-    monkeypatch.setattr("hf_icm_lora.cli.version", version)
-    assert main(["env"]) == 0
-    out = capsys.readouterr().out
-    assert "- peft: not installed\n" in out
-    assert "- transformers: 1.2.3\n" in out
 
 
 @pytest.mark.parametrize(
@@ -249,6 +235,13 @@ def test_help(argv, capsys):
         main(argv)
     assert caught.value.code == 0
     assert "usage: hf-icm-lora" in capsys.readouterr().out
+
+
+def test_help_says_what_the_further_rows_are(capsys):
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--help"])
+    help_text = " ".join(capsys.readouterr().out.split())
+    assert all(f"{row}: {text}" in help_text for row, text in descriptions(MORE_ROWS).items())
 
 
 @pytest.mark.parametrize(
@@ -345,9 +338,9 @@ def test_gguf_of_an_adapter_that_names_no_base_model(folder, tmp_path, capsys):
 
 
 def test_traceback_on_demand(tmp_path):
-    with pytest.raises(FileExistsError, match="is not a zoo"):
+    with pytest.raises(ZooError, match="is not a zoo"):
         main(["--traceback", "vectors", "--zoo", str(tmp_path)])
-    with pytest.raises(FileExistsError, match="is not a zoo"):
+    with pytest.raises(ZooError, match="is not a zoo"):
         main(["vectors", "--zoo", str(tmp_path), "--traceback"])
 
 

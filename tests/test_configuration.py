@@ -120,7 +120,7 @@ def test_newer_format_asks_for_an_upgrade(tmp_path):
 @pytest.mark.parametrize(
     ("layout", "message"),
     [({}, "Not a LoRA layout"), (LAYOUT | {"modules": [["q_proj", 8]]}, "Not a LoRA layout"),
-     (LAYOUT | {"gauge": "free"}, "gauge"), (LAYOUT | {"modules": []}, "at least one"),
+     (LAYOUT | {"gauge": "any"}, "gauge"), (LAYOUT | {"modules": []}, "at least one"),
      (LAYOUT | {"modules": [["q_proj", 8, -6, 2]]}, "positive sizes")],
 )  # fmt: skip
 def test_malformed_layout_is_rejected(layout, message):

@@ -25,24 +25,23 @@ import transformers.modeling_utils
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from test_zoo import ABOUT, CONFIG, files, vectors, weights
+from test_zoo import ABOUT, CONFIG, files, make_state_dict, vectors
 
 import hf_icm_lora.adapter
 import hf_icm_lora.task_vectors
-import hf_icm_lora.zoo
 from hf_icm_lora import (
+    AlreadyExistsError,
     LoraGeneratorConfig,
     LoraGeneratorModel,
     LoraZoo,
-    ZooError,
     export_gguf,
     load_adapter,
     save_adapter,
 )
-from hf_icm_lora.evaluation import read_report
 from hf_icm_lora.files import TEMPORARY, sweep_temporary, write_json
+from hf_icm_lora.report import read_report
 
-SAVERS = [hf_icm_lora.adapter, hf_icm_lora.zoo, hf_icm_lora.task_vectors]
+SAVERS = [hf_icm_lora.adapter, hf_icm_lora.task_vectors]
 CALLS = ["mkdir", "rename", "replace", "fsync", "chmod", "unlink", "rmdir"]
 MODES = ["error", "dead", "late"]
 
@@ -131,7 +130,7 @@ def matrix(folder, write, check, mode, before=lambda _: None):
         old = visible(root)
         done, reached = run(lambda: write(root), number, mode)  # noqa: B023
         check(root, old, done)
-        with suppress(ZooError, FileExistsError):  # what was committed before the fault is there
+        with suppress(AlreadyExistsError):  # what was committed before the fault is there
             write(root)
         check(root, old, True)
         for path in root.rglob("*"):
@@ -156,7 +155,7 @@ def opened(path):
     return zoo
 
 
-SNAPSHOTS = {4: weights(1), 8: weights(2)}
+SNAPSHOTS = {4: make_state_dict(1), 8: make_state_dict(2)}
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -169,13 +168,10 @@ def test_create(tmp_path, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("leftover", [False, True], ids=["new", "over_an_older_versions_leftover"])
-def test_add(tmp_path, mode, leftover):
+def test_add(tmp_path, mode):
     def before(root):
         zoo = LoraZoo.create(root / "zoo", **ABOUT)
-        zoo.add("before", {4: weights(3)})
-        if leftover:
-            save_adapter(zoo.task_folder("new") / "step-2", CONFIG, weights(9))
+        zoo.add("before", {4: make_state_dict(3)})
 
     def write(root):
         LoraZoo(root / "zoo").add("new", SNAPSHOTS)
@@ -184,13 +180,12 @@ def test_add(tmp_path, mode, leftover):
         zoo = opened(root / "zoo")
         assert set(zoo) - {"new"} == {"before"}
         assert "new" in zoo or not done
-        kept = {name: content for name, content in old.items() if "step-2" not in name}
-        assert kept.items() <= visible(root).items()
+        assert old.items() <= visible(root).items()
         if "new" in zoo:
             for step, state_dict in SNAPSHOTS.items():
                 stored = zoo.load_snapshot("new", step)
                 assert all(torch.equal(stored[key], state_dict[key]) for key in state_dict)
-        elif not leftover:
+        else:
             assert visible(root) == old
 
     assert matrix(tmp_path, write, check, mode, before) >= 30
@@ -200,7 +195,7 @@ def test_add(tmp_path, mode, leftover):
 def test_task_vectors(tmp_path, mode):
     def before(root):
         zoo = LoraZoo.create(root / "zoo", **ABOUT)
-        zoo.add("a", {4: weights(3)})
+        zoo.add("a", {4: make_state_dict(3)})
         zoo.add_task_vectors(vectors(["a"], draws=2))
 
     def check(root, _, done):
@@ -217,9 +212,9 @@ def test_adapter(tmp_path, mode):
         assert done <= (root / "adapter").exists()
         if (root / "adapter").exists():
             _, state_dict = load_adapter(root / "adapter")
-            assert all(torch.equal(state_dict[key], tensor) for key, tensor in weights(1).items())
+            assert all(torch.equal(state_dict[key], tensor) for key, tensor in make_state_dict(1).items())
 
-    write = lambda root: save_adapter(root / "adapter", CONFIG, weights(1))  # noqa: E731
+    write = lambda root: save_adapter(root / "adapter", CONFIG, make_state_dict(1))  # noqa: E731
     assert matrix(tmp_path, write, check, mode) >= 10
 
 
@@ -227,7 +222,7 @@ def test_adapter(tmp_path, mode):
 def zoo(tmp_path_factory):
     zoo = LoraZoo.create(tmp_path_factory.mktemp("crash") / "zoo", **ABOUT)
     for index, name in enumerate("ab"):
-        zoo.add(name, {4: weights(index)})
+        zoo.add(name, {4: make_state_dict(index)})
     zoo.add_task_vectors(vectors("ab"))
     return zoo
 
@@ -337,7 +332,7 @@ def test_exported_gguf_over_an_older_one(tmp_path, mode):
     base_config = transformers.LlamaConfig(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 
     def write(root, seed=2):
-        export_gguf(root / "adapter.gguf", CONFIG, weights(seed), base_config)
+        export_gguf(root / "adapter.gguf", CONFIG, make_state_dict(seed), base_config)
 
     def check(root, old, done):
         assert len(gguf.GGUFReader(root / "adapter.gguf").tensors) == 8
@@ -350,10 +345,10 @@ def test_exported_gguf_over_an_older_one(tmp_path, mode):
 def test_report_over_an_older_one(tmp_path, mode):
     def check(root, _, done):
         found = read_report(root / "report.json")
-        assert found == {"new": 1} or (found == {"old": 1} and not done)
+        assert found == {"splits": "new"} or (found == {"splits": "old"} and not done)
 
-    write = lambda root: write_json(root / "report.json", {"new": 1})  # noqa: E731
-    old = lambda root: write_json(root / "report.json", {"old": 1})  # noqa: E731
+    write = lambda root: write_json(root / "report.json", {"splits": "new"})  # noqa: E731
+    old = lambda root: write_json(root / "report.json", {"splits": "old"})  # noqa: E731
     assert matrix(tmp_path, write, check, mode, old) >= 4
 
 
@@ -376,14 +371,14 @@ class ZooMachine(RuleBasedStateMachine):
     def snapshots(self, name):
         self.seed += 1
         self.tried.setdefault(name, set()).add(self.seed)
-        return {4: weights(self.seed), 8: weights(self.seed + 1000)}
+        return {4: make_state_dict(self.seed), 8: make_state_dict(self.seed + 1000)}
 
     @rule(name=names, writer=writers_)
     def add(self, name, writer):
         snapshots = self.snapshots(name)
         try:
             self.writers[writer].add(name, snapshots)
-        except ZooError:
+        except AlreadyExistsError:
             assert name in LoraZoo(self.folder)
         else:
             assert name not in self.added
@@ -405,14 +400,8 @@ class ZooMachine(RuleBasedStateMachine):
     @rule(writer=writers_, data=st.data())
     def add_again(self, writer, data):
         name = data.draw(st.sampled_from(sorted(self.added)))
-        with pytest.raises(ZooError, match="already holds the task"):
+        with pytest.raises(AlreadyExistsError, match="already holds the task"):
             self.writers[writer].add(name, self.snapshots(name))
-
-    @rule()
-    def leave_what_an_older_version_left(self):
-        folder = self.writers[0].task_folder("b")
-        if not folder.exists():
-            save_adapter(folder / "step-2", CONFIG, weights(0))
 
     @rule()
     def sweep(self):
@@ -429,9 +418,9 @@ class ZooMachine(RuleBasedStateMachine):
             assert any(
                 torch.equal(state_dict[key], expected[key])
                 for seed in seeds
-                for key in weights(seed)
+                for key in make_state_dict(seed)
                 if ".lora_B" in key
-                for state_dict, expected in zip(stored[:1], [weights(seed)], strict=True)
+                for state_dict, expected in zip(stored[:1], [make_state_dict(seed)], strict=True)
             )
 
 

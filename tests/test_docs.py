@@ -84,7 +84,6 @@ def stand_ins(tmp_path_factory, tokenizer):
     config.base_model_name_or_path = BASE_MODEL  # as the shipped one says
     generator = hf_icm_lora.LoraGeneratorModel(config)
     generator.fit_normalizer(zoo.as_dataset())
-    generator.map_tasks(zoo.task_vectors)
     generator.without_encoder().to_int8().save_pretrained(folder / "generator")
     return folder
 

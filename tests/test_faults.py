@@ -6,7 +6,6 @@ Each fault must end in the error, or the result, that the page promises.
 import copy
 import json
 import math
-import os
 import re
 import resource
 import shutil
@@ -27,9 +26,10 @@ from transformers import AutoModel, GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
 
 from hf_icm_lora import (
+    AlreadyExistsError,
+    BehaviouralDataset,
     CompletionCollator,
     CorruptAdapterError,
-    FunctionalDataset,
     IcmLoraError,
     IncompatibleAdapterError,
     LoraGeneratorConfig,
@@ -38,6 +38,7 @@ from hf_icm_lora import (
     LoraGeneratorTrainingArguments,
     LoraLayout,
     LoraZoo,
+    PublishingError,
     Sample,
     Task,
     TaskError,
@@ -54,11 +55,11 @@ from hf_icm_lora.adapter import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     adapter_state_dict,
-    base_model_fingerprint,
-    lora_config_to_dict,
 )
+from hf_icm_lora.base_model import base_model_fingerprint
 from hf_icm_lora.layout import PREFIX, LoraModule
-from hf_icm_lora.model_card import is_local
+from hf_icm_lora.lora_config import lora_config_to_dict
+from hf_icm_lora.provenance import is_local
 
 DATA = Path(__file__).parent / "data"
 ADAPTER = next(DATA.glob("zoo-1/adapters/capital-*")) / "step-4"
@@ -382,10 +383,9 @@ MODULE = ["model.layers.0.q_proj", 32, 32, 2]
     [
         *(({"latent_size": size}, "latent_size|parameters") for size in (-1, "x", 10**12, 1.5, None)),
         ({"num_encoder_layers": 65536}, "num_encoder_layers"),
-        ({"task_vector_size": 65536, "num_task_vectors": 65536, "condition_size": 65536}, "parameters, .*condition"),
-        ({"hidden_size": 65536, "intermediate_size": 65536}, "parameters, .*layers"),
+        ({"task_vector_size": 65536, "num_task_vectors": 65536, "condition_size": 65536}, "parameters, .*directions"),
+        ({"hidden_size": 65536, "intermediate_size": 65536}, r"parameters, .*_proj\.weight"),
         ({"basis_size": 65536, "condition_size": 65536}, "parameters, .*bases"),
-        ({"map_size": 65536, "mapped_tasks": ["a"] * 40_000}, "parameters, .*map"),
         ({"layout": {"gauge": "frozen_a", "modules": [[MODULE[0], 2**24, 2**24, 2**24]]}}, "parameters, .*bases"),
         ({"layout": {"gauge": "frozen_a", "modules": [[MODULE[0], 32, 10**12, 2]]}}, "positive sizes"),
         ({"layout": {"gauge": "frozen_a", "modules": [["../../q_proj", 32, 32, 2]]}}, "path of a module"),
@@ -443,7 +443,7 @@ def test_F12_truncated_generator(generator_folder):
     ("file", "fields", "message"),
     [
         ("zoo.json", {"lora_config": []}, "lora_config"),
-        ("zoo.json", {"format_version": ""}, "format version ''"),
+        ("zoo.json", {"format_version": ""}, "expected format version 1, found ''"),
         ("zoo.json", {"lora_config": {"r": 2, "lora_alpha": 2, "alpha_pattern": {BOMB: 2}}}, "alpha_pattern"),
         ("zoo.json", {"template": 3}, "template"),
         ("zoo.json", {"layout": {"gauge": "frozen_a", "modules": [["..", 1, 1, 1]]}}, "path of a module"),
@@ -456,24 +456,6 @@ def test_F12_hostile_zoo(zoo, file, fields, message):
     change(zoo.path / file if file == "zoo.json" else zoo.task_folder("capital") / file, **fields)
     with pytest.raises(IcmLoraError, match=message):
         LoraZoo(zoo.path)
-
-
-REFERENCES = {
-    "a pipe": os.mkfifo,
-    "of another dtype": lambda path: save_file({"reference": torch.ones(192, dtype=torch.int32)}, path),
-    "not finite": lambda path: save_file({"reference": torch.full((192,), torch.inf)}, path),
-    "of another name": lambda path: save_file({"other": torch.ones(192)}, path),
-    "of another size": lambda path: save_file({"reference": torch.ones(191)}, path),
-    "no such file": lambda path: path.write_bytes(b"<html>"),
-}
-
-
-@pytest.mark.parametrize("write", REFERENCES.values(), ids=REFERENCES)
-def test_F12_reference_of_a_zoo(zoo, write):
-    assert zoo.layout.num_weights == 192
-    write(zoo.path / "reference.safetensors")
-    with pytest.raises(CorruptAdapterError, match=r"reference\.safetensors: "):
-        LoraZoo(zoo.path).lora_weights("capital")
 
 
 def _changed(data, original: bytes) -> bytes:
@@ -574,7 +556,6 @@ def test_C8_golden_files_give_the_same_numbers():
         assert torch.equal(zoo.task_vectors.banks[name]["demonstrations"], expected["task_vectors"])
         found = generator.decode_task_vector(expected["task_vectors"])
         torch.testing.assert_close(found, expected["generated"], rtol=1e-4, atol=1e-5)
-        assert generator.novelty(expected["task_vectors"])[1] == name
 
 
 def test_C8_newer_formats_ask_for_an_upgrade(zoo, generator_folder):
@@ -612,7 +593,7 @@ def test_T2_twins_among_names(zoo, one, other, apart):
         zoo.add(other, {1: weights})
         assert zoo.task_folder(one).name.lower() != zoo.task_folder(other).name.lower()
     else:
-        with pytest.raises(ZooError, match="already holds"):
+        with pytest.raises(AlreadyExistsError, match="already holds"):
             zoo.add(other, {1: weights})
 
 
@@ -659,9 +640,9 @@ def test_T4_same_task_in_training_and_held_out(zoo, tmp_path, warned):
     assert warned == ["All tasks of eval_dataset are in train_dataset: its losses are of seen tasks."]
 
 
-def test_T4_functional_datasets_know_their_tasks(zoo):
+def test_T4_behavioural_datasets_know_their_tasks(zoo):
     tasks = [Task(name, train=EXAMPLES) for name in zoo]
-    assert FunctionalDataset(tasks, zoo.task_vectors, num_samples=1).task_names == list(zoo)
+    assert BehaviouralDataset(tasks, zoo.task_vectors, num_samples=1).task_names == list(zoo)
 
 
 def short_gpt2():
@@ -774,7 +755,7 @@ def _without_latent(zoo, tmp_path, size, accumulation):
 def test_G5_bfloat16_on_a_cpu(zoo):
     generator = LoraGeneratorModel.from_pretrained(DATA / "generator-2", dtype=torch.bfloat16)
     vector = zoo.task_vectors.banks["capital"]["demonstrations"]
-    state_dict = generator.generate_lora_weights(vector)
+    state_dict = generator.generate_state_dict(vector)
     assert {tensor.dtype for tensor in state_dict.values()} == {torch.float32}
     model = attach_adapter(make_llama(dtype=torch.bfloat16), generator.adapter_config(), state_dict)
     assert logits(model).isfinite().all()
@@ -809,7 +790,7 @@ def test_G7_padding_never_counts(tokenizer, llama):
 def test_H7_local_base_is_seen_before_a_push(zoo, tmp_path):
     zoo.about["base_model_name_or_path"] = zoo.base_model_name_or_path = str(tmp_path / "base")
     assert is_local(zoo.base_model_name_or_path)
-    with pytest.raises(IcmLoraError, match="no id on the Hub"):
+    with pytest.raises(PublishingError, match="no id on the Hub"):
         zoo.push_to_hub("user/zoo")
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 
 import pytest
 import torch
@@ -12,12 +13,13 @@ from transformers import LlamaForCausalLM
 
 from hf_icm_lora import (
     AdapterSlot,
+    ArgumentError,
     CollectionArguments,
+    ExampleLoss,
     IncompatibleAdapterError,
     LoraGeneratorConfig,
     LoraGeneratorModel,
     LoraLayout,
-    NotFittedError,
     TaskError,
     TaskVectorError,
     TaskVectorExtractor,
@@ -26,8 +28,10 @@ from hf_icm_lora import (
     attach_adapter,
     collect_zoo,
     load_adapter,
+    save_adapter_card,
 )
-from hf_icm_lora.adapter import adapter_state_dict, base_model_fingerprint
+from hf_icm_lora.adapter import adapter_state_dict
+from hf_icm_lora.base_model import base_model_fingerprint
 from hf_icm_lora.completion import CompletionCollator, score_completions
 from hf_icm_lora.layout import LoraModule
 from hf_icm_lora.tasks import Sample
@@ -66,7 +70,6 @@ def trained(tmp_path_factory, tokenizer, base_path):
     extractor = TaskVectorExtractor(TaskVectorSpec(num_demonstrations=4, num_draws=4))
     zoo.add_task_vectors(extractor.extract(base, tokenizer, tasks))
     generator = amplified(LoraGeneratorConfig.from_zoo(zoo, **SIZES), zoo.as_dataset())
-    generator.task_vectors = zoo.task_vectors  # for the tests of what is unfamiliar
     return generator
 
 
@@ -120,9 +123,9 @@ def test_returns_a_peft_model_in_eval_mode_with_a_frozen_active_adapter(base, ge
     assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.float32}
 
 
-def test_equals_generate_lora_weights_attached(base, generator, task_vector, load_base):
+def test_equals_generate_state_dict_attached(base, generator, task_vector, load_base):
     before = logits(base)
-    weights = generator.generate_lora_weights(task_vector)
+    weights = generator.generate_state_dict(task_vector)
     model = generator.generate_adapter(base, task_vector=task_vector)
     assert equal(adapters(model), weights)
     attached = attach_adapter(load_base(), generator.adapter_config(), weights)
@@ -139,7 +142,7 @@ def test_unload_gives_back_the_base(base, generator, task_vector):
 
 
 def test_logits_are_those_of_base_plus_b_times_a(base, generator, task_vector, load_base):
-    weights = generator.generate_lora_weights(task_vector)
+    weights = generator.generate_state_dict(task_vector)
     by_hand = load_base()
     with torch.no_grad():
         for key in weights:
@@ -181,7 +184,7 @@ def test_examples_and_descriptions_become_task_vectors(base, generator, tokenize
     inputs = {name: value for name, value in (("examples", EXAMPLES), ("description", DESCRIPTION)) if name in given}
     extractor = TaskVectorExtractor(TaskVectorSpec(**generator.config.task_vector_spec))
     vector = extractor.vector(base, tokenizer, **inputs)
-    expected = generator.generate_lora_weights(vector)
+    expected = generator.generate_state_dict(vector)
     assert equal(adapters(generator.generate_adapter(base, processing_class=tokenizer, **inputs)), expected)
 
 
@@ -216,7 +219,7 @@ def test_wrong_base_model_is_refused_with_both_fingerprints(generator, task_vect
 @pytest.mark.filterwarnings("ignore:The PEFT config's `base_model_name_or_path` was renamed")
 def test_check_base_model_can_be_switched_off(generator, task_vector):
     model = generator.generate_adapter(make_llama(seed=1), task_vector=task_vector, check_base_model=False)
-    assert equal(adapters(model), generator.generate_lora_weights(task_vector))
+    assert equal(adapters(model), generator.generate_state_dict(task_vector))
 
 
 def test_base_of_another_shape_is_refused_even_unchecked(generator, task_vector):
@@ -275,20 +278,21 @@ def test_several_descriptions_are_weighed(base, generator, tokenizer, load_base)
     one, two = (extractor.vector(base, tokenizer, description=text) for text in (first, second))
     task = {"processing_class": tokenizer}
     model = generator.generate_adapter(load_base(), description={first: 3, second: 1}, **task)
-    assert equal(adapters(model), generator.generate_lora_weights(0.75 * one + 0.25 * two))
-    assert model.lora_generation["default"]["description"] == {first: 3, second: 1}
+    assert equal(adapters(model), generator.generate_state_dict(0.75 * one + 0.25 * two))
+    assert model.lora_generation["default"].description == {first: 3, second: 1}
     alone = generator.generate_adapter(load_base(), description={first: 2.0}, **task)
     assert equal(adapters(alone), adapters(generator.generate_adapter(load_base(), description=first, **task)))
     both = generator.generate_adapter(load_base(), description={first: 1, second: 1}, examples=EXAMPLES, **task)
     assert not equal(adapters(both), adapters(model))
     for weights in ({first: 0.0}, {first: 1, second: -1}):
-        with pytest.raises(TaskError, match="weights with a positive sum"):
+        with pytest.raises(ArgumentError, match="weights with a positive sum"):
             generator.generate_adapter(load_base(), description=weights, **task)
 
 
 def test_the_card_names_all_descriptions(base, generator, tokenizer, tmp_path):
     weights = {"Shift by 1.": 0.75, "Shift by 2.": 0.25}
-    generator.generate_adapter(base, processing_class=tokenizer, description=weights).save_pretrained(tmp_path)
+    model = generator.generate_adapter(base, processing_class=tokenizer, description=weights)
+    save_adapter_card(model, tmp_path)
     assert "0.75 x Shift by 1.; 0.25 x Shift by 2." in (tmp_path / "README.md").read_text()
 
 
@@ -307,7 +311,7 @@ def test_export_writes_a_plain_adapter(generator, task_vector, tmp_path, base):
     assert generator.export_adapter(tmp_path / "half", task_vector, dtype=torch.float16) == 0.0
     config, state_dict = load_adapter(tmp_path / "half")
     assert {tensor.dtype for tensor in state_dict.values()} == {torch.float16}
-    for key, tensor in generator.generate_lora_weights(task_vector).items():
+    for key, tensor in generator.generate_state_dict(task_vector).items():
         torch.testing.assert_close(state_dict[key].float(), tensor, atol=1e-2, rtol=1e-3)
     assert (config["r"], config["lora_alpha"]) == (4, 4)
     assert 0 < generator.export_adapter(tmp_path / "small", task_vector, rank=1) < 1
@@ -326,7 +330,7 @@ def test_second_adapter_keeps_the_first(base, generator, task_vector):
     assert again is model
     assert model.active_adapters == ["two"]
     assert equal(adapters(model, "one"), weights)
-    assert equal(adapters(model, "two"), generator.generate_lora_weights(-task_vector))
+    assert equal(adapters(model, "two"), generator.generate_state_dict(-task_vector))
     assert not torch.equal(logits(model), before)
     model.set_adapter("one")
     assert torch.equal(logits(model), before)
@@ -409,10 +413,98 @@ def test_same_name_is_overwritten_in_place(base, generator, task_vector, load_ba
     again = generator.generate_adapter(model, task_vector=-task_vector)
     assert again is model
     assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == pointers
-    assert equal(adapters(model), generator.generate_lora_weights(-task_vector))
+    assert equal(adapters(model), generator.generate_state_dict(-task_vector))
     fresh = generator.generate_adapter(load_base(), task_vector=-task_vector)
     assert torch.equal(logits(model), logits(fresh))
     assert list(model.peft_config) == ["default"]
+
+
+# The model is PEFT's own
+
+
+@pytest.fixture
+def model(base, generator, tokenizer):
+    return generator.generate_adapter(base, processing_class=tokenizer, examples=EXAMPLES, description=DESCRIPTION)
+
+
+def test_nothing_is_bound_onto_the_model(model, load_base):
+    plain = get_peft_model(load_base(), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]))
+    assert vars(model).keys() - vars(plain).keys() == {"lora_generation"}
+    for method in ("save_pretrained", "push_to_hub", "create_or_update_model_card"):
+        assert getattr(model, method).__func__ is getattr(PeftModelForCausalLM, method)
+    assert model.peft_config["default"].target_modules == {"q_proj", "v_proj"}  # a set, as PEFT has it
+
+
+def test_the_model_is_copied_and_pickled_with_what_is_known_of_it(model, tmp_path):
+    expected, known = logits(model), model.lora_generation["default"]
+    torch.save(model, tmp_path / "model.pt")
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    for one in [*copies, torch.load(tmp_path / "model.pt", weights_only=False)]:
+        assert torch.equal(logits(one), expected)
+        assert one.lora_generation["default"] == known
+
+
+def test_what_is_known_is_a_record_of_json_values(model, generator):
+    record = model.lora_generation["default"]
+    assert (record.made_from, record.seed, record.refine_steps) == ("both", None, 0)
+    assert record.examples == tuple(Sample(*example) for example in EXAMPLES)
+    told = record.to_dict()
+    assert json.loads(json.dumps(told)) == told
+    assert told["examples"][0] == {"prompt": "ab", "completion": "bc"}
+    assert told["description"] == DESCRIPTION
+    assert not {"seed", "fallback"} & told.keys()
+    assert told.keys() - record.to_dict(describe_task=False).keys() == {"examples", "description"}
+
+
+def test_a_card_is_written_into_the_folder(model, tmp_path, load_base):
+    model.save_pretrained(tmp_path)
+    save_adapter_card(model, tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert DESCRIPTION in card
+    assert "| made from | both |" in card
+    save_adapter_card(model, tmp_path, describe_task=False)
+    assert DESCRIPTION not in (tmp_path / "README.md").read_text()
+    users = get_peft_model(load_base(), LoraConfig(r=2, target_modules=["k_proj"]))
+    with pytest.raises(IncompatibleAdapterError, match=r"that generate_adapter made, found \['default'\]"):
+        save_adapter_card(users, tmp_path)
+
+
+# No work before the arguments are checked, and none that nobody asked for
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"examples": EXAMPLES}, {"examples": [("a", "b", "c")], "processing_class": "any"},
+     {"examples": EXAMPLES, "processing_class": "any", "refine_steps": -1},
+     {"description": DESCRIPTION, "processing_class": "any", "refine_steps": 1},
+     {"description": {DESCRIPTION: 0.0}, "processing_class": "any"},
+     {"examples": EXAMPLES, "processing_class": "any", "on_unfamiliar": "stop"},
+     {"examples": EXAMPLES, "task_vector": torch.zeros(1, 2, 32)}],
+)  # fmt: skip
+def test_arguments_are_checked_before_the_base_model_is_looked_at(generator, given):
+    with pytest.raises((TaskError, ArgumentError)):
+        generator.generate_adapter(None, **given)
+
+
+def test_a_base_that_carries_adapters_is_refused_before_any_work(base, generator, model, tokenizer, monkeypatch):
+    monkeypatch.setattr(TaskVectorExtractor, "vector", lambda *_: pytest.fail("It was read."))
+    with pytest.raises(IncompatibleAdapterError, match="without adapters"):
+        generator.generate_adapter(base, processing_class=tokenizer, examples=EXAMPLES)
+
+
+@pytest.mark.parametrize(
+    ("options", "passes"),
+    [({}, 1), ({"fit_scale": False}, 0), ({"fit_scale": False, "on_unfamiliar": "base"}, 1),
+     ({"fit_scale": False, "refine_steps": 3}, 3), ({"refine_steps": 3}, 4)],
+)  # fmt: skip
+def test_the_base_reads_the_examples_as_often_as_was_asked(base, generator, tokenizer, options, passes):
+    """Apart from the task vector, for which its head is not needed."""
+    calls = []
+    base.register_forward_pre_hook(lambda *_: calls.append(1))
+    model = generator.generate_adapter(base, processing_class=tokenizer, examples=EXAMPLES, **options)
+    assert len(calls) == passes
+    known = model.lora_generation["default"].gain_on_examples
+    assert (known is None) == (not options.get("fit_scale", True) and "on_unfamiliar" not in options)
 
 
 # What is saved is an ordinary adapter
@@ -437,14 +529,6 @@ def test_saved_adapter_loads_in_peft(tmp_path, base, base_path, generator, task_
     again = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base_path), tmp_path)
     assert type(again) is PeftModelForCausalLM
     assert torch.equal(logits(again), logits(model))
-
-
-def test_saved_configuration_does_not_depend_on_the_hash_seed(tmp_path, base, generator, task_vector):
-    """PEFT keeps the modules' names as a set, whose order Python shuffles anew in every process."""
-    generator.config.lora_config["target_modules"] = sorted(["q_proj", "v_proj", *(f"none_{i}" for i in range(12))])
-    generator.generate_adapter(base, task_vector=task_vector).save_pretrained(tmp_path)
-    modules = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
-    assert modules == sorted(modules)
 
 
 def test_merging_gives_the_logits_of_the_adapter(base, generator, task_vector):
@@ -510,17 +594,6 @@ def example_loss(model, tokenizer):
     return (scores.loss.sum() / scores.num_tokens.sum()).item()
 
 
-def test_best_of_several_samples_has_the_least_loss_on_the_examples(generator, load_base, tokenizer):
-    given = {"processing_class": tokenizer, "examples": EXAMPLES, "fit_scale": False}
-    drawn = torch.Generator().manual_seed(3)
-    alone = [generator.generate_adapter(load_base(), **given)]
-    alone += [generator.generate_adapter(load_base(), **given, generator=drawn) for _ in range(4)]
-    losses = [example_loss(model, tokenizer) for model in alone]
-    best = generator.generate_adapter(load_base(), **given, num_samples=5, generator=torch.Generator().manual_seed(3))
-    assert len(set(losses)) == 5
-    assert torch.equal(weights_of(best), weights_of(alone[losses.index(min(losses))]))
-
-
 def test_refinement_lowers_the_loss_on_the_examples_and_changes_b_alone(generator, load_base, tokenizer):
     given = {"processing_class": tokenizer, "examples": EXAMPLES}
     base = load_base()
@@ -574,43 +647,32 @@ def test_fitted_scale_is_the_one_with_the_least_loss(generator, load_base, token
         losses[scale] = example_loss(model, tokenizer)
     model = generator.generate_adapter(base, **given)
     told = model.lora_generation["default"]
-    assert told["scale"] == min(losses, key=losses.get)
-    assert {0.3: told["scale"] == 1, 20.0: 0 < told["scale"] < 1, -50.0: told["scale"] == 0}[factor]
+    assert told.scale == min(losses, key=losses.get)
+    assert {0.3: told.scale == 1, 20.0: 0 < told.scale < 1, -50.0: told.scale == 0}[factor]
     packed, _ = generator.layout.pack(adapter_state_dict(model), generator.adapter_config())
-    torch.testing.assert_close(packed, told["scale"] * factor * good)
-    gain = (losses[0.0] - losses[told["scale"]]) / losses[0.0]
-    assert told["gain_on_examples"] == pytest.approx(gain, rel=1e-3, abs=1e-5)
+    torch.testing.assert_close(packed, told.scale * factor * good)
+    gain = (losses[0.0] - losses[told.scale]) / losses[0.0]
+    assert told.gain_on_examples == pytest.approx(gain, rel=1e-3, abs=1e-5)
     full = generator.generate_adapter(load_base(), **given, fit_scale=False)
-    assert "scale" not in full.lora_generation["default"]
+    assert full.lora_generation["default"].scale == 1
     packed, _ = generator.layout.pack(adapter_state_dict(full), generator.adapter_config())
     torch.testing.assert_close(packed, factor * good)
     described = generator.generate_adapter(load_base(), processing_class=tokenizer, description=DESCRIPTION)
-    assert "scale" not in described.lora_generation["default"]  # there is nothing to fit it to
-
-
-def test_refinement_starts_from_the_scaled_adapter(mapped, load_base, tokenizer, monkeypatch):
-    given = {"processing_class": tokenizer, "examples": EXAMPLES}
-    wrong = -50 * mapped.decode_task_vector(mapped.task_vectors.banks["shift/2"]["demonstrations"])
-    monkeypatch.setattr(mapped, "decode_task_vector", lambda *_: wrong)
-    refined = mapped.generate_adapter(load_base(), **given, refine_steps=5)
-    assert refined.lora_generation["default"]["scale"] == 0
-    assert refined.lora_generation["default"]["gain_on_examples"] > 0
-    fallback = mapped.generate_adapter(load_base(), **given, on_unfamiliar="mean")
-    assert fallback.lora_generation["default"]["fallback"] == "mean"  # and not weakened
-    assert "scale" not in fallback.lora_generation["default"]
+    assert described.lora_generation["default"].scale == 1  # there is nothing to fit it to
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"refine_steps": 1}, "pass examples too"),
-        ({"num_samples": 2}, "pass examples too"),
-        ({"num_samples": 0}, "num_samples >= 1 .* found 0, 0"),
-        ({"refine_steps": -1}, "refine_steps >= 0, found 1, -1"),
+        ({"refine_steps": -1}, "refine_steps >= 0, found -1"),
+        ({"on_unfamiliar": "base"}, "pass examples too"),
+        ({"on_unfamiliar": "stop"}, "on_unfamiliar: expected one of .* found 'stop'"),
     ],
 )
-def test_what_cannot_be_refined_is_said(generator, base, tokenizer, arguments, message):
-    with pytest.raises(TaskError, match=message):
+def test_what_cannot_be_done_without_examples_is_said(generator, base, tokenizer, arguments, message):
+    error = ArgumentError if "found" in message else TaskError
+    with pytest.raises(error, match=message):
         generator.generate_adapter(base, processing_class=tokenizer, description=DESCRIPTION, **arguments)
     assert not hasattr(base, "peft_config")
 
@@ -620,70 +682,26 @@ def test_gain_on_examples_is_the_part_of_the_loss_that_is_gone(generator, base, 
     losses = [score_completions(base, batch).loss.sum().item()]
     model = generator.generate_adapter(base, processing_class=tokenizer, examples=EXAMPLES)
     losses.append(score_completions(model, batch).loss.sum().item())
-    gain = model.lora_generation["default"]["gain_on_examples"]
+    gain = model.lora_generation["default"].gain_on_examples
     assert gain == pytest.approx((losses[0] - losses[1]) / losses[0], rel=1e-3, abs=1e-5)
-    zero = torch.zeros(generator.layout.num_weights)
-    assert generator.gain_on_examples(EXAMPLES, zero, model, tokenizer) == 0.0
 
 
-# Unfamiliar tasks
+# Adapters that do harm
+
+
+def do_harm(generator, base, tokenizer, monkeypatch):
+    """Let a generator write the opposite of what helps with the examples."""
+    vector = torch.zeros(1, 2, 32)
+    start = generator.layout.scaled(generator.decode_task_vector(vector), 0.0)
+    shared_weights = generator.zoo_normalizer.shared_weights
+    good = ExampleLoss(base, tokenizer, generator.layout, shared_weights, EXAMPLES).refine(start, 20)
+    monkeypatch.setattr(generator, "decode_task_vector", lambda *_: generator.layout.scaled(good, -20.0))
 
 
 @pytest.fixture
-def mapped(generator):
-    generator.map_tasks(generator.task_vectors)
+def doing_harm(generator, base, tokenizer, monkeypatch):
+    do_harm(generator, base, tokenizer, monkeypatch)
     return generator
-
-
-def test_training_tasks_are_familiar_and_far_vectors_are_not(mapped):
-    banks = mapped.task_vectors.banks
-    assert mapped.config.mapped_tasks == list(banks)
-    for name, bank in banks.items():
-        novelty, nearest = mapped.novelty(bank["demonstrations"])
-        assert (novelty, nearest) == (0.0, name)  # nothing is nearer than the task itself
-    far = banks["shift/1"]["demonstrations"] + 1000
-    assert mapped.novelty(far)[0] == 1.0
-
-
-def test_distances_are_those_of_the_conditions(mapped):
-    banks = mapped.task_vectors.banks
-    means = torch.stack([bank["demonstrations"].mean(0) for bank in banks.values()])
-    conditions = mapped.zoo_normalizer.condition(means)
-    places = conditions[:, : mapped.config.map_size]
-    distances = torch.cdist(places, places).fill_diagonal_(torch.inf)
-    torch.testing.assert_close(mapped.task_map.gaps, distances.amin(1).sort().values, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(mapped.task_map.places[1], places[1], rtol=1e-3, atol=1e-3)
-
-
-def test_map_is_saved_with_the_generator(mapped, tmp_path, task_vector):
-    mapped.save_pretrained(tmp_path)
-    again = LoraGeneratorModel.from_pretrained(tmp_path)
-    assert again.novelty(mapped.task_vectors.banks["shift/2"]["both"]) == mapped.novelty(
-        mapped.task_vectors.banks["shift/2"]["both"]
-    )
-    assert all(torch.equal(b, dict(again.task_map.named_buffers())[n]) for n, b in mapped.task_map.named_buffers())
-
-
-def test_novelty_is_reported_for_each_adapter(mapped, base, task_vector):
-    known = mapped.task_vectors.banks["shift/2"]["demonstrations"]
-    model = mapped.generate_adapter(base, task_vector=known)
-    model = mapped.generate_adapter(model, task_vector=known + 1000, adapter_name="far")
-    told = model.lora_generation["default"]
-    assert (told["novelty"], told["nearest_task"], told["seed"]) == (0.0, "shift/2", None)
-    assert model.lora_generation["far"]["novelty"] == 1.0
-
-
-def test_a_description_alone_does_not_tell_how_familiar_a_task_is(mapped, load_base, tokenizer):
-    task = {"processing_class": tokenizer, "description": DESCRIPTION}
-    assert "novelty" not in mapped.generate_adapter(load_base(), **task).lora_generation["default"]
-    with pytest.raises(TaskError, match="A description alone does not tell"):
-        mapped.generate_adapter(load_base(), **task, on_unfamiliar="raise")
-    told = [
-        mapped.generate_adapter(load_base(), **given, examples=EXAMPLES).lora_generation["default"]
-        for given in (task, {"processing_class": tokenizer})
-    ]
-    assert 0 <= told[0]["novelty"] <= 1
-    assert all(told[0][key] == told[1][key] for key in ("novelty", "nearest_task"))
 
 
 def test_the_card_forgets_deleted_adapters(generator, load_base, tokenizer, tmp_path):
@@ -692,57 +710,37 @@ def test_the_card_forgets_deleted_adapters(generator, load_base, tokenizer, tmp_
     model = generator.generate_adapter(model, **task, description="The second task.", adapter_name="second")
     model.delete_adapter("default")
     model.set_adapter("second")
-    model.save_pretrained(tmp_path)
+    save_adapter_card(model, tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert "The second task." in card
     assert "The first task." not in card
 
 
-def test_unfamiliar_tasks_are_treated_as_asked(mapped, load_base):
-    known = mapped.task_vectors.banks["shift/2"]["demonstrations"]
-    far = known + 1000
-    _, nearest = mapped.novelty(far)
-    assert not mapped._fallback("nearest", nearest).requires_grad
-    for choice in ("generate", "base", "nearest", "mean", "raise"):  # a familiar task is generated
-        model = mapped.generate_adapter(load_base(), task_vector=known, on_unfamiliar=choice)
-        expected = mapped.generate_adapter(load_base(), task_vector=known)
-        assert torch.equal(weights_of(model), weights_of(expected))
-    generated = mapped.generate_adapter(load_base(), task_vector=far)
-    mean = mapped.generate_adapter(load_base(), task_vector=far, on_unfamiliar="mean")
-    taken = mapped.generate_adapter(load_base(), task_vector=far, on_unfamiliar="nearest")
-    packed, _ = mapped.layout.pack(adapter_state_dict(mean), mapped.adapter_config())
-    torch.testing.assert_close(packed, mapped.zoo_normalizer.weight_mean)
-    nothing = mapped.generate_adapter(load_base(), task_vector=far, on_unfamiliar="base")
-    assert torch.equal(logits(nothing), logits(load_base()))
-    assert nothing.lora_generation["default"]["fallback"] == "base"
-    own = mapped.task_vectors.banks[nearest]["demonstrations"].mean(0)
-    expected = mapped.generate_adapter(load_base(), task_vector=own)
-    torch.testing.assert_close(weights_of(taken), weights_of(expected), rtol=1e-2, atol=1e-3)
-    assert not torch.allclose(weights_of(generated), weights_of(taken), rtol=1e-2, atol=1e-3)
-    base = load_base()
-    with pytest.raises(UnfamiliarTaskError, match="less familiar than 100.0% of the training tasks .* nearest is"):
-        mapped.generate_adapter(base, task_vector=far, on_unfamiliar="raise")
-    assert not hasattr(base, "peft_config")
-
-
-def test_an_adapter_that_does_harm_on_its_examples_is_not_handed_out(mapped, load_base, tokenizer, monkeypatch):
+def test_an_adapter_that_does_harm_on_its_examples_is_treated_as_asked(doing_harm, load_base, tokenizer):
     task = {"processing_class": tokenizer, "examples": EXAMPLES}
-    known = mapped.task_vectors.banks["shift/2"]["demonstrations"]
-    monkeypatch.setattr(TaskVectorExtractor, "vector", lambda *_: known)  # familiar, for sure
-    wrong = -50 * mapped.decode_task_vector(known)
-    monkeypatch.setattr(mapped, "decode_task_vector", lambda *_: wrong)
-    told = mapped.generate_adapter(load_base(), **task, fit_scale=False).lora_generation["default"]
-    assert told["gain_on_examples"] < 0
-    assert told["novelty"] == 0.0
-    told = mapped.generate_adapter(load_base(), **task).lora_generation["default"]
-    assert (told["gain_on_examples"], told["scale"]) == (0.0, 0.0)
-    model = mapped.generate_adapter(load_base(), **task, on_unfamiliar="base")
-    assert torch.equal(logits(model), logits(load_base()))
-    assert model.lora_generation["default"]["gain_on_examples"] == 0.0
+    told = doing_harm.generate_adapter(load_base(), **task).lora_generation["default"]
+    assert (told.gain_on_examples, told.scale, told.fallback) == (0.0, 0.0, None)
+    for fit_scale in (True, False):
+        model = doing_harm.generate_adapter(load_base(), **task, fit_scale=fit_scale, on_unfamiliar="base")
+        assert torch.equal(logits(model), logits(load_base()))
+        told = model.lora_generation["default"]
+        assert (told.gain_on_examples, told.scale, told.fallback) == (0.0, 0.0, "base")
+    base = load_base()
     with pytest.raises(UnfamiliarTaskError, match="makes the loss on its own examples larger, by"):
-        mapped.generate_adapter(load_base(), **task, on_unfamiliar="raise")
-    refined = mapped.generate_adapter(load_base(), **task, on_unfamiliar="base", refine_steps=5)
-    assert refined.lora_generation["default"]["gain_on_examples"] > 0  # fine-tuned, from nothing
+        doing_harm.generate_adapter(base, **task, on_unfamiliar="raise")
+    assert not hasattr(base, "peft_config")
+    refined = doing_harm.generate_adapter(load_base(), **task, on_unfamiliar="base", refine_steps=5)
+    assert example_loss(refined, tokenizer) < example_loss(load_base(), tokenizer)  # fine-tuned, from nothing
+
+
+def test_an_adapter_that_helps_is_generated_whatever_was_asked(generator, load_base, tokenizer):
+    task = {"processing_class": tokenizer, "examples": EXAMPLES}
+    expected = generator.generate_adapter(load_base(), **task, fit_scale=False)
+    for choice in ("base", "raise"):
+        model = generator.generate_adapter(load_base(), **task, fit_scale=False, on_unfamiliar=choice)
+        told = model.lora_generation["default"]
+        assert (told.gain_on_examples > 0, told.scale, told.fallback) == (True, 1.0, None)
+        assert torch.equal(weights_of(model), weights_of(expected))
 
 
 def test_a_fallback_to_the_base_is_refined_where_a_varies_too(tmp_path, load_base, tokenizer, monkeypatch):
@@ -754,22 +752,9 @@ def test_a_fallback_to_the_base_is_refined_where_a_varies_too(tmp_path, load_bas
     zoo.add_task_vectors(TaskVectorExtractor(TaskVectorSpec(num_draws=2)).extract(base, tokenizer, tasks))
     assert zoo.layout.gauge == "shared_init"
     generator = amplified(LoraGeneratorConfig.from_zoo(zoo, **SIZES), zoo.as_dataset())
-    generator.map_tasks(zoo.task_vectors)
-    monkeypatch.setattr(generator, "novelty", lambda _: (1.0, tasks[0].name))
+    do_harm(generator, load_base(), tokenizer, monkeypatch)
     task = {"processing_class": tokenizer, "examples": EXAMPLES, "on_unfamiliar": "base"}
     model = generator.generate_adapter(load_base(), **task)
     assert torch.equal(logits(model), logits(load_base()))
     refined = generator.generate_adapter(load_base(), **task, refine_steps=5)
-    assert refined.lora_generation["default"]["gain_on_examples"] > 0
-
-
-def test_what_the_map_needs_is_said(generator, base, task_vector):
-    with pytest.raises(NotFittedError, match="call map_tasks"):
-        generator.novelty(task_vector)
-    with pytest.raises(NotFittedError, match="call map_tasks"):
-        generator.generate_adapter(base, task_vector=task_vector, on_unfamiliar="mean")
-    with pytest.raises(TaskError, match="on_unfamiliar: expected one of .* found 'stop'"):
-        generator.generate_adapter(base, task_vector=task_vector, on_unfamiliar="stop")
-    generator.config.training_tasks = ["shift/1", "elsewhere"]
-    with pytest.raises(TaskVectorError, match=r"at least two training tasks, found \['shift/1'\]"):
-        generator.map_tasks(generator.task_vectors)
+    assert example_loss(refined, tokenizer) < example_loss(load_base(), tokenizer)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from hf_icm_lora import (
+    ArgumentError,
     IncompatibleAdapterError,
     LoraGeneratorConfig,
     LoraGeneratorModel,
@@ -21,6 +23,7 @@ from hf_icm_lora import (
     TaskVectorSpec,
     ZooError,
     attach_adapter,
+    import_zoo,
 )
 
 IDS = torch.tensor([[5, 17, 3, 99, 42, 8]])
@@ -85,9 +88,9 @@ def foreign(tmp_path, llama):
 def test_thirty_adapters_with_ten_kinds_of_difference(tmp_path, llama, foreign):
     folders, expected = foreign
     before = logits(llama)
-    zoo, table = LoraZoo.import_adapters(tmp_path / "zoo", folders, llama)
+    zoo, table = import_zoo(tmp_path / "zoo", folders, llama)
     assert len(zoo) == len(table) == 30
-    assert zoo.layout.gauge == "canonical"
+    assert zoo.layout.gauge == "free"
     assert {module.rank for module in zoo.layout.modules} == {4}
     assert len(zoo.layout.modules) == 6  # q, v and o of two layers
     assert {row["status"] for row in table} == {"converted"}
@@ -109,7 +112,7 @@ def test_imported_zoo_trains_and_generates(tmp_path, llama, tokenizer, foreign):
     tasks = make_tasks(30)
     names = [task.name for task in tasks]
     folders = dict(zip(names, foreign[0].values(), strict=True))
-    zoo, _ = LoraZoo.import_adapters(tmp_path / "zoo", folders, llama, base_model_name_or_path="user/base")
+    zoo, _ = import_zoo(tmp_path / "zoo", folders, llama, base_model_name_or_path="user/base")
     spec = TaskVectorSpec(num_draws=1)
     zoo.add_task_vectors(TaskVectorExtractor(spec).extract(llama, tokenizer, tasks))
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_encoder_layers": 1, "num_decoder_layers": 1}
@@ -123,7 +126,7 @@ def test_imported_zoo_trains_and_generates(tmp_path, llama, tokenizer, foreign):
     model = generator.generate_adapter(
         llama, processing_class=tokenizer, examples=tasks[0].demo[:4], adapter_name="generated"
     )
-    model.save_pretrained(tmp_path / "out")
+    model.save_pretrained(tmp_path / "out", save_embedding_layers=False)
     saved = json.loads((tmp_path / "out" / "generated" / "adapter_config.json").read_text())
     assert saved["r"] == saved["lora_alpha"] == 4
     assert saved["base_model_name_or_path"] == "user/base"
@@ -143,25 +146,24 @@ def test_adapters_of_one_frozen_a_keep_it(tmp_path, llama):
         "mixed": save_foreign(tmp_path / "mixed", llama, 4, frozen_a=mixed),  # the same rows in other coordinates
         "part": save_foreign(tmp_path / "part", llama, 5, frozen_a=a, layers_to_transform=[0]),
     }
-    zoo, _ = LoraZoo.import_adapters(tmp_path / "zoo", {name: folder for name, (folder, _) in made.items()}, llama)
+    zoo, _ = import_zoo(tmp_path / "zoo", {name: folder for name, (folder, _) in made.items()}, llama)
     assert zoo.layout.gauge == "frozen_a"
-    assert zoo.reference is None
     for name, (_, expected) in made.items():
         torch.testing.assert_close(imported_logits(zoo, name, llama), expected, atol=5e-3, rtol=1e-2)
 
     # One of another A is no reason to give that up later.
     other, _ = save_foreign(tmp_path / "other", llama, 6)
-    _, (row,) = LoraZoo.import_adapters(tmp_path / "zoo", {"other": other}, llama)
+    _, (row,) = import_zoo(tmp_path / "zoo", {"other": other}, llama)
     assert row["status"] == "refused"
     assert "does not span" in row["reason"]
     # But among those that a zoo is made of, it is.
     sources = {"one": made["one"][0], "two": made["two"][0], "other": other}
-    assert LoraZoo.import_adapters(tmp_path / "zoo-2", sources, llama)[0].layout.gauge == "canonical"
+    assert import_zoo(tmp_path / "zoo-2", sources, llama)[0].layout.gauge == "free"
 
 
 def test_smaller_rank_keeps_the_largest_singular_values(tmp_path, llama):
     folder, _ = save_foreign(tmp_path / "big", llama, r=8, lora_alpha=8)
-    zoo, (row,) = LoraZoo.import_adapters(tmp_path / "zoo", [folder], llama, rank=3)
+    zoo, (row,) = import_zoo(tmp_path / "zoo", [folder], llama, rank=3)
     assert row["task"] == row["source"] == "big"
     assert {module.rank for module in zoo.layout.modules} == {3}
     own = load_file(folder / "adapter_model.safetensors")
@@ -190,12 +192,12 @@ def test_what_cannot_be_taken_is_refused_with_its_reason(tmp_path, llama, change
     bad, _ = save_foreign(tmp_path / "bad", llama, base_name="user/base")
     file = bad / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    zoo, table = LoraZoo.import_adapters(tmp_path / "zoo", [good, bad], llama, base_model_name_or_path="user/base")
+    zoo, table = import_zoo(tmp_path / "zoo", [good, bad], llama, base_model_name_or_path="user/base")
     assert list(zoo) == ["good"]
     assert [row["status"] for row in table] == ["converted", "refused"]
     assert reason in table[1]["reason"]
     with pytest.raises(IncompatibleAdapterError, match="None of 1 adapters"):
-        LoraZoo.import_adapters(tmp_path / "none", [bad], llama, base_model_name_or_path="user/base")
+        import_zoo(tmp_path / "none", [bad], llama, base_model_name_or_path="user/base")
     assert not (tmp_path / "none").exists()
 
 
@@ -209,7 +211,7 @@ def test_other_base_models_and_missing_folders_are_refused(tmp_path, llama):
     (tmp_path / "pickle" / "adapter_config.json").write_bytes((good / "adapter_config.json").read_bytes())
     (tmp_path / "pickle" / "adapter_model.bin").write_bytes(b"not opened")
     sources = [good, other, tmp_path / "empty", tmp_path / "pickle", tmp_path / "missing"]
-    zoo, table = LoraZoo.import_adapters(tmp_path / "zoo", sources, llama)
+    zoo, table = import_zoo(tmp_path / "zoo", sources, llama)
     assert list(zoo) == ["good"]
     reasons = {row["task"]: row["reason"] for row in table if row["status"] == "refused"}
     assert "does not fit the base weight" in reasons["other"]
@@ -222,23 +224,43 @@ def test_more_adapters_join_a_zoo_as_it_is(tmp_path, llama):
     first, _ = save_foreign(tmp_path / "first", llama, 1)
     second, expected = save_foreign(tmp_path / "second", llama, 2, r=2)
     third, _ = save_foreign(tmp_path / "third", llama, 3, target_modules=["o_proj"])
-    zoo, _ = LoraZoo.import_adapters(tmp_path / "zoo", [first], llama)
-    reference, weights = zoo.reference, zoo.lora_weights("first")
-    zoo, table = LoraZoo.import_adapters(tmp_path / "zoo", [first, second, third], llama)
+    zoo, _ = import_zoo(tmp_path / "zoo", [first], llama)
+    weights = zoo.lora_weights("first")
+    zoo, table = import_zoo(tmp_path / "zoo", [first, second, third], llama)
     assert [row["status"] for row in table] == ["held", "converted", "refused"]
     assert "modules that the zoo has not" in table[2]["reason"]
-    assert torch.equal(zoo.reference, reference)
     assert torch.equal(zoo.lora_weights("first"), weights)
     torch.testing.assert_close(imported_logits(zoo, "second", llama), expected, atol=2e-4, rtol=1e-3)
     with pytest.raises(ZooError, match="rank 4"):
-        LoraZoo.import_adapters(tmp_path / "zoo", [second], llama, rank=8)
-    with pytest.raises(ZooError, match="one name"):
-        LoraZoo.import_adapters(tmp_path / "zoo", [first, tmp_path / "zoo" / "first"], llama)
+        import_zoo(tmp_path / "zoo", [second], llama, rank=8)
+    with pytest.raises(ArgumentError, match="one name"):
+        import_zoo(tmp_path / "zoo", [first, tmp_path / "zoo" / "first"], llama)
+
+
+@pytest.mark.parametrize("shares_a", [False, True])
+def test_each_adapter_is_read_once_and_what_the_zoo_holds_not_again(tmp_path, llama, monkeypatch, shares_a):
+    first = get_peft_model(copy.deepcopy(llama), LoraConfig(r=4, target_modules=LORA_TARGETS["llama"]))
+    a = {name: p.detach().clone() for name, p in first.named_parameters() if ".lora_A." in name} if shares_a else None
+    folders = [save_foreign(tmp_path / str(seed), llama, seed, frozen_a=a)[0] for seed in range(4)]
+    reads, opened = Counter(), open
+
+    def counting(file, *args, **kwargs):
+        reads[str(file)] += 1
+        return opened(file, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.open", counting)
+    zoo, _ = import_zoo(tmp_path / "zoo", folders[:3], llama)
+    assert zoo.layout.gauge == ("frozen_a" if shares_a else "free")
+    files = [str(folder / "adapter_model.safetensors") for folder in folders]
+    assert [reads[file] for file in files] == [1, 1, 1, 0]
+    _, table = import_zoo(tmp_path / "zoo", folders, llama)
+    assert [row["status"] for row in table] == ["held", "held", "held", "converted"]
+    assert [reads[file] for file in files] == [1, 1, 1, 1]
 
 
 def test_interrupted_import_is_finished_by_the_same_call(tmp_path, llama, monkeypatch):
     sources = [save_foreign(tmp_path / str(seed), llama, seed)[0] for seed in range(3)]
-    whole, _ = LoraZoo.import_adapters(tmp_path / "whole", sources, llama)
+    whole, _ = import_zoo(tmp_path / "whole", sources, llama)
     add, calls = LoraZoo.add, []
 
     def fail_at_the_second(self, *args, **kwargs):
@@ -249,11 +271,10 @@ def test_interrupted_import_is_finished_by_the_same_call(tmp_path, llama, monkey
 
     monkeypatch.setattr(LoraZoo, "add", fail_at_the_second)
     with pytest.raises(KeyboardInterrupt):
-        LoraZoo.import_adapters(tmp_path / "zoo", sources, llama)
+        import_zoo(tmp_path / "zoo", sources, llama)
     monkeypatch.undo()
-    zoo, table = LoraZoo.import_adapters(tmp_path / "zoo", sources, llama)
+    zoo, table = import_zoo(tmp_path / "zoo", sources, llama)
     assert [row["status"] for row in table] == ["held", "converted", "converted"]
-    assert torch.equal(zoo.reference, whole.reference)
     for name in whole:
         assert torch.equal(zoo.lora_weights(name), whole.lora_weights(name))
 
@@ -262,20 +283,20 @@ def test_wrapped_base_model_is_refused(tmp_path, llama):
     folder, _ = save_foreign(tmp_path / "one", llama)
     wrapped = get_peft_model(make_llama(), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(IncompatibleAdapterError, match="without adapters"):
-        LoraZoo.import_adapters(tmp_path / "zoo", [folder], wrapped)
+        import_zoo(tmp_path / "zoo", [folder], wrapped)
 
 
 def test_imported_adapter_folder_is_an_ordinary_one(tmp_path, llama):
     llama.save_pretrained(tmp_path / "base")
     folder, expected = save_foreign(tmp_path / "one", llama, use_rslora=True, rank_pattern={"v_proj": 3})
-    zoo, _ = LoraZoo.import_adapters(tmp_path / "zoo", [folder], llama, base_model_name_or_path=str(tmp_path / "base"))
+    zoo, _ = import_zoo(tmp_path / "zoo", [folder], llama, base_model_name_or_path=str(tmp_path / "base"))
     model = AutoPeftModelForCausalLM.from_pretrained(zoo.task_folder("one") / "step-0")
     torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-3)
 
 
 def test_source_paths_stay_out_of_the_zoo(tmp_path, llama):
     folder, _ = save_foreign(tmp_path / "secret-place" / "one", llama)
-    zoo, _ = LoraZoo.import_adapters(tmp_path / "zoo", [folder], llama)
+    zoo, _ = import_zoo(tmp_path / "zoo", [folder], llama)
     text = "".join(file.read_text() for file in zoo.path.rglob("*.json"))
     assert "secret-place" not in text
     assert '"source": "one"' in text
@@ -284,7 +305,7 @@ def test_source_paths_stay_out_of_the_zoo(tmp_path, llama):
 
 def test_full_names_where_short_ones_would_mean_more(tmp_path, llama):
     folder, expected = save_foreign(tmp_path / "one", llama, layers_to_transform=[1])
-    zoo, _ = LoraZoo.import_adapters(tmp_path / "zoo", [folder], llama)
+    zoo, _ = import_zoo(tmp_path / "zoo", [folder], llama)
     assert zoo.lora_config["target_modules"] == [
         "model.layers.1.self_attn.q_proj",
         "model.layers.1.self_attn.v_proj",

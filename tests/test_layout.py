@@ -13,8 +13,8 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import GPT2LMHeadModel
 
 from hf_icm_lora import CorruptAdapterError, IncompatibleAdapterError, LoraLayout, attach_adapter
-from hf_icm_lora.adapter import canonical_lora_config
-from hf_icm_lora.layout import PREFIX, LoraModule, check_plain_lora, split
+from hf_icm_lora.layout import PREFIX, LoraModule, split
+from hf_icm_lora.lora_config import canonical_lora_config
 
 IDS = torch.tensor([[5, 17, 3, 99, 42, 8]])
 Q0 = f"{PREFIX}model.layers.0.self_attn.q_proj"
@@ -49,7 +49,7 @@ def plain_config(rank=4, alpha=4):
     return {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": TARGETS}
 
 
-@pytest.mark.parametrize("gauge", ["frozen_a", "shared_init", "canonical"])
+@pytest.mark.parametrize("gauge", ["frozen_a", "shared_init", "free"])
 def test_round_trip_keeps_each_product_and_the_logits(any_model, gauge):
     base, targets = any_model
     theirs, config, state_dict = peft_adapter(base, targets)
@@ -65,7 +65,7 @@ def test_round_trip_keeps_each_product_and_the_logits(any_model, gauge):
     torch.testing.assert_close(logits(ours), logits(theirs), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("gauge", ["frozen_a", "shared_init", "canonical"])
+@pytest.mark.parametrize("gauge", ["frozen_a", "shared_init", "free"])
 def test_scaled_weights_are_the_scaled_product(any_model, gauge):
     base, targets = any_model
     _, config, state_dict = peft_adapter(base, targets)
@@ -235,70 +235,6 @@ def test_fingerprint_changes_exactly_if_the_layout_does():
     assert len(fingerprints) == len(others) + 1
 
 
-def _invertible(rank, generator):
-    q1, q2 = (torch.linalg.qr(torch.randn(rank, rank, generator=generator, dtype=torch.double))[0] for _ in "12")
-    return q1 @ torch.diag(torch.linspace(0.5, 3, rank, dtype=torch.double)) @ q2
-
-
-def test_equal_adapters_pack_to_one_canonical_vector(llama):
-    _, config, state_dict = peft_adapter(llama, TARGETS)
-    layout = LoraLayout.from_state_dict(state_dict, config, "canonical")
-    generator = torch.Generator().manual_seed(1)
-    turned = {key: tensor.double() for key, tensor in state_dict.items()}
-    for name in products(state_dict):
-        r = _invertible(4, generator)
-        turned[f"{name}.lora_A.weight"] = r @ turned[f"{name}.lora_A.weight"]
-        turned[f"{name}.lora_B.weight"] = turned[f"{name}.lora_B.weight"] @ torch.linalg.inv(r)
-    expected, _ = layout.pack(state_dict, config)
-    found, _ = layout.pack(turned, config)
-    shared_init = LoraLayout.from_state_dict(state_dict, config, "shared_init")
-    assert not torch.allclose(shared_init.pack(turned, config)[0], shared_init.pack(state_dict, config)[0], atol=0.1)
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"use_dora": True}, r"LoraConfig\.use_dora=True"),
-        ({"modules_to_save": ["lm_head"]}, r"LoraConfig\.modules_to_save"),
-        ({"bias": "all"}, r"LoraConfig\.bias='all'"),
-        ({"lora_bias": True}, r"LoraConfig\.lora_bias"),
-        ({"trainable_token_indices": [1]}, r"LoraConfig\.trainable_token_indices"),
-        ({"layer_replication": [[0, 2]]}, r"LoraConfig\.layer_replication"),
-        ({"target_parameters": ["w"]}, r"LoraConfig\.target_parameters"),
-        (
-            {"init_lora_weights": "pissa"},
-            r"LoraConfig\.init_lora_weights='pissa'",
-        ),  # PEFT then changes the base itself
-        ({"init_lora_weights": "olora"}, r"LoraConfig\.init_lora_weights='olora'"),
-        ({"init_lora_weights": "pissa_niter_4"}, r"LoraConfig\.init_lora_weights='pissa_niter_4'"),
-        ({"r": 0}, r"LoraConfig\.r: .* found 0"),
-        ({"r": 10**9}, r"LoraConfig\.r: .* found 1000000000"),
-        ({"r": -4}, r"LoraConfig\.r: .* found -4"),
-        ({"r": True}, r"LoraConfig\.r: .* found True"),
-        ({"r": "8"}, r"LoraConfig\.r: .* found '8'"),
-        ({"r": None}, r"LoraConfig\.r: .* found None"),
-        ({"lora_alpha": math.nan}, r"LoraConfig\.lora_alpha: .* found nan"),
-        ({"alpha_pattern": ["q_proj"]}, r"LoraConfig\.alpha_pattern"),
-        ({"alpha_pattern": {"q_proj": "big"}}, r"LoraConfig\.alpha_pattern"),
-        ({"alpha_pattern": {"q_proj": math.inf}}, r"LoraConfig\.alpha_pattern"),
-        ({"alpha_pattern": {"q_proj(": 4}}, r"LoraConfig\.alpha_pattern"),
-        ({"peft_type": "IA3"}, "peft_type 'LORA', found 'IA3'"),
-    ],
-)
-def test_configurations_that_are_no_plain_lora_are_refused_by_field(change, message):
-    check_plain_lora(plain_config())
-    with pytest.raises(IncompatibleAdapterError, match=message):
-        check_plain_lora(plain_config() | change)
-    with pytest.raises(IncompatibleAdapterError, match=message):
-        LoraLayout.from_state_dict({}, plain_config() | change, "frozen_a")
-
-
-@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal"])
-def test_initialisations_that_leave_the_base_alone_are_plain(init):
-    check_plain_lora(LoraConfig(**plain_config(), init_lora_weights=init).to_dict())
-
-
 def _drop(key):
     return lambda state_dict: state_dict.pop(key)
 
@@ -407,7 +343,7 @@ def test_vectors_of_another_length_are_refused():
 def test_packing_does_not_change_the_state_dict(llama):
     _, config, state_dict = peft_adapter(llama, TARGETS)
     before = {key: tensor.clone() for key, tensor in state_dict.items()}
-    LoraLayout.from_state_dict(state_dict, config, "canonical").pack(state_dict, config)
+    LoraLayout.from_state_dict(state_dict, config, "free").pack(state_dict, config)
     assert all(torch.equal(before[key], state_dict[key]) for key in before)
 
 

@@ -10,6 +10,7 @@ from peft import LoraConfig
 
 from hf_icm_lora import (
     CollectionArguments,
+    EvaluationError,
     LoraGeneratorConfig,
     LoraGeneratorModel,
     LoraGeneratorTrainer,
@@ -21,7 +22,7 @@ from hf_icm_lora import (
     evaluate_generator,
     generator_card,
 )
-from hf_icm_lora.model_card import NOT_EVALUATED, adapter_card, is_local, public_arguments, zoo_card
+from hf_icm_lora.model_card import NOT_EVALUATED, adapter_card, zoo_card
 
 GENERATOR_PATTERN = r"""---
 base_model: user/base
@@ -141,8 +142,9 @@ def test_evaluation_in_text_and_metadata_and_in_place_of_an_older_one(world):
     twice = add_evaluation(card, report)
     assert twice.text.count("| wrong_condition |") == card.text.count("| wrong_condition |")
     assert ".png" not in twice.text
-    with pytest.raises(ValueError, match="no place for an evaluation"):
-        add_evaluation(ModelCard("# Another card"), report)
+    for text in ("# Another card", "<!-- evaluation --> <!-- end evaluation -->", "# A\n<!-- evaluation -->"):
+        with pytest.raises(EvaluationError, match="no place for an evaluation"):
+            add_evaluation(ModelCard(text), report)
 
 
 def test_a_thousand_tasks_are_told_by_family(world):
@@ -160,12 +162,16 @@ def test_a_thousand_tasks_are_told_by_family(world):
 def test_adapter_card(world):
     _, generator, _ = world
     about = {"generator": {"folder": "mine"}, "template": generator.config.template, "seed": None, "refine_steps": 3}
-    about |= {"novelty": 0.123456, "description": "Shift.", "examples": [{"prompt": "a|b", "completion": "ü"}] * 40}
+    about |= {
+        "gain_on_examples": 0.123456,
+        "description": "Shift.",
+        "examples": [{"prompt": "a|b", "completion": "ü"}] * 40,
+    }
     card = adapter_card(generator.adapter_config(), {"default": about})
     assert (card.data.library_name, card.data.pipeline_tag) == ("peft", "text-generation")
     assert "a generator of LoRAs (`mine`) wrote it" in card.text
     assert "then refined by gradient steps" in card.text
-    assert "| novelty | 0.1235 |" in card.text
+    assert "| gain on examples | 0.1235 |" in card.text
     assert "| seed | - |" in card.text
     assert card.text.count('{"prompt": "a|b", "completion": "ü"}') == 32
     assert "AutoPeftModelForCausalLM" in card.text
@@ -179,26 +185,3 @@ def test_zoo_card(world):
     assert 'LoraZoo.from_hub("me/zoo")' in card.text
     for row in zoo.task_table():
         assert f"| {row['name']} | {row['best_step']} | {row['validation_loss']} |" in card.text
-
-
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        (["/home/me/train.py", "--zoo", "/data/my/zoo/"], ["train.py", "--zoo", "zoo"]),
-        (["x", "--zoo=/data/zoo", "--out=~/out"], ["x", "--zoo=zoo", "--out=out"]),
-        (["x", "--hub_token", "abc", "--seed", "1"], ["x", "--hub_token", "***", "--seed", "1"]),
-        (["x", "--api_key=abc"], ["x", "--api_key=***"]),
-        (["x", "--anything", "hf_abcdefghij"], ["x", "--anything", "***"]),
-        (["x", "C:\\Users\\me\\zoo"], ["x", "zoo"]),
-        (["x", "zoo/one", "user/name", "--lr", "1e-3"], ["x", "zoo/one", "user/name", "--lr", "1e-3"]),
-    ],
-)
-def test_command_lines_are_told_without_paths_and_secrets(arguments, told):
-    assert public_arguments(arguments) == told
-
-
-def test_what_is_a_folder_and_what_an_id(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "base").mkdir()
-    assert all(map(is_local, ["base", "./x", "/x/y", str(tmp_path), "a/b/c"]))
-    assert not any(map(is_local, ["gpt2", "user/name", "HuggingFaceTB/SmolLM2-135M-Instruct"]))

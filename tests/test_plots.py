@@ -13,9 +13,9 @@ import pytest
 import torch
 from conftest import save_base_and_tasks
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from hf_icm_lora import (
+    EvaluationError,
     LoraGeneratorConfig,
     LoraGeneratorModel,
     LoraLayout,
@@ -27,19 +27,7 @@ from hf_icm_lora import (
 from hf_icm_lora.cli import main
 from hf_icm_lora.completion import DEFAULT_TEMPLATE
 from hf_icm_lora.layout import PREFIX, LoraModule
-from hf_icm_lora.plots import (
-    _effect_gram,
-    _module_errors,
-    _name_some,
-    _near_their_family,
-    _principal_places,
-    _short_names,
-    plot_losses,
-    plot_maps,
-    plot_module_errors,
-    plot_recovered_gain,
-    write_plots,
-)
+from hf_icm_lora.plots import plot_losses, plot_module_errors, plot_recovered_gain, write_plots
 
 CONFIG = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 6, "target_modules": ["q", "v"]}
 SIZES = dict(hidden_size=32, intermediate_size=64, num_encoder_layers=1, num_decoder_layers=1, latent_size=4)
@@ -170,7 +158,7 @@ def test_base_and_fine_tuning_are_lines_and_all_dots_are_inside():
 
 
 def test_rows_on_request_are_drawn_when_they_are_there():
-    figure = plot_recovered_gain(make_report(GAINS, ["description", "refined", "best_of_n"]))
+    figure = plot_recovered_gain(make_report(GAINS, ["description", "refined", "fallback"]))
     drawn = ["generated from the examples", "refined on the examples", "from the description alone",
              "best plain rival", "examples in the prompt"]  # fmt: skip
     assert [text.get_text() for text in figure.legends[0].get_texts()] == drawn
@@ -215,124 +203,6 @@ def test_names_that_are_long_or_hold_dollars():
     assert figure.axes[0].get_window_extent().width > 500
 
 
-# Maps
-
-
-def assert_same_points(found, expected):
-    torch.testing.assert_close(torch.tensor(sorted(found)), torch.tensor(sorted(expected)), atol=1e-3, rtol=1e-3)
-
-
-def assert_room_for_names(ax):
-    points = ax.transData.transform([point for line in ax.lines for point in line.get_xydata().tolist()])
-    boxes = [text.get_window_extent() for text in ax.texts]
-    assert not any(box.count_contains(points) for box in boxes)
-    assert not any(box.count_overlaps(boxes) > 1 for box in boxes)
-
-
-@pytest.mark.parametrize("gauge", ["frozen_a", "shared_init"])
-def test_map_of_effects_is_that_of_all_products(tmp_path, gauge):
-    zoo = make_zoo(tmp_path / "zoo", [*SEEN, *UNSEEN], gauge)
-    effects = []
-    for name in zoo:
-        state = zoo.load_snapshot(name)
-        keys = [key for key in state if "lora_B" in key]
-        effects.append(torch.cat([(3 * state[key] @ state[key.replace("_B", "_A")]).flatten() for key in keys]))
-    effects = torch.stack(effects)
-    torch.testing.assert_close(_effect_gram(zoo), effects @ effects.T, atol=1e-2, rtol=1e-4)
-    places, shares = _principal_places(_effect_gram(zoo))
-    u, s, _ = torch.linalg.svd(effects.double() - effects.double().mean(0), full_matrices=False)
-    torch.testing.assert_close(places.abs(), (u * s)[:, :2].abs(), atol=1e-3, rtol=1e-3)
-    assert shares == pytest.approx((s**2 / (s**2).sum())[:2].tolist(), abs=1e-4)
-
-
-def test_map_of_one_task_is_a_point():
-    places, shares = _principal_places(torch.ones(1, 1))
-    assert places.tolist() == [[0, 0]]
-    assert shares == [0, 0]
-
-
-def test_maps_show_each_task_once_seen_filled_unseen_open(zoo, generator):
-    figure = plot_maps(generator, zoo)
-    assert len(figure.axes) == 2
-    for ax, gram in zip(figure.axes, (None, _effect_gram(zoo)), strict=True):
-        drawn = [
-            (line.get_mfc(), line.get_color(), point) for line in ax.lines for point in line.get_xydata().tolist()
-        ]
-        assert len(drawn) == 5
-        assert sum(fill == "white" for fill, *_ in drawn) == len(UNSEEN)
-        assert len({color for _, color, _ in drawn}) == 2  # families
-        if gram is not None:
-            assert_same_points([point for *_, point in drawn], _principal_places(gram)[0].tolist())
-    legend = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert legend == ["dates", "words", "seen", "unseen"]
-
-
-def test_conditions_on_the_map_are_the_generators(zoo, generator):
-    banks = zoo.task_vectors.banks
-    conditions = generator.zoo_normalizer.condition(
-        torch.stack([banks[name]["demonstrations"].mean(0) for name in zoo])
-    )
-    expected = _principal_places(conditions @ conditions.T)[0]
-    found = [point for line in plot_maps(generator, zoo).axes[0].lines for point in line.get_xydata().tolist()]
-    assert_same_points(found, expected.tolist())
-
-
-def test_a_few_tasks_are_named_beside_their_points_and_in_the_picture(zoo, generator):
-    figure = plot_maps(generator, zoo)
-    pixels(figure)
-    for ax in figure.axes:
-        names = [text.get_text() for text in ax.texts]
-        assert 1 <= len(names) <= 2
-        assert set(names) <= set(zoo)
-        assert len({name.split("/")[0] for name in names}) == len(names)  # one of a family
-        assert_room_for_names(ax)
-
-
-def test_names_of_close_points_go_to_other_sides():
-    ax = Figure((4, 4)).subplots()
-    ax.set(xlim=(0, 1), ylim=(0, 1))
-    places = torch.tensor([[0.5, 0.5], [0.5, 0.51], [0.5, 0.52]])
-    ax.plot(*places.T, "o")
-    _name_some(ax, places, ["one", "two", "three"], ["a", "b", "c"])
-    assert {text.get_text() for text in ax.texts} == {"one", "three"}  # to the right and the left of all
-    assert_room_for_names(ax)
-
-
-def test_more_families_than_looks_share_the_last(tmp_path):
-    names = ["many/1", "many/2", *(f"family {i:02}/x" for i in range(30))]
-    zoo = make_zoo(tmp_path / "zoo", names)
-    figure = plot_maps(make_generator(zoo), zoo)
-    legend = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert len(legend) == 28 + 3
-    assert legend[27:] == ["many", "other families", "seen", "unseen"]
-    pixels(figure)
-    for ax in figure.axes:
-        assert 4 <= len(ax.texts) <= 8
-        assert_room_for_names(ax)
-    looks = {(line.get_color(), line.get_marker()) for line in figure.axes[0].lines[: 2 * 28]}
-    assert len(looks) == 28
-    assert sum(len(line.get_xdata()) for line in figure.axes[0].lines) == 32
-
-
-def test_neighbours_of_the_family_are_counted():
-    points = torch.tensor([[0.0, 0], [0, 1], [5, 0], [5, 1], [9, 9]])
-    gram = points @ points.T
-    assert _near_their_family(gram, ["a", "a", "b", "b", "alone"]) == 1
-    assert _near_their_family(gram, ["a", "b", "a", "b", "alone"]) == 0
-    assert _near_their_family(gram, ["a", "a", "b", "c", "b"]) == 0.5
-    assert _near_their_family(gram, list("abcde")) is None
-
-
-def test_tasks_without_vectors_are_left_out(tmp_path):
-    zoo = make_zoo(tmp_path / "zoo", [*SEEN, *UNSEEN], vectors_of=SEEN)
-    generator = make_generator(zoo.subset(SEEN))
-    assert sum(len(line.get_xdata()) for line in plot_maps(generator, zoo).axes[0].lines) == 3
-    assert [ax.get_title("left")[:12] for ax in plot_module_errors(generator, zoo).axes[:1]] == ["3 seen tasks"]
-    for draw in (plot_maps, plot_module_errors):
-        with pytest.raises(TaskVectorError, match="no vectors for any"):
-            draw(generator, zoo.subset(UNSEEN))
-
-
 # Losses
 
 
@@ -344,10 +214,9 @@ def test_panels_are_the_terms_that_were_logged():
     def titles(*names):
         return [ax.get_title("left") for ax in plot_losses(history(*names)).axes]
 
-    assert titles("loss", "functional_loss", "learning_rate") == ["Loss through the base model"]
-    assert titles("loss", "distillation_loss") == ["Divergence from the teachers"]
+    assert titles("loss", "behavioural_loss", "learning_rate") == ["Loss through the base model"]
     assert titles("loss", "eval_loss") == ["Loss"]
-    assert titles("loss", "reconstruction_loss", "kl", "functional_loss", "eval_generation_loss", "active_units") == [
+    assert titles("loss", "reconstruction_loss", "kl", "behavioural_loss", "eval_generation_loss", "active_units") == [
         "Error of the weights", "Loss through the base model", "Information in z (KL)"
     ]  # fmt: skip
 
@@ -368,7 +237,7 @@ def test_training_is_a_line_and_evaluation_points():
 
 
 def test_short_runs_are_drawn_as_logged_and_read_from_a_file(tmp_path):
-    state = history("functional_loss")
+    state = history("behavioural_loss")
     (tmp_path / "trainer_state.json").write_text(json.dumps(state))
     (ax,) = plot_losses(tmp_path / "trainer_state.json").axes
     assert ax.lines[0].get_xydata().tolist() == ax.lines[1].get_xydata().tolist() == [
@@ -378,27 +247,28 @@ def test_short_runs_are_drawn_as_logged_and_read_from_a_file(tmp_path):
 
 
 def test_run_without_a_logged_loss():
-    with pytest.raises(ValueError, match="No loss was logged"):
+    with pytest.raises(EvaluationError, match="No loss was logged"):
         plot_losses(history("learning_rate"))
 
 
 # Errors of the weights
 
 
+def module_errors(zoo, generated, name):
+    """By hand, from the matrices that vary: |generated - task LoRA| / |task LoRA| of each module."""
+    states = [zoo.layout.unpack(packed, zoo.shared_weights) for packed in (generated, zoo.lora_weights(name))]
+    factors, errors = "B" if zoo.layout.gauge == "frozen_a" else "AB", []
+    for module in zoo.layout.modules:
+        keys = [f"{PREFIX}{module.name}.lora_{factor}.weight" for factor in factors]
+        own, target = (torch.cat([state[key].flatten() for key in keys]) for state in states)
+        errors.append((own - target).norm() / target.norm())
+    return torch.stack(errors)
+
+
 @pytest.mark.parametrize("gauge", ["frozen_a", "shared_init"])
-def test_error_of_each_module_is_that_of_its_matrices(gauge):
-    layout = LoraLayout.from_state_dict(make_weights(0, gauge), CONFIG, gauge)
-    (one, shared), (other, _) = (layout.pack(make_weights(seed, gauge), CONFIG) for seed in (1, 2))
-    errors = _module_errors(layout, one, other)
-    assert errors.shape == (4,)
-    states = [layout.unpack(packed, shared) for packed in (one, other)]
-    for module, error in zip(layout.modules, errors, strict=True):
-        keys = [f"{PREFIX}{module.name}.lora_{f}.weight" for f in ("B" if gauge == "frozen_a" else "AB")]
-        a, b = (torch.cat([state[key].flatten() for key in keys]) for state in states)
-        torch.testing.assert_close(error, (a - b).norm() / b.norm())
-
-
-def test_errors_are_cells_of_layer_and_kind(zoo, generator):
+def test_errors_are_cells_of_layer_and_kind(tmp_path, gauge):
+    zoo = make_zoo(tmp_path / "zoo", [*SEEN, *UNSEEN], gauge)
+    generator = make_generator(zoo.subset(SEEN))
     figure = plot_module_errors(generator, zoo)
     seen, unseen, bar = figure.axes
     assert seen.get_title("left").startswith("3 seen tasks: ")
@@ -407,16 +277,23 @@ def test_errors_are_cells_of_layer_and_kind(zoo, generator):
     assert [label.get_text() for label in seen.get_xticklabels()] == ["0", "1"]
     banks = zoo.task_vectors.banks
     for ax, names in ((seen, SEEN), (unseen, UNSEEN)):
-        expected = torch.stack([
-            _module_errors(zoo.layout, generator.decode_task_vector(banks[n]["demonstrations"]), zoo.lora_weights(n))
-            for n in names
-        ]).mean(0)  # fmt: skip
+        generated = {name: generator.decode_task_vector(banks[name]["demonstrations"]) for name in names}
+        expected = torch.stack([module_errors(zoo, own, name) for name, own in generated.items()]).mean(0)
         cells = torch.tensor(ax.collections[0].get_array().data)
         torch.testing.assert_close(cells, expected.reshape(2, 2))  # the modules, by kind and layer
         assert f"{expected.mean():.2f} on average" in ax.get_title("left")
         assert ax.collections[0].get_clim()[0] <= 0.5
         assert ax.yaxis_inverted()
     assert "relative error" in bar.get_xlabel()
+
+
+def test_tasks_without_vectors_are_left_out(tmp_path):
+    zoo = make_zoo(tmp_path / "zoo", [*SEEN, *UNSEEN], vectors_of=SEEN)
+    generator = make_generator(zoo.subset(SEEN))
+    (seen, _) = plot_module_errors(generator, zoo).axes
+    assert seen.get_title("left").startswith("3 seen tasks: ")
+    with pytest.raises(TaskVectorError, match="no vectors for any"):
+        plot_module_errors(generator, zoo.subset(UNSEEN))
 
 
 def test_white_is_no_adapter_and_blue_nearer(zoo, generator, monkeypatch):
@@ -431,20 +308,26 @@ def test_white_is_no_adapter_and_blue_nearer(zoo, generator, monkeypatch):
         assert {"blue": blue > red + 0.2, "white": red > 0.9 < blue, "red": red > blue + 0.2}[shade]
 
 
-def test_modules_of_other_depths_and_without_a_lora_are_blank(tmp_path):
-    modules = [LoraModule(name, 8, 8, 2) for name in ("encoder.0.q", "encoder.1.q", "decoder.0.1.q", "head")]
-    layout = LoraLayout(tuple(modules), "frozen_a")
+def make_zoo_of(path, modules):
+    """A zoo of two LoRAs of ones in modules of these names; that of `head` is 0."""
+    layout = LoraLayout(tuple(LoraModule(name, 8, 8, 2) for name in modules), "frozen_a")
     state = {key: torch.ones(shape) for block, shape in ((layout.blocks, (8, 2)), (layout.shared_blocks, (2, 8)))
              for part in block for key in part.keys()}  # fmt: skip
-    state[f"{PREFIX}head.lora_B.weight"] = torch.zeros(8, 2)
+    if "head" in modules:
+        state[f"{PREFIX}head.lora_B.weight"] = torch.zeros(8, 2)
     zoo = LoraZoo.create(
-        tmp_path / "zoo", layout=layout, lora_config=CONFIG, base_model_name_or_path="tiny",
+        path, layout=layout, lora_config=CONFIG, base_model_name_or_path="tiny",
         base_model_fingerprint="f" * 64, template=DEFAULT_TEMPLATE,
     )  # fmt: skip
     for name in ("a", "b"):
         zoo.add(name, {1: state})
     banks = {name: {"demonstrations": torch.randn(2, 1, 8)} for name in zoo}
     zoo.add_task_vectors(TaskVectors(TaskVectorSpec(pooling="prompts"), "f" * 64, banks))
+    return zoo
+
+
+def test_modules_of_other_depths_and_without_a_lora_are_blank(tmp_path):
+    zoo = make_zoo_of(tmp_path / "zoo", ["encoder.0.q", "encoder.1.q", "decoder.0.1.q", "head"])
     figure = plot_module_errors(make_generator(zoo), zoo)
     cells = figure.axes[0].collections[0].get_array()
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["decoder.*.*.q", "encoder.*.q", "head"]
@@ -453,11 +336,18 @@ def test_modules_of_other_depths_and_without_a_lora_are_blank(tmp_path):
     pixels(figure)
 
 
-def test_short_names_tell_apart():
-    assert _short_names(["a.*.x.q", "a.*.x.v"]) == ["q", "v"]
-    assert _short_names(["encoder.*.x.q", "decoder.*.x.q"]) == ["encoder.*.x.q", "decoder.*.x.q"]
-    assert _short_names(["q", "b.q", "c.b.q"]) == ["q", "b.q", "c.b.q"]
-    assert _short_names(["*.q", "*.*.q"]) == ["*.q", "*.*.q"]
+@pytest.mark.parametrize(
+    ("modules", "names"),
+    [
+        (["a.0.x.q", "a.0.x.v"], ["q", "v"]),
+        (["decoder.0.x.q", "encoder.0.x.q"], ["decoder.*.x.q", "encoder.*.x.q"]),
+        (["b.q", "c.b.q", "q"], ["b.q", "c.b.q", "q"]),
+    ],
+)
+def test_names_of_modules_are_as_short_as_tells_them_apart(tmp_path, modules, names):
+    zoo = make_zoo_of(tmp_path / "zoo", modules)
+    (ax, _) = plot_module_errors(make_generator(zoo), zoo).axes
+    assert [label.get_text() for label in ax.get_yticklabels()] == names
 
 
 # The picture, and nothing else
@@ -525,8 +415,8 @@ def folder(tmp_path_factory, tokenizer):
         "True",
     ]
     assert main([*train, *small, "--latent_size", "8", "--disable_tqdm", "True"]) == 0
-    functional = folder / "generator" / "functional" / "checkpoint-4"
-    shutil.copytree(folder / "generator" / "checkpoint-4", functional)
+    behavioural = folder / "generator" / "behaviour" / "checkpoint-4"
+    shutil.copytree(folder / "generator" / "checkpoint-4", behavioural)
     short = folder / "generator" / "short" / "checkpoint-1"
     short.mkdir(parents=True)
     (short / "trainer_state.json").write_text('{"log_history": []}')
@@ -537,7 +427,7 @@ def folder(tmp_path_factory, tokenizer):
 
 
 def test_command_writes_all_pictures_beside_the_report(folder):
-    pictures = {"losses", "losses-functional", "maps", "module_errors", "recovered_gain"}
+    pictures = {"losses", "losses-behaviour", "module_errors", "recovered_gain"}
     expected = {"evaluation.json", "evaluation.md", *(f"{name}.png" for name in pictures)}
     assert {path.name for path in (folder / "with").iterdir()} == expected
     for name in pictures:
@@ -550,21 +440,16 @@ def test_command_writes_none_unasked(folder):
     assert {path.name for path in (folder / "without").iterdir()} == {"evaluation.json", "evaluation.md"}
 
 
-def test_pictures_are_of_the_scored_and_the_seen_tasks(folder, tmp_path, monkeypatch):
-    drawn = {}
-    for name in ("plot_maps", "plot_module_errors"):
-        draw = {"plot_maps": plot_maps, "plot_module_errors": plot_module_errors}[name]
-        monkeypatch.setattr(
-            f"hf_icm_lora.plots.{name}",
-            lambda generator, zoo, name=name, draw=draw: drawn.setdefault(name, (list(zoo), draw(generator, zoo)))[1],
-        )
-    generator = LoraGeneratorModel.from_pretrained(folder / "generator")
+def test_pictures_are_of_the_scored_and_the_seen_tasks(folder, tmp_path):
+    generator, zoo = LoraGeneratorModel.from_pretrained(folder / "generator"), LoraZoo(folder / "zoo")
     generator.config.training_tasks = ["shift/1", "shift/2", "elsewhere"]
     report = make_report(GAINS)
     for rows in report["splits"].values():
         for summary in rows.values():
             summary["tasks"] = {"shift/4": {"recovered_gain": 0.5}}
-    paths = write_plots(tmp_path / "new", generator, LoraZoo(folder / "zoo"), report)
-    assert [path.name for path in paths] == ["recovered_gain.png", "maps.png", "module_errors.png"]
-    assert all(path.is_file() for path in paths)
-    assert [names for names, _ in drawn.values()] == [["shift/4", "shift/1", "shift/2"]] * 2
+    paths = write_plots(tmp_path / "new", generator, zoo, report)
+    assert [path.name for path in paths] == ["recovered_gain.png", "module_errors.png"]
+    plot_module_errors(generator, zoo.subset(["shift/4", "shift/1", "shift/2"])).savefig(tmp_path / "expected.png")
+    assert paths[1].read_bytes() == (tmp_path / "expected.png").read_bytes()
+    plot_module_errors(generator, zoo).savefig(tmp_path / "of_all.png")
+    assert paths[1].read_bytes() != (tmp_path / "of_all.png").read_bytes()

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 from hf_icm_lora import (
+    ArgumentError,
     IncompatibleAdapterError,
     attach_adapter,
     check_serving_compatibility,
@@ -155,7 +156,7 @@ def test_added_tokens_are_a_problem_for_sglang_alone(adapter):
     (folder / "added_tokens.json").write_text("{}")
     found = {server: len(check_serving_compatibility(folder, server)[0]) for server in SERVERS}
     assert found == {"vllm": 0, "sglang": 1, "lorax": 0, "llama.cpp": 0}
-    with pytest.raises(ValueError, match="expected one of"):
+    with pytest.raises(ArgumentError, match="expected one of"):
         check_serving_compatibility(folder, "tgi")
 
 
@@ -225,4 +226,4 @@ def test_command_line_imports(adapter, tmp_path, llama, tokenizer, capsys):
     assert "refused\tmissing" in out
     assert main(["import", "--adapters", str(folder), *arguments, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert (told["gauge"], told["rank"], told["adapters"][0]["status"]) == ("canonical", 6, "held")
+    assert (told["gauge"], told["rank"], told["adapters"][0]["status"]) == ("free", 6, "held")

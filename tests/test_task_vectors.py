@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import pickle
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
 from hf_icm_lora import Sample, Task, TaskError, TaskVectorError, TaskVectorExtractor, TaskVectors, TaskVectorSpec
-from hf_icm_lora.adapter import adapter_state_dict, attach_adapter, base_model_fingerprint
+from hf_icm_lora.adapter import adapter_state_dict, attach_adapter
+from hf_icm_lora.base_model import base_model_fingerprint
 from hf_icm_lora.completion import DEFAULT_TEMPLATE, fill_template
 
 SPEC = TaskVectorSpec(num_demonstrations=5, min_demonstrations=2, num_draws=6, pooling=("prompts",))
@@ -349,6 +351,17 @@ def test_modes_and_gradients_are_restored(llama, tokenizer, fails):
     after = [(m.training, [p.requires_grad for p in m.parameters(recurse=False)]) for m in llama.modules()]
     assert after == before
     assert torch.is_grad_enabled()
+
+
+def test_no_hooks_are_left_behind(any_model, tokenizer):
+    """transformers leaves some, with which a model cannot be pickled."""
+    model, _ = any_model
+    extractor = TaskVectorExtractor(TaskVectorSpec(num_draws=2))
+    first = extractor.vector(model, tokenizer, [("ab", "bc"), ("cd", "de")])
+    assert not any(module._forward_hooks for module in model.modules())
+    again = extractor.vector(pickle.loads(pickle.dumps(model)), tokenizer, [("ab", "bc"), ("cd", "de")])
+    assert torch.equal(first, again)
+    assert torch.equal(first, extractor.vector(model, tokenizer, [("ab", "bc"), ("cd", "de")]))
 
 
 def test_layers_that_the_model_lacks_are_named(llama, tokenizer):

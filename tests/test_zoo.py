@@ -12,11 +12,11 @@ from peft import PeftModel
 
 import hf_icm_lora.zoo
 from hf_icm_lora import (
+    AlreadyExistsError,
     CorruptAdapterError,
     IncompatibleAdapterError,
     LoraLayout,
     LoraZoo,
-    TaskError,
     TaskVectorError,
     TaskVectors,
     TaskVectorSpec,
@@ -26,6 +26,7 @@ from hf_icm_lora import (
 )
 from hf_icm_lora.completion import DEFAULT_TEMPLATE
 from hf_icm_lora.layout import PREFIX
+from hf_icm_lora.training_data import LoraZooDataset
 
 CONFIG = {
     "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"],
@@ -35,7 +36,7 @@ B0 = f"{PREFIX}model.layers.0.self_attn.q_proj.lora_B.weight"
 NAMES = ["capital", "Größe/日本", "capital "]
 
 
-def weights(seed, seed_of_a=0, rank=2):
+def make_state_dict(seed, seed_of_a=0, rank=2):
     """A state dict for `CONFIG` on the tiny Llama, all with the same A unless told otherwise."""
     state_dict = {}
     for factor, generator in (("A", seed_of_a), ("B", seed)):
@@ -49,7 +50,7 @@ def weights(seed, seed_of_a=0, rank=2):
 
 
 ABOUT = {
-    "layout": LoraLayout.from_state_dict(weights(0), CONFIG, "frozen_a"),
+    "layout": LoraLayout.from_state_dict(make_state_dict(0), CONFIG, "frozen_a"),
     "lora_config": CONFIG,
     "base_model_name_or_path": "tiny/llama",
     "base_model_fingerprint": "f" * 64,
@@ -86,7 +87,7 @@ def zoo(tmp_path):
 def full(zoo):
     """A zoo of three tasks with three snapshots each, the second of which is the best, and task vectors."""
     for i, name in enumerate(NAMES):
-        snapshots = {step: weights(10 * i + step) for step in (8, 4, 12)}
+        snapshots = {step: make_state_dict(10 * i + step) for step in (8, 4, 12)}
         zoo.add(name, snapshots, best_step=8, description=f"Do {i}.", family="f")
     zoo.add_task_vectors(vectors(NAMES))
     return zoo
@@ -110,7 +111,7 @@ def test_created_zoo_is_opened_with_all_it_is_about(zoo):
         {"base_model_fingerprint": "e" * 64},
         {"lora_config": CONFIG | {"lora_alpha": 7}},
         {"template": "{prompt}>{completion}"},
-        {"layout": LoraLayout.from_state_dict(weights(0), CONFIG, "shared_init")},
+        {"layout": LoraLayout.from_state_dict(make_state_dict(0), CONFIG, "shared_init")},
     ],
     ids=lambda change: next(iter(change)),
 )
@@ -144,10 +145,11 @@ def test_empty_and_missing_directories_become_zoos(tmp_path):
         (None, r"is not a zoo: zoo\.json is missing"),
         ("", r"zoo\.json: expected JSON"),
         ("[]", "expected a JSON object, found list"),
-        ("{}", r"zoo\.json: .*layout"),
-        ('{"format_version": 99}', "format version 99, this package reads up to 1: upgrade hf_icm_lora"),
+        ('{"format_version": 1}', r"zoo\.json: .*layout"),
+        ("{}", "expected format version 1, found None"),
+        ('{"format_version": 99}', "expected format version 1, found 99. .* upgrade hf_icm_lora"),
     ],
-    ids=["missing", "empty", "list", "without_fields", "newer"],
+    ids=["missing", "empty", "list", "without_fields", "without_version", "newer"],
 )
 def test_what_is_no_zoo_is_not_opened(tmp_path, content, message):
     if content is not None:
@@ -161,7 +163,7 @@ def test_zoo_of_a_newer_version_is_not_touched(full):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 2}))
     before = files(full.path)
     for open_it in (lambda: LoraZoo(full.path), lambda: LoraZoo.create(full.path, **ABOUT)):
-        with pytest.raises(ZooError, match="format version 2"):
+        with pytest.raises(ZooError, match="found 2. If that is newer"):
             open_it()
     assert files(full.path) == before
 
@@ -181,30 +183,30 @@ def test_added_tasks_are_found_when_reopened(full):
             assert (record["best_step"], record["description"], record["family"]) == (8, f"Do {i}.", "f")
             for step, expected in ((4, 4), (12, 12), (8, 8), (None, 8)):
                 state_dict = opened.load_snapshot(name, step)
-                assert all(torch.equal(state_dict[key], t) for key, t in weights(10 * i + expected).items())
+                assert all(torch.equal(state_dict[key], t) for key, t in make_state_dict(10 * i + expected).items())
     assert repr(full) == f"LoraZoo({str(full.path)!r}: 3 tasks, 192 weights per adapter)"
 
 
 def test_records_in_memory_are_those_on_disk(zoo):
-    zoo.add("a", {4: weights(1)}, validation_losses={0: 2.5, 4: 1.5})
+    zoo.add("a", {4: make_state_dict(1)}, validation_losses={0: 2.5, 4: 1.5})
     assert zoo.records == LoraZoo(zoo.path).records
 
 
 def test_record_is_json_also_if_a_loss_is_not_finite(zoo):
-    zoo.add("a", {4: weights(1)}, validation_losses={0: float("inf"), 4: 1.5})
+    zoo.add("a", {4: make_state_dict(1)}, validation_losses={0: float("inf"), 4: 1.5})
     text = (zoo.task_folder("a") / "task.json").read_text()
     assert json.loads(text, parse_constant=pytest.fail)["validation_losses"] == {"0": None, "4": 1.5}
     assert LoraZoo(zoo.path).records == zoo.records
 
 
 def test_best_snapshot_is_the_last_unless_told(zoo):
-    zoo.add("a", {12: weights(1), 4: weights(2)})
+    zoo.add("a", {12: make_state_dict(1), 4: make_state_dict(2)})
     assert zoo.records["a"]["best_step"] == 12
 
 
 def test_packed_weights_are_those_of_the_layout(full):
     for i, name in enumerate(NAMES):
-        packed, shared = full.layout.pack(weights(10 * i + 8), CONFIG)
+        packed, shared = full.layout.pack(make_state_dict(10 * i + 8), CONFIG)
         assert torch.equal(full.lora_weights(name), packed)
         assert torch.equal(full.shared_weights, shared)
 
@@ -213,7 +215,7 @@ def test_every_snapshot_is_an_ordinary_peft_folder(full):
     for i, name in enumerate(NAMES):
         for step in (4, 8, 12):
             theirs = PeftModel.from_pretrained(make_llama(), full.task_folder(name) / f"step-{step}")
-            ours = attach_adapter(make_llama(), CONFIG, weights(10 * i + step))
+            ours = attach_adapter(make_llama(), CONFIG, make_state_dict(10 * i + step))
             ids = torch.tensor([[3, 1, 4, 1, 5]])
             with torch.no_grad():
                 assert torch.equal(theirs(input_ids=ids).logits, ours(input_ids=ids).logits)
@@ -231,23 +233,24 @@ def test_failed_add_is_no_task_and_can_be_repeated(zoo, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(hf_icm_lora.zoo, "save_adapter", fail_at_second)
         with pytest.raises(OSError, match="disk full"):
-            zoo.add("a", {4: weights(1), 8: weights(2)})
+            zoo.add("a", {4: make_state_dict(1), 8: make_state_dict(2)})
     assert list(files(zoo.path)) == ["zoo.json"]  # though a snapshot was there
     for opened in (zoo, LoraZoo(zoo.path)):
         assert "a" not in opened
         with pytest.raises(ZooError, match=r"no complete task \['a'\]"):
             opened.subset(["a"])
-    zoo.add("a", {5: weights(3), 9: weights(4)})
+    zoo.add("a", {5: make_state_dict(3), 9: make_state_dict(4)})
     assert LoraZoo(zoo.path).records["a"]["snapshots"] == [5, 9]
     assert sorted(path.name for path in zoo.task_folder("a").iterdir()) == ["step-5", "step-9", "task.json"]
 
 
-def test_snapshots_that_an_older_version_left_without_a_record_are_replaced(zoo):
-    save_adapter(zoo.task_folder("a") / "step-4", CONFIG, weights(1))
+def test_folder_that_is_no_task_is_left_alone(zoo):
+    save_adapter(zoo.task_folder("a") / "step-4", CONFIG, make_state_dict(1))
     assert "a" not in LoraZoo(zoo.path)
-    zoo.add("a", {5: weights(3)})
-    assert sorted(path.name for path in zoo.task_folder("a").iterdir()) == ["step-5", "task.json"]
-    assert list((zoo.path / "adapters").iterdir()) == [zoo.task_folder("a")]
+    before = files(zoo.path)
+    with pytest.raises(AlreadyExistsError, match=rf"{zoo.task_folder('a').name} exists in it"):
+        zoo.add("a", {5: make_state_dict(3)})
+    assert files(zoo.path) == before
 
 
 def test_zoo_that_cannot_be_uploaded_says_so(full):
@@ -261,19 +264,19 @@ def test_zoo_that_cannot_be_uploaded_says_so(full):
 def test_task_is_added_once(full):
     before = files(full.path)
     for opened in (full, LoraZoo(full.path)):
-        with pytest.raises(ZooError, match="already holds the task 'capital'"):
-            opened.add("capital", {4: weights(9)})
+        with pytest.raises(AlreadyExistsError, match="already holds the task 'capital'"):
+            opened.add("capital", {4: make_state_dict(9)})
     assert files(full.path) == before
 
 
 def _nan():
-    state_dict = weights(1)
+    state_dict = make_state_dict(1)
     state_dict[B0][1, 1] = math.nan
     return state_dict
 
 
 def _without_b():
-    state_dict = weights(1)
+    state_dict = make_state_dict(1)
     del state_dict[B0]
     return state_dict
 
@@ -282,11 +285,15 @@ def _without_b():
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: weights(1, rank=3), IncompatibleAdapterError, "another layout.*expected rank 2.*found rank 3"),
+        (
+            lambda: make_state_dict(1, rank=3),
+            IncompatibleAdapterError,
+            "another layout.*expected rank 2.*found rank 3",
+        ),
         (_nan, CorruptAdapterError, r"q_proj\.lora_B\.weight holds 1 values"),
         (_without_b, CorruptAdapterError, r"q_proj: lora_B\.weight is missing"),
         (
-            lambda: weights(1, seed_of_a=1),
+            lambda: make_state_dict(1, seed_of_a=1),
             IncompatibleAdapterError,
             "Task 'new', step 8: lora_A differs from the zoo's",
         ),
@@ -297,10 +304,10 @@ def test_adapter_that_does_not_fit_writes_nothing(zoo, full, with_others, make, 
     target = full if with_others else LoraZoo.create(tmp_path / "other", **ABOUT)
     before = files(target.path)
     with pytest.raises(error, match=message):
-        target.add("new", {4: weights(1), 8: make()})
+        target.add("new", {4: make_state_dict(1), 8: make()})
     assert files(target.path) == before
     assert "new" not in target
-    target.add("new", {4: weights(1)})
+    target.add("new", {4: make_state_dict(1)})
 
 
 @pytest.mark.parametrize(
@@ -314,7 +321,7 @@ def test_adapter_that_does_not_fit_writes_nothing(zoo, full, with_others, make, 
 def test_record_that_does_not_fit_its_snapshots_writes_nothing(zoo, snapshots, record, message):
     before = files(zoo.path)
     with pytest.raises(ZooError, match=message):
-        zoo.add("new", {step: weights(1) for step in snapshots}, **record)
+        zoo.add("new", {step: make_state_dict(1) for step in snapshots}, **record)
     assert files(zoo.path) == before
 
 
@@ -322,7 +329,7 @@ def test_record_that_does_not_fit_its_snapshots_writes_nothing(zoo, snapshots, r
 def test_snapshot_whose_a_was_exchanged_on_disk_is_noticed(full, name):
     folder = full.task_folder(name) / "step-8"
     shutil.rmtree(folder)
-    save_adapter(folder, CONFIG, weights(1, seed_of_a=5))
+    save_adapter(folder, CONFIG, make_state_dict(1, seed_of_a=5))
     with pytest.raises(CorruptAdapterError, match="its lora_A is not the zoo's"):
         LoraZoo(full.path).as_dataset()
 
@@ -403,7 +410,7 @@ def test_task_vectors_of_something_else_are_refused(full, change, message):
 
 
 def test_zoo_without_task_vectors_says_so(zoo):
-    zoo.add("a", {4: weights(1)})
+    zoo.add("a", {4: make_state_dict(1)})
     with pytest.raises(ZooError, match="no task vectors yet: call add_task_vectors"):
         zoo.as_dataset()
 
@@ -422,7 +429,7 @@ def step_of(dataset, full, item):
 
 def test_a_large_zoo_is_read_from_disk_item_by_item(full, monkeypatch):
     kept = full.as_dataset()
-    monkeypatch.setattr("hf_icm_lora.zoo.MOST_IN_MEMORY", 4 * full.layout.num_weights)
+    monkeypatch.setattr(LoraZooDataset, "most_in_memory", 4 * full.layout.num_weights)
     read = full.as_dataset()
     assert read.lora_weights is None
     assert len(read) == len(kept)
@@ -477,12 +484,12 @@ def test_subset_gives_items_of_its_tasks_alone(full):
 
 def test_task_without_description_lacks_that_mode_only(zoo):
     for i, name in enumerate("ab"):
-        zoo.add(name, {4: weights(i)})
+        zoo.add(name, {4: make_state_dict(i)})
     both = banks("ab")
     del both["b"]["both"], both["b"]["description"]
     zoo.add_task_vectors(TaskVectors(TaskVectorSpec(pooling="prompts"), ABOUT["base_model_fingerprint"], both))
     assert len(zoo.as_dataset()) == 3 * 4 + 4
-    with pytest.raises(TaskError, match="'b' has no task vectors of the modes"):
+    with pytest.raises(TaskVectorError, match="'b' has no task vectors of the modes"):
         zoo.as_dataset(["description"])
 
 

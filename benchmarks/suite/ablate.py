@@ -9,7 +9,6 @@ The arms with 24 LoRAs compare A shared with A trained; the second needs a zoo o
 `python benchmarks/suite/collect.py --train_a --zoo build/suite/zoo-train-a --splits seen --per_split 24`.
 """
 
-import json
 import os
 import shutil
 import time
@@ -17,15 +16,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from collect import SPLITS, with_lora
+from bench import SPLITS, Bench, options_of, run_arms, with_lora
 from page import ablations
 from train import SIZES
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
+from transformers import set_seed
 
 from hf_icm_lora import (
+    BehaviouralCollator,
+    BehaviouralDataset,
     CompletionCollator,
-    FunctionalCollator,
-    FunctionalDataset,
     LoraGeneratorConfig,
     LoraGeneratorModel,
     LoraGeneratorTrainer,
@@ -33,14 +32,8 @@ from hf_icm_lora import (
     LoraZoo,
     TaskVectorExtractor,
     TaskVectors,
-    built_in_tasks,
-    fast_dtype,
     recovered_gain,
-    smollm2_path,
 )
-from hf_icm_lora.files import write_json
-from hf_icm_lora.functional import functional_loss
-from hf_icm_lora.model_card import run_metadata
 from hf_icm_lora.task_vectors import MODES
 
 
@@ -57,9 +50,8 @@ class Arm:
     num_snapshots: int = 1
     num_loras: int = 48
     zoo: str | None = None  # beside the other arms' zoo: LoRAs of the same tasks, made in another way
-    functional: bool = True
+    behavioural: bool = True
     with_lora: bool = False  # behavioural training on the tasks alone that have a LoRA
-    distilled: bool = False  # from their LoRAs, instead of from labels
     bf16: bool = False  # the generator's own products, by autocast
 
 
@@ -98,9 +90,8 @@ ARMS = {
     "24 LoRAs": Arm(num_loras=24),
     "24 LoRAs, A trained": Arm(num_loras=24, zoo="zoo-train-a"),
     "tasks with a LoRA, labels": Arm(with_lora=True),
-    "tasks with a LoRA, distilled": Arm(with_lora=True, distilled=True),
-    "LoRAs alone": Arm(functional=False),
-    "LoRAs alone, the paper's network": Arm(config={"architecture": "conv1d"}, functional=False),
+    "LoRAs alone": Arm(behavioural=False),
+    "LoRAs alone, the paper's network": Arm(config={"architecture": "conv1d"}, behavioural=False),
 }
 
 
@@ -109,7 +100,7 @@ class AblateOptions:
     arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": "Names of arms, by default all."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     reconstruction_steps: int = field(default=100)
-    functional_steps: int = field(default=50)
+    behavioural_steps: int = field(default=50)
     zoo: str = field(default="build/suite/zoo", metadata={"help": "The zoo of collect.py."})
     vectors: str = field(default="build/suite/task_vectors.safetensors", metadata={"help": "Made by train.py."})
     output: str = field(default="benchmarks/results/ablations.json", metadata={"help": "Where the figures go."})
@@ -136,38 +127,22 @@ def narrowed(vectors: TaskVectors, arm: Arm) -> TaskVectors:
     return TaskVectors(replace(vectors.spec, **changes), vectors.base_model_fingerprint, banks)
 
 
-class Bench:
-    """What all runs share: the base model, tasks, LoRAs and vectors."""
+class Ablation:
+    """What all runs share: the bench, task vectors, and what the validation tasks' examples and descriptions give."""
 
     def __init__(self, options: AblateOptions):
         self.options, self.work = options, Path("build/suite") / Path(options.output).stem
-        self.base = AutoModelForCausalLM.from_pretrained(smollm2_path(), dtype=fast_dtype())
-        self.tokenizer = AutoTokenizer.from_pretrained(smollm2_path())
-        self.suite = {task.name: task for task in built_in_tasks()}
+        self.bench = Bench(options.zoo)
         self.vectors = TaskVectors.load(options.vectors)
-        self.zoo = LoraZoo(options.zoo)
-        self.scored = [name for name in SPLITS["validation"] if name in self.zoo]
-        extractor = TaskVectorExtractor(self.vectors.spec)
-        read = {}
-        for name in self.scored:
-            task = self.suite[name]
-            read[name] = {
-                "demonstrations": extractor.vector(self.base, self.tokenizer, task.demo[:12]),
-                "description": extractor.vector(self.base, self.tokenizer, description=task.description),
-            }
-        self.read = read
-        collate = CompletionCollator(self.tokenizer, template=self.zoo.template, row_length=64)
-        self.batches = {name: collate(self.suite[name].test) for name in self.scored}
-        zero = torch.zeros(self.zoo.layout.num_weights)
-        self.bounds = {
-            name: tuple(self.loss(self.zoo, weights, name) for weights in (zero, self.zoo.lora_weights(name)))
-            for name in read
-        }
-
-    @torch.no_grad()
-    def loss(self, zoo: LoraZoo, lora_weights: torch.Tensor, name: str) -> float:
-        batch = self.batches[name]
-        return functional_loss(self.base, zoo.layout, lora_weights[None], zoo.shared_weights, batch).item()
+        extractor, base, tokenizer = TaskVectorExtractor(self.vectors.spec), self.bench.base, self.bench.tokenizer
+        self.read = {}
+        for name in SPLITS["validation"]:
+            if name in self.bench.zoo:
+                task = self.bench.suite[name]
+                self.read[name] = {
+                    "demonstrations": extractor.vector(base, tokenizer, task.demo[:12]),
+                    "description": extractor.vector(base, tokenizer, description=task.description),
+                }
 
     def run(self, arm: Arm, seed: int) -> dict:
         options, vectors = self.options, narrowed(self.vectors, arm)
@@ -191,15 +166,14 @@ class Bench:
         }
         start = time.perf_counter()
         dataset, behaviour = seen.as_dataset(num_snapshots=arm.num_snapshots, modes=arm.modes), None
-        if arm.functional:
+        if arm.behavioural:
             names = SPLITS["seen"] + SPLITS["samples"]
             if arm.with_lora:
                 names = list(seen)
             if arm.num_tasks:  # evenly over the list, whose order is by family
                 names = names[:: len(names) // arm.num_tasks][: arm.num_tasks]
-            tasks = [self.suite[name] for name in names]
-            teachers = {name: seen.lora_weights(name) for name in seen} if arm.distilled else None
-            behaviour = FunctionalDataset(tasks, vectors, num_samples=8, modes=arm.modes, teachers=teachers)
+            tasks = [self.bench.suite[name] for name in names]
+            behaviour = BehaviouralDataset(tasks, vectors, num_samples=8, modes=arm.modes)
         generator.fit_normalizer(dataset, behaviour)
         LoraGeneratorTrainer(
             generator,
@@ -207,41 +181,39 @@ class Bench:
             train_dataset=dataset,
         ).train()
         if behaviour is not None:
-            collate = CompletionCollator(self.tokenizer, template=self.zoo.template, row_length=48)
+            collate = CompletionCollator(self.bench.tokenizer, template=seen.template, row_length=48)
             LoraGeneratorTrainer(
                 generator,
-                LoraGeneratorTrainingArguments(max_steps=options.functional_steps, learning_rate=6e-3, **common),
-                base_model=self.base,
+                LoraGeneratorTrainingArguments(max_steps=options.behavioural_steps, learning_rate=6e-3, **common),
+                base_model=self.bench.base,
                 train_dataset=behaviour,
-                data_collator=FunctionalCollator(collate),
+                data_collator=BehaviouralCollator(collate),
             ).train()
         seconds = time.perf_counter() - start
         mode = "description" if arm.modes == ("description",) else "demonstrations"
         rows, _ = rows_of(self.vectors.spec, arm)
+        bench = self.bench.beside(seen)
         losses = {
-            name: self.loss(seen, generator.decode_task_vector(self.read[name][mode][:, rows]), name)
-            for name in self.scored
+            name: bench.loss(generator.decode_task_vector(read[mode][:, rows]), name)
+            for name, read in self.read.items()
         }
-        gains = {
-            name: recovered_gain(self.bounds[name][0], loss, self.bounds[name][1]) for name, loss in losses.items()
-        }
-        return {"seed": seed, "seconds": round(seconds), "losses": losses, "recovered_gains": gains}
+        gains = {}
+        for name, loss in losses.items():
+            base_loss, task_lora_loss = self.bench.bounds(name)
+            gains[name] = recovered_gain(base_loss, loss, task_lora_loss)
+        return {"seconds": round(seconds), "losses": losses, "recovered_gains": gains}
 
 
 def main() -> None:
-    (options,) = HfArgumentParser(AblateOptions).parse_args_into_dataclasses()
-    output = Path(options.output)
-    report = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {"arms": {}}
-    bench = Bench(options)
-    for seed in options.seeds:
-        for name in options.arms:
-            runs = report["arms"].setdefault(name, [])
-            if all(run["seed"] != seed for run in runs):
-                runs.append(bench.run(ARMS[name], seed))
-                steps = {"reconstruction_steps": options.reconstruction_steps}
-                steps |= {"functional_steps": options.functional_steps, "num_loras": len(bench.zoo)}
-                write_json(output, {**run_metadata(0), **steps, "arms": report["arms"]})
-    print(ablations(report))
+    options = options_of(AblateOptions)
+    ablation = Ablation(options)
+    about = {
+        "reconstruction_steps": options.reconstruction_steps,
+        "behavioural_steps": options.behavioural_steps,
+        "num_loras": len(ablation.bench.zoo),
+    }
+    arms = {name: ARMS[name] for name in options.arms}
+    print(ablations({"arms": run_arms(options.output, arms, options.seeds, ablation.run, about)}))
 
 
 if __name__ == "__main__":

@@ -5,28 +5,11 @@ Fine-tunes a LoRA for each task of `splits.json` that is scored or seen, 12 task
 another zoo, of a third of them, from another seed; `--train_a` trains A, too, for the ablation.
 """
 
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from bench import FINE_TUNING, LORA, Bench, options_of, with_lora
 
-from hf_icm_lora import CollectionArguments, built_in_tasks, collect_zoo, fast_dtype, smollm2_path
-
-SPLITS: dict[str, list[str]] = json.loads((Path(__file__).parent / "splits.json").read_text(encoding="utf-8"))
-PER_FAMILY = 12  # tasks of a family that no training touches
-
-
-def with_lora(split: str) -> list[str]:
-    """Return the tasks of a split that get a LoRA, in an order that takes from all families alike."""
-    families: dict[str, list[str]] = {}
-    for name in SPLITS[split]:
-        families.setdefault(name.split("/")[0], []).append(name)
-    if split.endswith("family"):
-        families = {family: names[:PER_FAMILY] for family, names in families.items()}
-    ranked = [(rank, family, name) for family, names in families.items() for rank, name in enumerate(names)]
-    return [name for *_, name in sorted(ranked)]
+from hf_icm_lora import CollectionArguments, collect_zoo
 
 
 @dataclass
@@ -43,24 +26,16 @@ class CollectOptions:
 
 
 def main() -> None:
-    (options,) = HfArgumentParser(CollectOptions).parse_args_into_dataclasses()
-    base = AutoModelForCausalLM.from_pretrained(smollm2_path(), dtype=fast_dtype())
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_path())
-    suite = {task.name: task for task in built_in_tasks()}
+    options, bench = options_of(CollectOptions), Bench()
     tasks = [
-        suite[name] for split in options.splits for name in with_lora(split)[:: options.every][: options.per_split]
+        bench.suite[name]
+        for split in options.splits
+        for name in with_lora(split)[:: options.every][: options.per_split]
     ]
-    lora_config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     arguments = CollectionArguments(
-        output_dir="build/suite/collection",
-        max_steps=48,
-        eval_steps=12,
-        per_device_train_batch_size=8,
-        num_snapshots=2,
-        seed=options.seed,
-        freeze_a=not options.train_a,
+        "build/suite/collection", **FINE_TUNING, num_snapshots=2, seed=options.seed, freeze_a=not options.train_a
     )
-    collect_zoo(options.zoo, base, tokenizer, tasks, lora_config, arguments)
+    collect_zoo(options.zoo, bench.base, bench.tokenizer, tasks, LORA, arguments)
 
 
 if __name__ == "__main__":

@@ -8,17 +8,12 @@ import copy
 import statistics
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-from collect import SPLITS
+from bench import SPLITS, Bench, options_of, write
 from page import cost
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
-from hf_icm_lora import LoraGeneratorModel, built_in_tasks, fast_dtype, smollm2_generator_path, smollm2_path
 from hf_icm_lora.completion import encode_prompt, fill_template
-from hf_icm_lora.files import write_json
-from hf_icm_lora.model_card import run_metadata
 
 
 @dataclass
@@ -29,18 +24,15 @@ class CostOptions:
 
 
 def main() -> None:
-    (options,) = HfArgumentParser(CostOptions).parse_args_into_dataclasses()
-    base = AutoModelForCausalLM.from_pretrained(smollm2_path(), dtype=fast_dtype()).eval()
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_path())
-    suite = {task.name: task for task in built_in_tasks()}
-    generator = LoraGeneratorModel.from_pretrained(smollm2_generator_path())
+    options, bench = options_of(CostOptions), Bench()
+    base, tokenizer, generator = bench.base, bench.tokenizer, bench.generator
     template = generator.config.template
     rows: dict[str, dict[str, list[float]]] = {
         row: {"tokens": [], "milliseconds": []} for row in ("few_shot_prompt", "adapter", "merged_adapter")
     }
     making: dict[bool, list[float]] = {False: [], True: []}  # with the choice of a scale
     for name in SPLITS["validation"]:
-        task = suite[name]
+        task = bench.suite[name]
         examples = task.demo[: options.num_examples]
         shown = "".join("".join(fill_template(sample, template)) for sample in examples)
         prompts = [fill_template(sample, template)[0] for sample in task.test[: options.num_queries]]
@@ -59,7 +51,6 @@ def main() -> None:
             _read(merged, tokenizer, prompt, rows["merged_adapter"])
         base = model.unload()
     report = {
-        **run_metadata(0),
         "num_queries": len(rows["adapter"]["tokens"]),
         "rows": {
             row: {kind: statistics.median(values) for kind, values in data.items()} for row, data in rows.items()
@@ -69,7 +60,7 @@ def main() -> None:
     }
     saved = (report["rows"]["few_shot_prompt"]["milliseconds"] - report["rows"]["adapter"]["milliseconds"]) / 1000
     report["queries_to_break_even"] = report["seconds_to_make_the_adapter"] / saved
-    write_json(Path(options.output), report)
+    write(options.output, report)
     print(cost(report))
     print({key: value for key, value in report.items() if key.startswith(("seconds", "queries"))})
 

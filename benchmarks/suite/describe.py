@@ -6,31 +6,11 @@ words (fixed rules, below), from 12 examples, and from 12 examples and the descr
 """
 
 import re
-import statistics
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-from collect import with_lora
+from bench import Bench, options_of, summary, write
 from page import describe
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
-
-from hf_icm_lora import (
-    CompletionCollator,
-    LoraGeneratorModel,
-    LoraZoo,
-    TaskVectorExtractor,
-    TaskVectorSpec,
-    built_in_tasks,
-    fast_dtype,
-    recovered_gain,
-    smollm2_generator_path,
-    smollm2_path,
-)
-from hf_icm_lora.files import write_json
-from hf_icm_lora.functional import functional_loss
-from hf_icm_lora.model_card import run_metadata
 
 # The first rule that matches is used once.
 RULES = (
@@ -70,50 +50,31 @@ def reword(description: str) -> str:
 
 @torch.no_grad()
 def main() -> None:
-    (options,) = HfArgumentParser(DescribeOptions).parse_args_into_dataclasses()
-    base = AutoModelForCausalLM.from_pretrained(smollm2_path(), dtype=fast_dtype()).eval()
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_path())
-    suite = {task.name: task for task in built_in_tasks()}
-    generator = LoraGeneratorModel.from_pretrained(options.generator or smollm2_generator_path())
-    zoo = LoraZoo(options.zoo)
-    extractor = TaskVectorExtractor(TaskVectorSpec(**generator.config.task_vector_spec))
-    collate = CompletionCollator(tokenizer, template=zoo.template, row_length=64)
-    report: dict = {**run_metadata(0), "splits": {}}
+    options = options_of(DescribeOptions)
+    bench = Bench(options.zoo, options.generator)
+
+    def adapters(name: str) -> dict[str, torch.Tensor]:
+        task = bench.suite[name]
+        examples, made = task.demo[:12], {}
+        for row, given in {
+            "description": {"description": task.description},
+            "reworded": {"description": reword(task.description)},
+            "examples": {"examples": examples},
+            "both": {"examples": examples, "description": task.description},
+        }.items():
+            made[row] = bench.generator.decode_task_vector(bench.vector(**given))
+            if "examples" in given:
+                losses = bench.example_loss(examples).at_scales(made[row])
+                made[f"{row}, scaled"] = bench.zoo.layout.scaled(made[row], min(losses, key=losses.get))
+        return made
+
+    report: dict = {"splits": {}}
     for split in options.splits:
-        rows: dict[str, dict[str, float]] = {}
-        for name in tqdm([name for name in with_lora(split) if name in zoo], desc=split, leave=False):
-            task = suite[name]
-            batch, examples = collate(task.test), task.demo[:12]
-
-            def loss(lora_weights: torch.Tensor, batch=batch) -> float:
-                return functional_loss(base, zoo.layout, lora_weights[None], zoo.shared_weights, batch).item()
-
-            bounds = loss(torch.zeros(zoo.layout.num_weights)), loss(zoo.lora_weights(name))
-            for row, given in {
-                "description": {"description": task.description},
-                "reworded": {"description": reword(task.description)},
-                "examples": {"examples": examples},
-                "both": {"examples": examples, "description": task.description},
-            }.items():
-                weights = generator.decode_task_vector(extractor.vector(base, tokenizer, **given))
-                made = {row: weights}
-                if "examples" in given:
-                    scale = generator.best_scale(examples, weights, base, tokenizer)
-                    made[f"{row}, scaled"] = zoo.layout.scaled(weights, scale)
-                for label, own in made.items():
-                    gain = recovered_gain(bounds[0], loss(own), bounds[1])
-                    if gain is not None:
-                        rows.setdefault(label, {})[name] = gain
+        rows = bench.gains(bench.names(split), adapters, split)
         report["splits"][split] = {
-            row: {
-                "mean_recovered_gain": statistics.mean(gains.values()),
-                "median_recovered_gain": statistics.median(gains.values()),
-                "min_recovered_gain": min(gains.values()),
-                "tasks": gains,
-            }
-            for row, gains in rows.items()
+            row: {**summary(gains.values(), "mean", "median", "min"), "tasks": gains} for row, gains in rows.items()
         }
-        write_json(Path(options.output), report)
+        write(options.output, report)
     print(describe(report))
 
 

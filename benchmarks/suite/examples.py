@@ -5,33 +5,15 @@ of the same task, as when someone mislabels them. Each figure is over all tasks 
 While settings are still being chosen, leave `--split validation` as it is.
 """
 
-import statistics
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-from collect import with_lora
+from bench import Bench, options_of, summary, write
 from page import examples
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
-from hf_icm_lora import (
-    CompletionCollator,
-    LoraGeneratorModel,
-    LoraZoo,
-    Sample,
-    TaskVectorExtractor,
-    TaskVectorSpec,
-    built_in_tasks,
-    fast_dtype,
-    recovered_gain,
-    smollm2_generator_path,
-    smollm2_path,
-)
+from hf_icm_lora import CompletionCollator, Sample
 from hf_icm_lora.completion import fill_template
-from hf_icm_lora.files import write_json
-from hf_icm_lora.functional import functional_loss
-from hf_icm_lora.model_card import run_metadata
 
 
 @dataclass
@@ -53,62 +35,43 @@ def mislabelled(samples: list[Sample], num_wrong: int, others: list[Sample]) -> 
 
 @torch.no_grad()
 def main() -> None:
-    (options,) = HfArgumentParser(ExamplesOptions).parse_args_into_dataclasses()
-    base = AutoModelForCausalLM.from_pretrained(smollm2_path(), dtype=fast_dtype()).eval()
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_path())
-    suite = {task.name: task for task in built_in_tasks()}
-    generator = LoraGeneratorModel.from_pretrained(options.generator or smollm2_generator_path())
-    zoo, most = LoraZoo(options.zoo), max(options.num_examples)
-    extractor = TaskVectorExtractor(TaskVectorSpec(**generator.config.task_vector_spec))
+    options = options_of(ExamplesOptions)
+    bench, most = Bench(options.zoo, options.generator), max(options.num_examples)
     settings = [(n, 0) for n in options.num_examples] + [(most, wrong) for wrong in options.num_wrong]
-    no_adapter = torch.zeros(zoo.layout.num_weights)
+    no_adapter = torch.zeros(bench.zoo.layout.num_weights)
     gains: dict[tuple[int, int], dict[str, dict[str, list[float]]]] = {
         setting: {"generated": {}, "few_shot_prompt": {}} for setting in settings
     }
-    names = [name for name in with_lora(options.split) if name in zoo]
-    progress = tqdm(total=2 * len(names) * len(settings), desc="Settings")
-    for name in names:
-        task = suite[name]
-
-        def loss(lora_weights: torch.Tensor, context: str = "", task=task) -> float:
-            # Short samples share rows, long ones do not.
-            length = None if context else 64
-            collate = CompletionCollator(tokenizer, False, zoo.template, context, 1024, row_length=length)
-            batch = collate(task.test)
-            return functional_loss(base, zoo.layout, lora_weights[None], zoo.shared_weights, batch).item()
-
-        base_loss, task_lora_loss = loss(no_adapter), loss(zoo.lora_weights(name))
+    for name in tqdm(bench.names(options.split)):
+        task = bench.suite[name]
         for given, others in ((task.demo[:most], task.demo[-most:]), (task.demo[-most:], task.demo[:most])):
             for num_examples, num_wrong in settings:
                 shown = mislabelled(given, num_wrong, others) if num_wrong else given[:num_examples]
-                generated = generator.decode_task_vector(extractor.vector(base, tokenizer, shown))
-                context = "".join("".join(fill_template(sample, zoo.template)) for sample in shown)
-                losses = {"generated": loss(generated), "few_shot_prompt": loss(no_adapter, context)}
-                for row, own in losses.items():
-                    gain = recovered_gain(base_loss, own, task_lora_loss)
+                generated = bench.generator.decode_task_vector(bench.vector(shown))
+                context = "".join("".join(fill_template(sample, bench.zoo.template)) for sample in shown)
+                # Samples with so long a context share no rows.
+                collate = CompletionCollator(bench.tokenizer, False, bench.zoo.template, context, max_length=1024)
+                own = {
+                    "generated": bench.gain(generated, name),
+                    "few_shot_prompt": bench.gain(no_adapter, name, collate(task.test)),
+                }
+                for row, gain in own.items():
                     gains[num_examples, num_wrong][row].setdefault(name, []).append(gain)
-                progress.update()
-    progress.close()
     report = {
-        **run_metadata(0),
         "split": options.split,
         "settings": [
             {
                 "num_examples": num_examples,
                 "num_wrong": num_wrong,
                 **{
-                    row: {
-                        "mean_recovered_gain": statistics.mean(gain for task in tasks.values() for gain in task),
-                        "min_recovered_gain": min(gain for task in tasks.values() for gain in task),
-                        "tasks": tasks,
-                    }
+                    row: {**summary((gain for task in tasks.values() for gain in task), "mean", "min"), "tasks": tasks}
                     for row, tasks in rows.items()
                 },
             }
             for (num_examples, num_wrong), rows in gains.items()
         ],
     }
-    write_json(Path(options.output), report)
+    write(options.output, report)
     print(examples(report))
 
 

@@ -8,30 +8,13 @@ While settings are still being chosen, leave `--split validation` as it is.
 import statistics
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-from collect import with_lora
+from bench import Bench, options_of, summary, write
 from page import refine
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
-from hf_icm_lora import (
-    CompletionCollator,
-    LoraGeneratorModel,
-    LoraZoo,
-    TaskVectorExtractor,
-    TaskVectorSpec,
-    built_in_tasks,
-    fast_dtype,
-    recovered_gain,
-    smollm2_generator_path,
-    smollm2_path,
-)
 from hf_icm_lora.evaluation import FINE_TUNE_RATE
-from hf_icm_lora.files import write_json
-from hf_icm_lora.functional import functional_loss
-from hf_icm_lora.model_card import run_metadata
 
 
 @dataclass
@@ -47,53 +30,39 @@ class RefineOptions:
 
 @torch.no_grad()
 def main() -> None:
-    (options,) = HfArgumentParser(RefineOptions).parse_args_into_dataclasses()
-    base = AutoModelForCausalLM.from_pretrained(smollm2_path(), dtype=fast_dtype()).eval()
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_path())
-    suite = {task.name: task for task in built_in_tasks()}
-    generator = LoraGeneratorModel.from_pretrained(options.generator or smollm2_generator_path())
-    zoo = LoraZoo(options.zoo)
-    extractor = TaskVectorExtractor(TaskVectorSpec(**generator.config.task_vector_spec))
-    collate = CompletionCollator(tokenizer, template=zoo.template, row_length=64)
-    names = [name for name in with_lora(options.split) if name in zoo][: options.num_tasks]
+    options = options_of(RefineOptions)
+    bench = Bench(options.zoo, options.generator)
+    read, decode = bench.extractor.vector, bench.generator.decode_task_vector  # loaded before anything is timed
     table: dict[str, dict[str, dict[int, dict[str, float]]]] = {"refined": {}, "fine_tuned": {}}
-    for name in tqdm(names, desc="Tasks"):
-        task = suite[name]
-        examples, batch = task.demo[: options.num_examples], collate(task.test)
-
-        def loss(lora_weights: torch.Tensor, batch=batch) -> float:
-            return functional_loss(base, zoo.layout, lora_weights[None], zoo.shared_weights, batch).item()
-
+    for name in tqdm(bench.names(options.split)[: options.num_tasks], desc="Tasks"):
+        examples = bench.suite[name].demo[: options.num_examples]
         start = time.perf_counter()
-        generated = generator.decode_task_vector(extractor.vector(base, tokenizer, examples))
+        generated = decode(read(bench.base, bench.tokenizer, examples))
         generation = time.perf_counter() - start
-        zero = torch.zeros_like(generated)
-        bounds = loss(zero), loss(zoo.lora_weights(name))
+        example_loss = bench.example_loss(examples)
         for row, beginning, before, rate in (
             ("refined", generated, generation, {}),
-            ("fine_tuned", zero, 0.0, {"learning_rate": FINE_TUNE_RATE}),
+            ("fine_tuned", torch.zeros_like(generated), 0.0, {"learning_rate": FINE_TUNE_RATE}),
         ):
             table[row][name] = {}
             for steps in options.steps:
                 start = time.perf_counter()
-                weights = generator.fit_to_examples(examples, [beginning], base, tokenizer, steps, **rate)
+                weights = example_loss.refine(beginning, steps, **rate)
                 seconds = before + time.perf_counter() - start
-                gain = recovered_gain(bounds[0], loss(weights), bounds[1])
-                table[row][name][steps] = {"recovered_gain": gain, "seconds": seconds}
+                table[row][name][steps] = {"recovered_gain": bench.gain(weights, name), "seconds": seconds}
 
     curves = {
         row: {
             steps: {
-                "mean_recovered_gain": statistics.mean(task[steps]["recovered_gain"] for task in tasks.values()),
-                "min_recovered_gain": min(task[steps]["recovered_gain"] for task in tasks.values()),
+                **summary((task[steps]["recovered_gain"] for task in tasks.values()), "mean", "min"),
                 "median_seconds": statistics.median(task[steps]["seconds"] for task in tasks.values()),
             }
             for steps in options.steps
         }
         for row, tasks in table.items()
     }
-    report = {**run_metadata(0), "split": options.split, "num_examples": options.num_examples, "curves": curves}
-    write_json(Path(options.output), report | {"tasks": table})
+    report = {"split": options.split, "num_examples": options.num_examples, "curves": curves, "tasks": table}
+    write(options.output, report)
     print(refine(report))
 
 

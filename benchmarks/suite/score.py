@@ -5,25 +5,12 @@ output has of the same generator is kept, and only rows that it lacks are added,
 While settings are still being chosen, score `--splits validation validation_family` only, into another file.
 """
 
-import json
 from dataclasses import dataclass, field
 from hashlib import sha256
-from pathlib import Path
 
-from collect import with_lora
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from bench import Bench, kept, options_of
 
-from hf_icm_lora import (
-    LoraGeneratorModel,
-    LoraZoo,
-    TaskVectorExtractor,
-    built_in_tasks,
-    evaluate_generator,
-    fast_dtype,
-    format_report,
-    smollm2_generator_path,
-    smollm2_path,
-)
+from hf_icm_lora import LoraGeneratorModel, TaskVectorExtractor, evaluate_generator, format_report
 from hf_icm_lora.evaluation import MORE_ROWS, ROWS
 from hf_icm_lora.files import write_json
 from hf_icm_lora.plots import write_plots
@@ -44,16 +31,12 @@ class ScoreOptions:
 
 
 def main() -> None:
-    (options,) = HfArgumentParser(ScoreOptions).parse_args_into_dataclasses()
-    base = AutoModelForCausalLM.from_pretrained(smollm2_path(), dtype=fast_dtype())
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_path())
-    suite = {task.name: task for task in built_in_tasks()}
-    path = Path(options.generator or smollm2_generator_path())
-    generator = LoraGeneratorModel.from_pretrained(path)
+    options = options_of(ScoreOptions)
+    bench = Bench(options.zoo, options.generator)
+    base, tokenizer, zoo, generator = bench.base, bench.tokenizer, bench.zoo, bench.generator
     others = {"paper_cvae": LoraGeneratorModel.from_pretrained(options.paper)} if options.paper else {}
-    zoo, output = LoraZoo(options.zoo), Path(options.output)
-    report = {"generator": sha256(path.joinpath("model.safetensors").read_bytes()).hexdigest()}
-    before = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
+    report = {"generator": sha256(bench.generator_path.joinpath("model.safetensors").read_bytes()).hexdigest()}
+    before = kept(options.output, {})
     report = before if before.get("generator") == report["generator"] else report
     for split in options.splits:
         # Nobody refines an adapter, or chooses among several, for a task that has a LoRA.
@@ -64,8 +47,8 @@ def main() -> None:
         if known and not missing and not new:
             continue
         # New rows are of the tasks of the old ones.
-        names = known["base"]["tasks"] if known else [name for name in with_lora(split) if name in zoo]
-        tasks = [suite[name] for name in names]
+        names = known["base"]["tasks"] if known else bench.names(split)
+        tasks = [bench.suite[name] for name in names]
         scored = evaluate_generator(
             generator, base, tokenizer, zoo, tasks, more_rows=missing, refine_steps=options.refine_steps,
             other_generators=new,
@@ -73,14 +56,15 @@ def main() -> None:
         (rows,) = scored["splits"].values()
         rows |= known
         ordered = {row: rows[row] for row in dict.fromkeys((*ROWS, *MORE_ROWS, *rows)) if row in rows}
-        report = scored | report | {"splits": {**report.get("splits", {}), split: ordered}}
-        write_json(output, report)
+        known_rows, known_splits = report.get("rows", {}), report.get("splits", {})
+        report = scored | report | {"rows": scored["rows"] | known_rows, "splits": {**known_splits, split: ordered}}
+        write_json(options.output, report)
     print(format_report(report))
     if options.plots:
         # Those of seen tasks are there; with these, the map shows where the others lie.
         scored = [name for rows in report["splits"].values() for name in rows["base"]["tasks"]]
         extractor = TaskVectorExtractor(zoo.task_vectors.spec)
-        zoo.subset(scored).add_task_vectors(extractor.extract(base, tokenizer, [suite[name] for name in scored]))
+        zoo.subset(scored).add_task_vectors(extractor.extract(base, tokenizer, [bench.suite[name] for name in scored]))
         write_plots(options.plots, generator, zoo, report)
 
 

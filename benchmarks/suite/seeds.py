@@ -9,31 +9,23 @@ adapters: they share A, so the mean of their B is an adapter, too. `task_lora` i
 for a third of the tasks. Interrupted, the same call goes on.
 """
 
-import json
 import statistics
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
+from bench import Bench, kept, options_of, write
 from page import report_of, seeds
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from hf_icm_lora import (
     CompletionCollator,
     LoraGeneratorModel,
-    LoraZoo,
     attach_adapter,
-    built_in_tasks,
-    fast_dtype,
     recovered_gain,
     smollm2_generator_path,
-    smollm2_path,
 )
 from hf_icm_lora.adapter import adapter_state_dict
 from hf_icm_lora.completion import score_completions
-from hf_icm_lora.files import write_json
-from hf_icm_lora.model_card import run_metadata
 
 
 @dataclass
@@ -50,16 +42,14 @@ def summary(gains: dict[str, float]) -> dict:
 
 
 def main() -> None:
-    (options,) = HfArgumentParser(SeedOptions).parse_args_into_dataclasses()
-    base = AutoModelForCausalLM.from_pretrained(smollm2_path(), dtype=fast_dtype()).eval()
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_path())
-    suite, scored, output = {task.name: task for task in built_in_tasks()}, report_of("suite"), Path(options.output)
-    folders = {str(s): Path(f"build/suite/seed-{s}/int8") if s else smollm2_generator_path() for s in options.seeds}
+    options = options_of(SeedOptions)
+    bench, scored = Bench(options.zoo), report_of("suite")
+    base, tokenizer, zoo = bench.base, bench.tokenizer, bench.zoo
+    folders = {str(s): f"build/suite/seed-{s}/int8" if s else smollm2_generator_path() for s in options.seeds}
     generators = {seed: LoraGeneratorModel.from_pretrained(folder) for seed, folder in folders.items()}
     first = next(iter(generators.values()))
     lora_config, collate = first.adapter_config(), CompletionCollator(tokenizer, template=first.config.template)
-    zoo = LoraZoo(options.zoo)
-    report = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {"splits": {}}
+    report = kept(options.output, {"splits": {}})
     for split, rows in scored["splits"].items():
         done = {row: about["recovered_gains"] for row, about in report["splits"].get(split, {}).items()}
         for name in tqdm(rows["base"]["tasks"], split):
@@ -67,7 +57,7 @@ def main() -> None:
                 continue
             adapters = {}
             for seed, generator in generators.items():
-                examples = suite[name].demo[: options.num_examples]
+                examples = bench.suite[name].demo[: options.num_examples]
                 model = generator.generate_adapter(
                     base, processing_class=tokenizer, examples=examples, fit_scale=False
                 )
@@ -82,13 +72,12 @@ def main() -> None:
             for row, adapter in adapters.items():
                 model = attach_adapter(base, *adapter)
                 with torch.no_grad():
-                    scores = score_completions(model, collate(suite[name].test))
+                    scores = score_completions(model, collate(bench.suite[name].test))
                 loss = (scores.loss.sum() / scores.num_tokens.sum()).item()
                 done.setdefault(row, {})[name] = recovered_gain(bounds[0], loss, bounds[1])
                 base = model.unload()
             report["splits"][split] = {row: summary(gains) for row, gains in done.items()}
-            write_json(output, report)
-    write_json(output, run_metadata(0) | report)
+            write(options.output, report)
     print(seeds(report))
 
 

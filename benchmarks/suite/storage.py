@@ -5,31 +5,13 @@ themselves: fp16, the difference from their mean adapter in 1, 2 or 4 bits, and 
 All of them keep the A that the adapters share, and all but fp16 the mean adapter, both in fp16.
 """
 
-import statistics
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-from collect import SPLITS
+from bench import SPLITS, Bench, options_of, summary, write
 from page import storage
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
-from hf_icm_lora import (
-    CompletionCollator,
-    LoraGeneratorModel,
-    LoraZoo,
-    TaskVectorExtractor,
-    TaskVectorSpec,
-    built_in_tasks,
-    fast_dtype,
-    recovered_gain,
-    smollm2_generator_path,
-    smollm2_path,
-)
-from hf_icm_lora.files import write_json
-from hf_icm_lora.functional import functional_loss
-from hf_icm_lora.model_card import run_metadata
+from hf_icm_lora import LoraGeneratorModel
 
 # Steps of the best uniform quantizer of a normal variable of unit variance (Max 1960, table II): bits -> step.
 STEPS = {1: 1.596, 2: 0.9957, 4: 0.3352}
@@ -55,12 +37,9 @@ def quantize(deltas: torch.Tensor, sizes: list[int], bits: int) -> torch.Tensor:
 
 @torch.no_grad()
 def main() -> None:
-    (options,) = HfArgumentParser(StorageOptions).parse_args_into_dataclasses()
-    base = AutoModelForCausalLM.from_pretrained(smollm2_path(), dtype=fast_dtype()).eval()
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_path())
-    suite = {task.name: task for task in built_in_tasks()}
-    generator = LoraGeneratorModel.from_pretrained(options.generator or smollm2_generator_path()).to_float()
-    zoo = LoraZoo(options.zoo)
+    options = options_of(StorageOptions)
+    bench = Bench(options.zoo, options.generator)
+    zoo, generator = bench.zoo, bench.generator.to_float()
     names = [name for name in SPLITS["seen"] if name in zoo]
     weights = torch.stack([zoo.lora_weights(name) for name in names])  # (tasks, num_weights)
     scored = list(range(0, len(names), max(1, len(names) // options.num_tasks)))
@@ -81,11 +60,10 @@ def main() -> None:
         size = common + 2 * rank * (zoo.layout.num_weights + len(names))
         kept[f"joint SVD, {rank} components"] = (size, mean + (left[:, :rank] * values[:rank]) @ right[:rank])
 
-    extractor = TaskVectorExtractor(TaskVectorSpec(**generator.config.task_vector_spec))
-    vectors = {i: extractor.vector(base, tokenizer, suite[names[i]].demo[:12]) for i in scored}
+    vectors = {i: bench.vector(bench.suite[names[i]].demo[:12]) for i in scored}
     for label, model in (
         ("generator, fp32", generator),
-        ("generator, bf16", LoraGeneratorModel.from_pretrained(options.generator or smollm2_generator_path())),
+        ("generator, bf16", LoraGeneratorModel.from_pretrained(bench.generator_path)),
         ("generator, 8 bits", generator.to_int8()),
     ):
         if "bf16" in label:
@@ -96,25 +74,15 @@ def main() -> None:
             generated[i] = model.decode_task_vector(vectors[i])
         kept[label] = (size, generated)
 
-    gains: dict[str, dict[str, float]] = {label: {} for label in kept}
-    for i in tqdm(scored, desc="Scoring"):
-        batch = CompletionCollator(tokenizer, template=zoo.template, row_length=64)(suite[names[i]].test)
-        variants = {"base": torch.zeros_like(mean), "task_lora": weights[i]} | {k: v[1][i] for k, v in kept.items()}
-        loss = {
-            label: functional_loss(base, zoo.layout, variant[None], zoo.shared_weights, batch).item()
-            for label, variant in variants.items()
-        }
-        for label in kept:
-            gain = recovered_gain(loss["base"], loss[label], loss["task_lora"])
-            if gain is not None:
-                gains[label][names[i]] = gain
+    def adapters(name: str) -> dict[str, torch.Tensor]:
+        return {label: tensor[names.index(name)] for label, (_, tensor) in kept.items()}
 
+    gains = bench.gains([names[i] for i in scored], adapters, "Scoring")
     table = {
         label: {
             "bytes": size,
             "bytes_per_task": size / len(names),
-            "mean_recovered_gain": statistics.mean(gains[label].values()),
-            "min_recovered_gain": min(gains[label].values()),
+            **summary(gains[label].values(), "mean", "min"),
             "tasks": gains[label],
         }
         for label, (size, _) in kept.items()
@@ -125,8 +93,8 @@ def main() -> None:
         label: max(0, -(-8 * (size - (shared if label == "fp16" else common)) // (rate * zoo.layout.num_weights)))
         for label, rate in rates.items()
     }
-    report = {**run_metadata(0), "num_tasks": len(names), "num_scored": len(scored), "rows": table}
-    write_json(Path(options.output), report | {"break_even_tasks": break_even})
+    report = {"num_tasks": len(names), "num_scored": len(scored), "rows": table, "break_even_tasks": break_even}
+    write(options.output, report)
     print(storage(report))
     print(f"The 8-bit generator is smaller from this number of adapters on: {break_even}")
 

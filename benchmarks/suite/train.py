@@ -9,14 +9,14 @@ in 8 bits, as it ships, goes to `OUTPUT_DIR/int8`.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from collect import SPLITS, with_lora
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
+from bench import SPEC, SPLITS, Bench, options_of, with_lora
+from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_icm_lora import (
+    BehaviouralCollator,
+    BehaviouralDataset,
     CompletionCollator,
-    FunctionalCollator,
-    FunctionalDataset,
     LoraGeneratorConfig,
     LoraGeneratorModel,
     LoraGeneratorTrainer,
@@ -24,14 +24,9 @@ from hf_icm_lora import (
     LoraZoo,
     TaskVectorExtractor,
     TaskVectors,
-    TaskVectorSpec,
-    built_in_tasks,
-    fast_dtype,
-    smollm2_path,
 )
 
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the packaged copy is its, and lies elsewhere on each machine
-SPEC = TaskVectorSpec(num_draws=3, layers=(14, 22, 30))
 SIZES = {
     "transformer": {"hidden_size": 224, "intermediate_size": 448, "basis_size": 32},
     "conv1d": {},  # the paper's
@@ -48,17 +43,15 @@ class TrainOptions:
     seed: int = field(default=0, metadata={"help": "Of initialization and training."})
     num_loras: int = field(default=48, metadata={"help": "LoRAs of seen tasks for reconstruction."})
     reconstruction_steps: int = field(default=300, metadata={"help": "Steps on the zoo's LoRAs."})
-    functional_steps: int = field(default=1600, metadata={"help": "Steps through the base model; may be 0."})
+    behavioural_steps: int = field(default=1600, metadata={"help": "Steps through the base model; may be 0."})
     learning_rate: float = field(default=8e-3, metadata={"help": "Of behavioural training."})
 
 
 def main() -> None:
-    (options,) = HfArgumentParser(TrainOptions).parse_args_into_dataclasses()
+    options, bench = options_of(TrainOptions), Bench()
     output_dir = Path(options.output_dir)
-    base = AutoModelForCausalLM.from_pretrained(smollm2_path(), dtype=fast_dtype())
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_path())
-    suite = {task.name: task for task in built_in_tasks()}
-    tasks = [suite[name] for name in SPLITS["seen"] + SPLITS["samples"]]
+    base, tokenizer = bench.base, bench.tokenizer
+    tasks = [bench.suite[name] for name in SPLITS["seen"] + SPLITS["samples"]]
 
     if Path(options.vectors).exists():
         vectors = TaskVectors.load(options.vectors)
@@ -67,7 +60,7 @@ def main() -> None:
         vectors = extractor.extract(base, tokenizer, tasks)
         vectors.save(options.vectors)
 
-    functional_dataset = FunctionalDataset(tasks, vectors, num_samples=8)
+    behavioural_dataset = BehaviouralDataset(tasks, vectors, num_samples=8)
     common = {"seed": options.seed, "report_to": "none", "save_only_model": False}
     set_seed(options.seed)
     checkpoints = output_dir / "checkpoints"
@@ -80,7 +73,7 @@ def main() -> None:
         sizes = {"architecture": options.architecture, **SIZES[options.architecture]}
         generator = LoraGeneratorModel(LoraGeneratorConfig.from_zoo(zoo, **sizes))
         dataset = zoo.as_dataset(num_snapshots=1)
-        generator.fit_normalizer(dataset, functional_dataset)
+        generator.fit_normalizer(dataset, behavioural_dataset)
         trainer = LoraGeneratorTrainer(
             generator,
             LoraGeneratorTrainingArguments(
@@ -93,23 +86,22 @@ def main() -> None:
         trainer.save_state()
         generator = generator.without_encoder()  # reconstruction is over, and the encoder is half the size
 
-    if options.functional_steps:
+    if options.behavioural_steps:
         trainer = LoraGeneratorTrainer(
             generator,
             LoraGeneratorTrainingArguments(
-                output_dir=str(checkpoints), max_steps=options.functional_steps, per_device_train_batch_size=16,
+                output_dir=str(checkpoints), max_steps=options.behavioural_steps, per_device_train_batch_size=16,
                 learning_rate=options.learning_rate, logging_steps=25, save_steps=300,
                 # Constant for the first half: a longer run can go on from a checkpoint before its end.
                 lr_scheduler_type="warmup_stable_decay",
-                lr_scheduler_kwargs={"num_decay_steps": options.functional_steps // 2}, **common,
+                lr_scheduler_kwargs={"num_decay_steps": options.behavioural_steps // 2}, **common,
             ),
             base_model=base,
-            train_dataset=functional_dataset,
-            data_collator=FunctionalCollator(CompletionCollator(tokenizer, template=SPEC.template, row_length=48)),
+            train_dataset=behavioural_dataset,
+            data_collator=BehaviouralCollator(CompletionCollator(tokenizer, template=SPEC.template, row_length=48)),
         )  # fmt: skip
         trainer.train(resume_from_checkpoint=last)
         trainer.save_state()
-    generator.map_tasks(vectors)
     generator.config.base_model_name_or_path = BASE_MODEL
     generator.save_pretrained(output_dir)
     generator.to_int8().save_pretrained(output_dir / "int8")

@@ -12,8 +12,9 @@ from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
 
-from hf_icm_lora import Sample, TaskError
-from hf_icm_lora.cli import load_base_model, load_generator
+from hf_icm_lora import GenerationRecord, Sample, TaskError, save_adapter_card
+from hf_icm_lora.base_model import load_base_model
+from hf_icm_lora.cli import load_generator
 from hf_icm_lora.completion import fill_template
 
 # Names as on the command line: a folder, a Hub id, or "smollm2" for what comes with the package.
@@ -82,13 +83,14 @@ def generate(description: str, examples: str, query: str, folder: str | Path) ->
         )
         try:
             after = answer(model, tokenizer, query, generator.config.template)
-            model.save_pretrained(Path(folder) / "adapter")
+            model.save_pretrained(Path(folder) / "adapter", save_embedding_layers=False)
+            save_adapter_card(model, Path(folder) / "adapter")
             about = model.lora_generation["default"]
         finally:
             model.unload()
     archive = shutil.make_archive(str(Path(folder) / "adapter"), "zip", root_dir=folder, base_dir="adapter")
     snippet = write_snippet(base_model_name(generator), query, generator.config.template, base.config)
-    return Result(before, after, in_words(about, generator.config.mapped_tasks), Path(archive), snippet)
+    return Result(before, after, in_words(about), Path(archive), snippet)
 
 
 def read_examples(text: str) -> list[Sample]:
@@ -122,29 +124,21 @@ def prompt_and_end(query: str, template: str) -> tuple[str, str]:
     return fill_template(Sample(query, "x"), template)[0], template.partition("{completion}")[2]
 
 
-def in_words(about: dict, mapped_tasks: list[str] | None) -> str:
+def in_words(about: GenerationRecord) -> str:
     """Say in plain words what is known about an adapter, as Markdown."""
-    if "gain_on_examples" not in about:
-        # The map of tasks was made from examples: every description alone lies far from all of them.
+    if about.gain_on_examples is None:
         return "How well it fits is not known: give some examples too, and it is measured on them."
-    lines, gain = [], about["gain_on_examples"]
-    if "nearest_task" in about:
-        novelty = about["novelty"]
-        far = ", which is far from everything that it knows" if novelty > 0.99 else ""
-        lines = [
-            f"**Nearest known task:** `{about['nearest_task']}`, of {len(mapped_tasks)}.",
-            f"**Novelty {novelty:.2f}:** {novelty:.0%} of them have a closer neighbour than your task{far}.",
-        ]
-    if about["scale"] == 0:
+    gain = about.gain_on_examples
+    if about.scale == 0:
         worth = "the adapter would do harm at any strength. It was weakened to nothing: the base model is better."
     else:
-        fitted = "it was not fitted" if about["scale"] == 1 else f"only its strength was fitted, {about['scale']:.0%}"
+        fitted = "it was not fitted" if about.scale == 1 else f"only its strength was fitted, {about.scale:.0%}"
         worth = f"the adapter takes away {gain:.0%} of the loss on your examples, to which {fitted}. " + (
             "That is little, and it will be little elsewhere."
             if gain < 0.25
             else "Much of that is the form of an answer; it may still be wrong."
         )
-    return "\n\n".join([*lines, f"**Gain on examples {gain:.2f}:** {worth}"])
+    return f"**Gain on examples {gain:.2f}:** {worth}"
 
 
 def write_snippet(base_model: str, query: str, template: str, config) -> str:

@@ -27,7 +27,7 @@ SIZES = dict(
 )  # fmt: skip
 
 
-def weights(rng: torch.Generator, seed_of_a: int = 0) -> dict[str, torch.Tensor]:
+def make_state_dict(rng: torch.Generator, seed_of_a: int = 0) -> dict[str, torch.Tensor]:
     state_dict, rng_of_a = {}, torch.Generator().manual_seed(seed_of_a)
     for layer in range(2):
         for name, width in (("q_proj", 32), ("v_proj", 16)):
@@ -42,19 +42,24 @@ def main() -> None:
     torch.manual_seed(1)
     zoo = LoraZoo.create(
         FOLDER / f"zoo-{ZOO_VERSION}",
-        layout=LoraLayout.from_state_dict(weights(rng), CONFIG, "frozen_a"),
+        layout=LoraLayout.from_state_dict(make_state_dict(rng), CONFIG, "frozen_a"),
         lora_config=CONFIG,
         base_model_name_or_path="tiny/llama",
         base_model_fingerprint="f" * 64,
         template=DEFAULT_TEMPLATE,
     )
     for name in NAMES:
-        zoo.add(name, {4: weights(rng), 8: weights(rng)}, best_step=4, description=f"Do {name}.", family="f")
+        zoo.add(
+            name,
+            {4: make_state_dict(rng), 8: make_state_dict(rng)},
+            best_step=4,
+            description=f"Do {name}.",
+            family="f",
+        )
     banks = {name: {"demonstrations": torch.randn(3, 2, 32, generator=rng)} for name in NAMES}
     zoo.add_task_vectors(TaskVectors(TaskVectorSpec(num_draws=3), "f" * 64, banks))
     generator = LoraGeneratorModel(LoraGeneratorConfig.from_zoo(zoo, **SIZES)).eval()
     generator.fit_normalizer(zoo.as_dataset())
-    generator.map_tasks(zoo.task_vectors)
     folder = FOLDER / f"generator-{GENERATOR_VERSION}"
     generator.save_pretrained(folder)
     (folder / "README.md").unlink()

@@ -1,18 +1,8 @@
-"""The gauge: B @ A is unique, (A, B) is not, and adapters of different origin must be brought into one form.
+"""Products B @ A by their factors: their singular values, their best factors of another rank, their distances.
 
-B R^-1 and R A are the same adapter for any invertible R, so two trainings that found the same change of the base model
-have unrelated numbers. Two steps take that freedom away, and nothing else:
-
-    balance   B and A get the same Gram matrix, B^T B = A A^T: what is left of R is a rotation
-    align     of all rotations the one that brings them nearest to a reference
-
-The first comes from the singular value decomposition. Its signs are arbitrary; where singular values are equal, so are
-its order and directions. The second depends on neither: the nearest rotation to a reference changes little where the
-adapter does (orthogonal Procrustes problem, Schönemann 1966).
-
-B @ A itself, `out_features x in_features`, is never built: QR decompositions reduce everything to `rank x rank`. All
-functions take any number of leading dimensions, B as rows per rank component: A `(..., rank, in_features)`,
-B `(..., rank, out_features)`.
+B @ A itself, `out_features x in_features`, is never built: QR decompositions and Gram matrices reduce everything to
+`rank x rank`. All functions but `with_rank` take any number of leading dimensions. B is given as rows per rank
+component: A `(..., rank, in_features)`, B `(..., rank, out_features)`.
 """
 
 import torch
@@ -64,48 +54,6 @@ def with_rank(
     a, b, values = balance(lora_a, lora_b)
     squares = values.square()
     return a[:rank], b[:rank], squares[rank:].sum().item(), squares.sum().item()
-
-
-def align(
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    reference_a: torch.Tensor,
-    reference_b: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate balanced pairs to lie nearest to a reference, which does not change their product.
-
-    Args:
-        lora_a, lora_b (`torch.Tensor`): As from [`balance`].
-        reference_a, reference_b (`torch.Tensor`): Of the same shapes, or without the leading dimensions.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: R A and R B, where the rotation R minimizes |R A - reference_a|^2 +
-        |R B - reference_b|^2.
-    """
-    pairs = ((reference_a, lora_a), (reference_b, lora_b))
-    u, _, vh = torch.linalg.svd(sum(reference.double() @ own.double().mT for reference, own in pairs))
-    rotation = u @ vh  # (..., rank, rank)
-    return (rotation @ lora_a.double()).to(lora_a.dtype), (rotation @ lora_b.double()).to(lora_b.dtype)
-
-
-def mean_reference(
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    num_rounds: int = 10,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the mean of balanced pairs after aligning each with it (generalized Procrustes analysis, Gower 1975).
-
-    Args:
-        lora_a (`torch.Tensor` of shape `(num_adapters, ..., rank, in_features)`), lora_b: As from [`balance`].
-        num_rounds (`int`, *optional*, defaults to 10): Rounds of aligning and averaging, from the first adapter on.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: The reference, without the first dimension.
-    """
-    reference = lora_a[0], lora_b[0]
-    for _ in range(num_rounds):
-        reference = tuple(x.mean(0) for x in align(lora_a, lora_b, *reference))
-    return reference
 
 
 def product_error(

@@ -9,9 +9,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
 from hf_icm_lora import (
+    BehaviouralCollator,
+    BehaviouralDataset,
     CollectionArguments,
-    FunctionalCollator,
-    FunctionalDataset,
+    ExampleLoss,
     IcmLoraError,
     IncompatibleAdapterError,
     LoraGeneratorConfig,
@@ -27,10 +28,11 @@ from hf_icm_lora import (
     attach_adapter,
     collect_zoo,
 )
-from hf_icm_lora.adapter import adapter_state_dict, canonical_lora_config
+from hf_icm_lora.adapter import adapter_state_dict
+from hf_icm_lora.behaviour import batched_lora, behavioural_loss
 from hf_icm_lora.completion import CompletionCollator, score_completions
-from hf_icm_lora.functional import batched_lora, distillation_loss, functional_loss
-from hf_icm_lora.tasks import Sample
+from hf_icm_lora.lora_config import canonical_lora_config
+from hf_icm_lora.tasks import Sample, to_sample
 
 MAKE = {"llama": make_llama, "gpt2": make_gpt2, "t5": make_t5}
 SIZES = dict(hidden_size=32, intermediate_size=64, num_encoder_layers=1, num_decoder_layers=1, latent_size=16)
@@ -94,7 +96,7 @@ def logits(model, batch):
     return model(**inputs, use_cache=False).logits
 
 
-@pytest.mark.parametrize("gauge", ["frozen_a", "shared_init", "canonical"])
+@pytest.mark.parametrize("gauge", ["frozen_a", "shared_init", "free"])
 @pytest.mark.parametrize("name", list(MAKE))
 @torch.no_grad()
 def test_rows_go_through_their_own_adapter_as_in_peft(tokenizer, name, gauge):
@@ -103,7 +105,7 @@ def test_rows_go_through_their_own_adapter_as_in_peft(tokenizer, name, gauge):
     without = logits(base, batch)
     with batched_lora(base, layout, packed, shared):
         together = logits(base, batch)
-    losses = functional_loss(base, layout, packed, shared, batch)
+    losses = behavioural_loss(base, layout, packed, shared, batch)
     assert hooks(base) == 0
     assert torch.equal(logits(base, batch), without)
     model = base
@@ -119,30 +121,6 @@ def test_rows_go_through_their_own_adapter_as_in_peft(tokenizer, name, gauge):
     assert len(set(losses.tolist())) == 3
 
 
-@pytest.mark.parametrize("name", list(MAKE))
-def test_distillation_is_the_divergence_from_the_teacher(tokenizer, name):
-    base, lora_config, layout, state_dicts, packed, shared = make_adapters(name, "frozen_a")
-    base.requires_grad_(False)
-    batch, teachers = make_batch(base, tokenizer, 6), packed.roll(1, 0)
-    same = distillation_loss(base, layout, packed, shared, batch, packed)
-    torch.testing.assert_close(same, torch.zeros(3), rtol=0, atol=1e-5)
-    losses = distillation_loss(base, layout, packed.requires_grad_(), shared, batch, teachers)
-    (gradient,) = torch.autograd.grad(losses[1], packed)
-    assert gradient[1].abs().sum() > 0
-    assert gradient[[0, 2]].abs().sum() == 0
-    model = base
-    for i in range(3):
-        rows = {key: tensor[2 * i : 2 * i + 2] for key, tensor in batch.items()}
-        predicted = []
-        for state_dict in (state_dicts[i], state_dicts[i - 1]):
-            model = attach_adapter(model, lora_config, state_dict)
-            mask, scores = rows["labels"] != -100, logits(model, rows)
-            scores = scores[mask] if model.config.is_encoder_decoder else scores[:, :-1][mask[:, 1:]]
-            predicted.append(torch.distributions.Categorical(logits=scores))
-        expected = torch.distributions.kl_divergence(predicted[1], predicted[0]).mean()
-        torch.testing.assert_close(losses[i], expected, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_packed_rows_have_the_losses_and_gradients_of_their_samples(tokenizer, name):
     base, _, layout, _, packed, shared = make_adapters(name, "frozen_a")
@@ -150,16 +128,18 @@ def test_packed_rows_have_the_losses_and_gradients_of_their_samples(tokenizer, n
     packed.requires_grad_()
     given = [task.train[:count] for task, count in zip(make_tasks(3), (1, 3, 8), strict=True)]
     collate = CompletionCollator(tokenizer, row_length=60)
-    batch = FunctionalCollator(collate)([{"task_vector": torch.zeros(1, 32), "samples": samples} for samples in given])
+    batch = BehaviouralCollator(collate)(
+        [{"task_vector": torch.zeros(1, 32), "samples": samples} for samples in given]
+    )
     kept = [len(next(collate.fill_rows(samples))) for samples in given]
     assert kept == [1, 3, 6]  # what no longer fits is left out
     assert {key: tuple(tensor.shape) for key, tensor in batch.items() if key != "task_vector"} == {
         "input_ids": (3, 54), "position_ids": (3, 54), "labels": (3, 54),
     }  # fmt: skip
-    together = functional_loss(base, layout, packed, shared, batch)
+    together = behavioural_loss(base, layout, packed, shared, batch)
     (gradient,) = torch.autograd.grad(together.sum(), packed)
     for i, samples in enumerate(given):
-        loss = functional_loss(
+        loss = behavioural_loss(
             base, layout, packed[i : i + 1], shared, CompletionCollator(tokenizer)(samples[: kept[i]])
         )
         torch.testing.assert_close(together[i], loss[0], rtol=1e-5, atol=1e-5)
@@ -172,7 +152,7 @@ def test_ranks_and_scalings_of_their_own_per_module(tokenizer):
     patterns = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.self_attn.v_proj": 1}, "use_rslora": True}
     base, lora_config, layout, state_dicts, packed, shared = make_adapters("llama", "frozen_a", **patterns)
     batch = make_batch(base, tokenizer, 6)
-    losses, model = functional_loss(base, layout, packed, shared, batch), base
+    losses, model = behavioural_loss(base, layout, packed, shared, batch), base
     for i, state_dict in enumerate(state_dicts):
         model = attach_adapter(model, lora_config, state_dict)
         scores = score_completions(model, {key: tensor[2 * i : 2 * i + 2] for key, tensor in batch.items()})
@@ -186,7 +166,7 @@ def test_gradient_is_that_of_a_peft_model(tokenizer, name, gauge):
     batch = make_batch(base, tokenizer, 6)
     base.requires_grad_(False)
     packed.requires_grad_()
-    functional_loss(base, layout, packed, shared, batch).sum().backward()
+    behavioural_loss(base, layout, packed, shared, batch).sum().backward()
     assert all(parameter.grad is None for parameter in base.parameters())
 
     plain, model = canonical_lora_config(lora_config, layout.max_rank), base  # scaling 1, as the weights are packed
@@ -207,7 +187,7 @@ def test_gradient_is_that_of_a_peft_model(tokenizer, name, gauge):
 def test_rows_of_other_adapters_give_no_gradient(tokenizer):
     base, _, layout, _, packed, shared = make_adapters("llama", "frozen_a")
     packed.requires_grad_()
-    functional_loss(base, layout, packed, shared, make_batch(base, tokenizer, 6))[1].backward()
+    behavioural_loss(base, layout, packed, shared, make_batch(base, tokenizer, 6))[1].backward()
     assert packed.grad[1].abs().max() > 1e-3
     assert packed.grad[[0, 2]].abs().max() == 0
 
@@ -224,7 +204,7 @@ def test_hooks_are_removed_after_any_error(tokenizer):
         fail()
     assert hooks(base) == 0
     with pytest.raises(RuntimeError):  # 5 rows for 3 adapters
-        functional_loss(base, layout, packed, shared, make_batch(base, tokenizer, 5))
+        behavioural_loss(base, layout, packed, shared, make_batch(base, tokenizer, 5))
     assert hooks(base) == 0
     del base.model.layers[1]
     with pytest.raises(AttributeError), batched_lora(base, layout, packed, shared):
@@ -235,15 +215,112 @@ def test_hooks_are_removed_after_any_error(tokenizer):
 def test_base_in_bf16_gives_gradients_in_fp32(tokenizer):
     base, _, layout, _, packed, shared = make_adapters("llama", "frozen_a")
     batch = make_batch(base, tokenizer, 6)
-    exact = functional_loss(base, layout, packed, shared, batch)
+    exact = behavioural_loss(base, layout, packed, shared, batch)
     packed.requires_grad_()
-    losses = functional_loss(base.to(torch.bfloat16), layout, packed, shared, batch)
+    losses = behavioural_loss(base.to(torch.bfloat16), layout, packed, shared, batch)
     assert losses.dtype == torch.float32
     torch.testing.assert_close(losses, exact, rtol=0.05, atol=0.05)
     losses.sum().backward()
     assert packed.grad.dtype == torch.float32
     assert packed.grad.isfinite().all()
     assert packed.grad.abs().max() > 1e-3
+
+
+# The loss on examples
+
+
+EXAMPLES = [("ab", "bc"), ("cde", "def"), {"prompt": "f", "completion": "g"}, ("ghij", "hijk")] * 4  # several rows
+
+
+def loss_in_peft(base, lora_config, state_dict, tokenizer):
+    """The same in another way: one sample a row, one adapter after the other."""
+    model = attach_adapter(base, lora_config, state_dict)
+    batch = CompletionCollator(tokenizer, base.config.is_encoder_decoder)([to_sample(raw) for raw in EXAMPLES])
+    with torch.no_grad():
+        scores = score_completions(model, batch)
+    model.unload()
+    return (scores.loss.sum() / scores.num_tokens.sum()).item()
+
+
+@pytest.mark.parametrize("name", list(MAKE))
+def test_losses_on_examples_are_those_of_each_adapter_in_peft(tokenizer, name):
+    base, lora_config, layout, state_dicts, packed, shared = make_adapters(name, "shared_init")
+    expected = [loss_in_peft(MAKE[name](), lora_config, state_dict, tokenizer) for state_dict in state_dicts]
+    example_loss = ExampleLoss(base, tokenizer, layout, shared, EXAMPLES)
+    losses = example_loss(packed)
+    assert losses.tolist() == pytest.approx(expected, rel=1e-4)
+    assert len(set(expected)) == 3
+    example_loss.most_labels = 1  # one adapter at a time, where there are many examples
+    torch.testing.assert_close(example_loss(packed), losses)
+    assert not losses.requires_grad
+    assert hooks(base) == 0
+
+
+def test_examples_are_tokenized_once(tokenizer):
+    base, _, layout, _, packed, shared = make_adapters("llama", "frozen_a")
+    calls = []
+
+    def counting(*args, **kwargs):
+        calls.append(args)
+        return tokenizer(*args, **kwargs)
+
+    example_loss = ExampleLoss(base, counting, layout, shared, EXAMPLES)
+    read = len(calls)
+    assert read == 2 * len(EXAMPLES)  # prompt and completion
+    example_loss(packed)
+    example_loss.at_scales(packed[0])
+    example_loss.refine(packed[0], 2)
+    assert len(calls) == read
+
+
+def test_loss_on_examples_is_that_of_the_base_alone(tokenizer):
+    """Whatever adapters it carries, which are as before after it."""
+    base, lora_config, layout, state_dicts, packed, shared = make_adapters("llama", "frozen_a")
+    expected = ExampleLoss(base, tokenizer, layout, shared, EXAMPLES)(packed)
+    model = attach_adapter(base, lora_config, state_dicts[0])
+    batch = make_batch(base, tokenizer, 4)
+    before = logits(model, batch)
+    torch.testing.assert_close(ExampleLoss(model, tokenizer, layout, shared, EXAMPLES)(packed), expected)
+    assert torch.equal(logits(model, batch), before)
+
+
+def test_losses_at_scales_and_gain(tokenizer):
+    base, lora_config, layout, state_dicts, packed, shared = make_adapters("llama", "shared_init")
+    example_loss = ExampleLoss(base, tokenizer, layout, shared, EXAMPLES)
+    losses = example_loss.at_scales(packed[0])
+    assert list(losses) == [0.0, 0.25, 0.5, 0.75, 1.0]
+    halved = {k: 0.5 * w if "lora_B" in k else w for k, w in state_dicts[0].items()}
+    nothing = {k: 0.0 * w for k, w in state_dicts[0].items()}
+    for scale, state_dict in ((0.0, nothing), (0.5, halved), (1.0, state_dicts[0])):
+        expected = loss_in_peft(make_llama(), lora_config, state_dict, tokenizer)
+        assert losses[scale] == pytest.approx(expected, rel=1e-4)
+    gain = example_loss.gain(packed[0])
+    assert gain == pytest.approx((losses[0.0] - losses[1.0]) / losses[0.0], rel=1e-3)
+    assert example_loss.gain(torch.zeros_like(packed[0])) == pytest.approx(0.0, abs=1e-6)
+    assert example_loss.at_scales(packed[0], (2.0,)).keys() == {2.0}
+
+
+def test_refining_lowers_the_loss_and_keeps_what_is_shared(tokenizer):
+    base, _, layout, _, packed, shared = make_adapters("llama", "frozen_a")
+    before, state = {n: t.clone() for n, t in base.state_dict().items()}, state_of(base)
+    example_loss = ExampleLoss(base, tokenizer, layout, shared, EXAMPLES)
+    start, nothing = packed[0].clone(), torch.zeros_like(packed[0])
+    refined = [example_loss.refine(nothing, 5, learning_rate=1e-2) for _ in range(2)]
+    assert torch.equal(*refined)
+    assert example_loss.gain(refined[0]) > 0.02
+    assert example_loss.gain(example_loss.refine(packed[0], 5)) > example_loss.gain(packed[0])
+    assert torch.equal(packed[0], start)
+    assert torch.equal(example_loss.refine(start, 0), start)
+    assert state_of(base) == state
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
+
+
+def test_what_are_no_examples_is_said(tokenizer):
+    base, _, layout, _, _, shared = make_adapters("llama", "frozen_a")
+    with pytest.raises(TaskError, match="at least one example"):
+        ExampleLoss(base, tokenizer, layout, shared, [])
+    with pytest.raises(TaskError, match=r"Expected examples\[1\] to be"):
+        ExampleLoss(base, tokenizer, layout, shared, [("a", "b"), ("a", "b", "c")])
 
 
 # The dataset
@@ -257,7 +334,7 @@ def tasks():
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory, tokenizer, tasks):
     """LoRAs of four tasks, vectors of all six."""
-    folder, base = tmp_path_factory.mktemp("functional"), make_llama()
+    folder, base = tmp_path_factory.mktemp("behaviour"), make_llama()
     lora_config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     args = CollectionArguments(output_dir=folder / "out", max_steps=8, eval_steps=4, use_cpu=True)
     zoo = collect_zoo(folder / "zoo", base, tokenizer, tasks[:4], lora_config, args)
@@ -273,7 +350,7 @@ def vectors(zoo):
 
 def test_an_epoch_shows_all_vectors_and_all_samples(tasks, vectors):
     for task in tasks:
-        dataset = FunctionalDataset([task], vectors, num_samples=3)
+        dataset = BehaviouralDataset([task], vectors, num_samples=3)
         assert len(dataset) == 9  # 3 draws for each of 3 modes; 24 samples would need 8 items
         assert {sample for item in dataset for sample in item["samples"]} == set(task.train)  # neither demo nor test
         assert all(len(set(item["samples"])) == 3 for item in dataset)
@@ -281,18 +358,18 @@ def test_an_epoch_shows_all_vectors_and_all_samples(tasks, vectors):
         banks = {mode: [tuple(v.flatten().tolist()) for v in bank] for mode, bank in vectors.banks[task.name].items()}
         assert set(shown) == {vector for bank in banks.values() for vector in bank}
         assert [sum(vector in bank for vector in shown) for bank in banks.values()] == [3, 3, 3]  # modes count alike
-    assert len(FunctionalDataset(tasks, vectors, num_samples=3)) == 6 * 9  # two of them have no LoRA
+    assert len(BehaviouralDataset(tasks, vectors, num_samples=3)) == 6 * 9  # two of them have no LoRA
 
 
 def test_many_samples_make_many_items(tasks, vectors):
-    dataset = FunctionalDataset(tasks[:1], vectors, num_samples=1, modes=["demonstrations"])
+    dataset = BehaviouralDataset(tasks[:1], vectors, num_samples=1, modes=["demonstrations"])
     assert len(dataset) == 24
     assert len({item["samples"] for item in dataset}) == 24
     assert len({tuple(item["task_vector"].flatten().tolist()) for item in dataset}) == 3
 
 
 def test_items_are_the_same_each_time(tasks, vectors):
-    dataset, again = FunctionalDataset(tasks, vectors), FunctionalDataset(tasks, vectors)
+    dataset, again = BehaviouralDataset(tasks, vectors), BehaviouralDataset(tasks, vectors)
     state = torch.random.get_rng_state()
     one = [dataset[i]["samples"] for i in range(len(dataset))]
     torch.rand(3)
@@ -303,7 +380,7 @@ def test_items_are_the_same_each_time(tasks, vectors):
 
 
 def test_only_the_given_modes_are_used(tasks, vectors):
-    dataset = FunctionalDataset(tasks, vectors, modes=["description"])
+    dataset = BehaviouralDataset(tasks, vectors, modes=["description"])
     assert len(dataset) == 6 * len(tasks)  # 24 samples, 4 at a time
     assert torch.equal(dataset[12]["task_vector"], vectors.banks["shift/3"]["description"][0])
 
@@ -324,33 +401,18 @@ def test_what_makes_no_dataset_is_said(tasks, vectors, change, error, message):
     arguments = {"num_samples": 4} | change
     chosen = arguments.pop("tasks", lambda tasks: tasks)(tasks)
     with pytest.raises(error, match=message):
-        FunctionalDataset(chosen, vectors, **arguments)
+        BehaviouralDataset(chosen, vectors, **arguments)
 
 
-def test_items_beside_are_drawn_from_their_dataset(tasks, vectors, zoo):
-    beside = zoo.subset(SEEN).as_dataset()
-    dataset = FunctionalDataset(tasks, vectors, beside=beside)
-    known = {tuple(weights.tolist()) for weights in beside.lora_weights}
-    drawn = [tuple(item["beside"]["lora_weights"].tolist()) for item in dataset]
-    assert set(drawn) <= known
-    assert len(set(drawn)) > 1
-    assert drawn == [tuple(item["beside"]["lora_weights"].tolist()) for item in dataset]
-
-
-@pytest.mark.parametrize("with_beside", [False, True])
-def test_samples_of_an_item_are_adjacent_rows(tasks, vectors, zoo, tokenizer, with_beside):
-    beside = zoo.subset(SEEN).as_dataset() if with_beside else None
-    dataset = FunctionalDataset(tasks, vectors, num_samples=2, beside=beside)
+def test_samples_of_an_item_are_adjacent_rows(tasks, vectors, tokenizer):
+    dataset = BehaviouralDataset(tasks, vectors, num_samples=2)
     collate_samples = CompletionCollator(tokenizer)
     items = [dataset[i] for i in (0, 9, 4)]
-    batch = FunctionalCollator(collate_samples)(items)
+    batch = BehaviouralCollator(collate_samples)(items)
     assert torch.equal(batch["task_vector"], torch.stack([item["task_vector"] for item in items]))
     rows = collate_samples([sample for item in items for sample in item["samples"]])
     assert all(torch.equal(batch[key], rows[key]) for key in rows)
     assert len(batch["labels"]) == 6
-    assert ("beside" in batch) == with_beside
-    if with_beside:
-        assert torch.equal(batch["beside"]["lora_weights"][1], items[1]["beside"]["lora_weights"])
 
 
 # Training
@@ -358,16 +420,13 @@ def test_samples_of_an_item_are_adjacent_rows(tasks, vectors, zoo, tokenizer, wi
 
 @pytest.fixture
 def make_trainer(tmp_path, zoo, tasks, vectors, tokenizer):
-    def make(
-        base=None, seed=0, beside=False, callbacks=None, train=tasks, unseen=None, fit=True, teachers=None, **kwargs
-    ):
+    def make(base=None, seed=0, callbacks=None, train=tasks, unseen=None, fit=True, **kwargs):
         seen = zoo.subset(SEEN)
         torch.manual_seed(seed)
         model = LoraGeneratorModel(LoraGeneratorConfig.from_zoo(seen, **SIZES))
         if fit:
             model.fit_normalizer(seen.as_dataset())
-        beside = seen.as_dataset() if beside else None
-        train = FunctionalDataset(train, vectors, num_samples=3, beside=beside, teachers=teachers)
+        train = BehaviouralDataset(train, vectors, num_samples=3)
         defaults = dict(output_dir=tmp_path / "out", max_steps=4, logging_steps=1, per_device_train_batch_size=4,
                         save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True)  # fmt: skip
         return LoraGeneratorTrainer(
@@ -376,7 +435,7 @@ def make_trainer(tmp_path, zoo, tasks, vectors, tokenizer):
             base_model=make_llama() if base is None else base,
             train_dataset=train,
             eval_dataset=train if unseen is None else unseen,
-            data_collator=FunctionalCollator(CompletionCollator(tokenizer)),
+            data_collator=BehaviouralCollator(CompletionCollator(tokenizer)),
             callbacks=callbacks,
         )
 
@@ -399,52 +458,28 @@ def state_of(base):
     )
 
 
-@pytest.mark.parametrize("beside", [False, True])
-def test_training_lowers_the_base_models_loss(make_trainer, beside):
-    trainer = make_trainer(max_steps=100, learning_rate=1e-2, per_device_train_batch_size=8, beside=beside)
+def test_training_lowers_the_base_models_loss(make_trainer):
+    trainer = make_trainer(max_steps=100, learning_rate=1e-2, per_device_train_batch_size=8)
     base, before = trainer.frozen_base, weights(trainer)
     tensors = {name: tensor.clone() for name, tensor in base.state_dict().items()}
-    first = trainer.evaluate()["eval_functional_loss"]
+    first = trainer.evaluate()["eval_behavioural_loss"]
     trainer.train()
-    assert trainer.evaluate()["eval_functional_loss"] < 0.95 * first
+    assert trainer.evaluate()["eval_behavioural_loss"] < 0.95 * first
     still = [name for name, after in weights(trainer).items() if torch.equal(before[name], after)]
-    expected = [] if beside else [name for name in before if any(part in name for part in NOT_IN_GENERATION)]
-    assert still == expected
+    assert still == [name for name in before if any(part in name for part in NOT_IN_GENERATION)]
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in base.state_dict().items())
     assert all(parameter.grad is None for parameter in base.parameters())
     assert hooks(base) == 0
 
 
-def test_teachers_are_imitated(make_trainer, tasks, zoo):
-    known = [task for task in tasks if task.name in zoo]
-    teachers = {task.name: 5 * zoo.lora_weights(task.name) for task in known}
-    trainer = make_trainer(
-        max_steps=60, learning_rate=1e-2, per_device_train_batch_size=8, train=known, teachers=teachers
-    )
-    first = trainer.evaluate()["eval_distillation_loss"]
-    trainer.train()
-    assert trainer.evaluate()["eval_distillation_loss"] < 0.8 * first
-    assert "functional_loss" not in trainer.state.log_history[0]
-    with pytest.raises(TaskError, match=f"Task {tasks[0].name!r} has no LoRA among the teachers"):
-        make_trainer(teachers={})
-
-
 def test_logs_have_the_terms_of_the_loss(make_trainer):
-    trainer = make_trainer(functional_weight=0.5)
+    trainer = make_trainer()
     trainer.train()
-    rows = logged(trainer, "loss", "functional_loss", "grad_norm")
+    rows = logged(trainer, "loss", "behavioural_loss", "grad_norm")
     assert len(rows) == 4
     assert all(math.isfinite(value) for row in rows for value in row)
-    assert [row[0] for row in rows] == pytest.approx([0.5 * row[1] for row in rows], rel=1e-5)
+    assert [row[0] for row in rows] == pytest.approx([row[1] for row in rows], rel=1e-5)
     assert not any("reconstruction_loss" in row for row in trainer.state.log_history)
-
-
-def test_logs_have_the_terms_of_both_losses(make_trainer):
-    trainer = make_trainer(functional_weight=0.5, kl_weight=0.0, beside=True)
-    trainer.train()
-    rows = logged(trainer, "loss", "functional_loss", "reconstruction_loss", "kl", "active_units")
-    assert len(rows) == 4
-    assert [row[0] for row in rows] == pytest.approx([0.5 * row[1] + row[2] for row in rows], rel=1e-5)
 
 
 def test_loss_is_that_of_the_generated_adapters_in_peft(make_trainer, tasks, vectors, tokenizer):
@@ -457,27 +492,27 @@ def test_loss_is_that_of_the_generated_adapters_in_peft(make_trainer, tasks, vec
             scores = score_completions(model, CompletionCollator(tokenizer)(item["samples"]))
         losses.append((scores.loss.sum() / scores.num_tokens.sum()).item())
     expected = sum(losses) / len(losses)
-    assert metrics["eval_functional_loss"] == pytest.approx(expected, rel=1e-5)
+    assert metrics["eval_behavioural_loss"] == pytest.approx(expected, rel=1e-5)
     assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_evaluation_during_training_is_on_the_evaluation_tasks(make_trainer, tasks, vectors, zoo):
-    behaviour = FunctionalDataset(tasks[3:4], vectors, num_samples=3)
-    trainer = make_trainer(train=tasks[:3], unseen=behaviour, eval_strategy="steps", eval_steps=2, beside=True)
+    behaviour = BehaviouralDataset(tasks[3:4], vectors, num_samples=3)
+    trainer = make_trainer(train=tasks[:3], unseen=behaviour, eval_strategy="steps", eval_steps=2)
     trainer.train()
     rows = [row for row in trainer.state.log_history if "eval_loss" in row]
     assert [row["step"] for row in rows] == [2, 4]
-    unseen = trainer.evaluate(behaviour)["eval_functional_loss"]
-    assert rows[-1]["eval_functional_loss"] == pytest.approx(unseen, rel=1e-6)
-    assert unseen != pytest.approx(trainer.evaluate(trainer.train_dataset)["eval_functional_loss"], rel=1e-5)
+    unseen = trainer.evaluate(behaviour)["eval_behavioural_loss"]
+    assert rows[-1]["eval_behavioural_loss"] == pytest.approx(unseen, rel=1e-6)
+    assert unseen != pytest.approx(trainer.evaluate(trainer.train_dataset)["eval_behavioural_loss"], rel=1e-5)
 
 
 def test_resuming_repeats_the_losses_exactly(make_trainer, tmp_path):
-    full = make_trainer(max_steps=8, save_strategy="steps", save_steps=3, beside=True)
+    full = make_trainer(max_steps=8, save_strategy="steps", save_steps=3)
     full.train()
-    resumed = make_trainer(max_steps=8, seed=99, beside=True)
+    resumed = make_trainer(max_steps=8, seed=99)
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
-    names = ("step", "loss", "functional_loss", "reconstruction_loss", "kl", "grad_norm", "learning_rate")
+    names = ("step", "loss", "behavioural_loss", "grad_norm", "learning_rate")
     assert logged(resumed, *names)[3:] == logged(full, *names)[3:]
     assert len(logged(resumed, *names)) == 8
     one, other = weights(full), weights(resumed)
@@ -500,7 +535,7 @@ def test_gradient_accumulation_changes_nothing(make_trainer):
         )
         before = weights(trainer)
         trainer.train()
-        runs.append((weights(trainer), logged(trainer, "loss", "functional_loss")))
+        runs.append((weights(trainer), logged(trainer, "loss", "behavioural_loss")))
     (one, log_one), (other, log_other) = runs
     assert max((one[name] - before[name]).abs().max() for name in one) > 1e-3
     for name in one:
@@ -548,9 +583,9 @@ def test_dropout_of_the_base_is_off(make_trainer):
 
 def test_base_in_bf16_trains(make_trainer):
     trainer = make_trainer(make_llama(dtype=torch.bfloat16), max_steps=10, learning_rate=3e-3)
-    first = trainer.evaluate()["eval_functional_loss"]
+    first = trainer.evaluate()["eval_behavioural_loss"]
     trainer.train()
-    assert trainer.evaluate()["eval_functional_loss"] < first
+    assert trainer.evaluate()["eval_behavioural_loss"] < first
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
 
 
@@ -562,7 +597,7 @@ def test_tasks_become_training_tasks_also_without_a_lora(make_trainer, zoo, task
 
 
 def test_evaluated_tasks_do_not_become_training_tasks(make_trainer, tasks, vectors):
-    trainer = make_trainer(train=tasks[:2], unseen=FunctionalDataset(tasks[3:], vectors))
+    trainer = make_trainer(train=tasks[:2], unseen=BehaviouralDataset(tasks[3:], vectors))
     trainer.evaluate()
     assert trainer.model.config.training_tasks == SEEN
 
@@ -575,8 +610,8 @@ def test_behaviour_can_be_evaluated_while_reconstruction_is_trained(zoo, tasks, 
     trainer = LoraGeneratorTrainer(model, args, train_dataset=seen.as_dataset(), base_model=make_llama())
     trainer.train()
     assert "eval_generation_loss" in trainer.evaluate(zoo.subset(UNSEEN).as_dataset())
-    trainer.data_collator = FunctionalCollator(CompletionCollator(tokenizer))
-    assert "eval_functional_loss" in trainer.evaluate(FunctionalDataset(tasks[3:4], vectors))
+    trainer.data_collator = BehaviouralCollator(CompletionCollator(tokenizer))
+    assert "eval_behavioural_loss" in trainer.evaluate(BehaviouralDataset(tasks[3:4], vectors))
     assert model.config.training_tasks == SEEN
 
 
@@ -588,7 +623,7 @@ def test_base_model_is_needed(zoo, tasks, vectors, tmp_path, part):
     model = LoraGeneratorModel(LoraGeneratorConfig.from_zoo(zoo.subset(SEEN), **SIZES))
     args = LoraGeneratorTrainingArguments(tmp_path / "out", use_cpu=True, report_to=[])
     with pytest.raises(IcmLoraError, match="pass base_model too"):
-        LoraGeneratorTrainer(model, args, **{part: FunctionalDataset(tasks, vectors)})
+        LoraGeneratorTrainer(model, args, **{part: BehaviouralDataset(tasks, vectors)})
     assert model.config.training_tasks == SEEN
 
 
