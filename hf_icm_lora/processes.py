@@ -7,6 +7,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
+from .errors import ArgumentError
+
 
 def state() -> PartialState:
     """Return what this process knows of the others; one that was started by itself has none."""
@@ -28,12 +30,12 @@ def leave_group() -> None:
     """Let a process that was launched together with others work by itself, on a device of its own.
 
     Raises:
-        ValueError: if it is too late for that.
+        ArgumentError: if it is too late for that.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
     if torch.cuda.is_initialized() or (PartialState._shared_state and PartialState().num_processes > 1):
-        raise ValueError("Expected CollectionArguments to be made before a device or a process group is used.")
+        raise ArgumentError("Expected CollectionArguments to be made before a device or a process group is used.")
     devices = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     os.environ["CUDA_VISIBLE_DEVICES"] = devices.split(",")[rank] if devices else str(rank)
