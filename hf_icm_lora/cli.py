@@ -34,7 +34,7 @@ from .importing import import_zoo
 from .model_card import add_evaluation, addressed
 from .modeling_lora_generator import LoraGeneratorModel
 from .plots import require_matplotlib, write_plots
-from .processes import state
+from .processes import leave_group, state
 from .provenance import is_local, package_versions
 from .report import REPORT_FILE, format_report, read_report
 from .serving import check_serving_compatibility, export_gguf, plain_adapter
@@ -491,6 +491,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     function, dataclasses = COMMANDS[argv[0]]
     parser = HfArgumentParser(dataclasses, prog=f"hf-icm-lora {argv[0]}", description=function.__doc__)
     try:
+        if argv[0] == "collect":
+            leave_group()  # before its arguments take a device: processes that were launched together share the tasks
         *options, unknown = parser.parse_args_into_dataclasses(named_arguments(argv), True, look_for_args_file=False)
         if unknown:
             parser.error(f"unknown arguments: {' '.join(unknown)}")  # exits

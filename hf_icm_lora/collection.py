@@ -27,7 +27,6 @@ from .errors import AlreadyExistsError, ArgumentError, TrainingError
 from .files import sweep_temporary
 from .layout import LoraLayout
 from .lora_config import check_plain_lora, lora_config_to_dict
-from .processes import leave_group
 from .tasks import Task, check_unique_names
 from .zoo import LoraZoo
 
@@ -39,9 +38,6 @@ LOG_FILE = "collection.log"
 @dataclass
 class CollectionArguments(TrainingArguments):
     r"""How each task's LoRA is fine-tuned: `TrainingArguments` with defaults for short runs, and a few fields more.
-
-    Made in a process of `accelerate launch`, it takes the process out of the group, by its environment and for good:
-    each then has one device and fine-tunes tasks of its own.
 
     Args:
         freeze_a (`bool`, *optional*, defaults to `True`): Whether all tasks share one untrained A, so that only B is
@@ -56,7 +52,7 @@ class CollectionArguments(TrainingArguments):
             always end it.
 
     Raises:
-        ArgumentError: if `on_error` is neither, or a device or the process group is in use already.
+        ArgumentError: if `on_error` is neither.
 
     > Fields of `TrainingArguments` with other defaults:
 
@@ -86,7 +82,6 @@ class CollectionArguments(TrainingArguments):
             raise ArgumentError(f"on_error: expected 'stop' or 'skip', found {self.on_error!r}.")
         self.eval_strategy, self.save_strategy, self.report_to = "steps", "no", []
         self.remove_unused_columns, self.disable_tqdm, self.logging_strategy = False, True, "no"
-        leave_group()  # a group would average the gradients of different tasks; see collect_zoo
         super().__post_init__()
 
 
@@ -101,9 +96,9 @@ def collect_zoo(
     """Fine-tune one LoRA per task and keep the last snapshots of each in a zoo.
 
     Tasks that the zoo already holds are skipped, so an interrupted collection is resumed by the same call; several
-    processes may collect into one zoo, on one machine or on several that share its file system, started by
-    `accelerate launch` or one by one: they share the tasks, and what one leaves unfinished when it dies another one
-    takes up. `collection.log` in it says what happened.
+    processes may collect into one zoo, on one machine or on several that share its file system: they share the tasks,
+    and what one leaves unfinished when it dies another one takes up. Processes of `accelerate launch` call
+    `processes.leave_group()` first, as the command line does. `collection.log` in the zoo says what happened.
 
     Args:
         output_dir (`str` or `Path`): The zoo's directory.
@@ -121,7 +116,8 @@ def collect_zoo(
         TaskError: if a task lacks samples or a name stands twice.
         IncompatibleAdapterError: if the base already carries adapters, or the LoRA is no plain one.
         ZooError: if the directory holds a zoo of something else.
-        TrainingError: if a loss is not finite; with the task and the step.
+        TrainingError: if a loss is not finite, with the task and the step; or if `args` were made in a group of
+            processes.
     """
     tasks = check_unique_names(tasks)
     for task in tasks:
@@ -131,6 +127,11 @@ def collect_zoo(
     lora_config = {k: v for k, v in lora_config_to_dict(lora_config).items() if k != "init_lora_weights"}
     check_plain_lora(lora_config)
     args = args or CollectionArguments(output_dir=tempfile.gettempdir())
+    if args.world_size > 1:
+        raise TrainingError(
+            f"Expected a process of its own, found one of a group of {args.world_size}, which would average the "
+            "gradients of different tasks: call processes.leave_group() before CollectionArguments are made."
+        )
     fingerprint = base_model_fingerprint(base_model)
     with restored(base_model):
         # PEFT keeps and changes its configuration, so it gets its own.
