@@ -21,6 +21,8 @@ class ZooNormalizer(nn.Module):
     descent would come to it last. Full whitening, on the other hand, would make noise as loud as what matters.
     """
 
+    shared_weights: torch.Tensor  # a buffer, which type checkers take for any module
+
     def __init__(self, config: LoraGeneratorConfig):
         super().__init__()
         layout = config.lora_layout
