@@ -26,7 +26,7 @@ LEVELS = [  # a module imports from earlier levels only
     {"suite", "smollm2", "completion", "layout"},
     {"base_model"},
     {"adapter"},
-    {"task_vectors"},
+    {"task_vectors", "closed_form"},
     {"configuration_lora_generator", "behaviour", "training_data", "importing", "serving"},
     {"zoo", "normalization"},
     {"modeling_lora_generator"},
