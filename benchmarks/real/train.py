@@ -12,6 +12,7 @@ import math
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -55,6 +56,19 @@ def losses(model: MetaClosedForm, batch: dict, read_weight: float) -> tuple[torc
     read_loss, read_right = nll(model.base, read, batch["targets"][:, 2:demos], batch["mask"][:, 2:demos])
     terms = {"loss": loss, "right": right, "read": read_loss, "read_right": read_right}
     return loss.mean() + read_weight * read_loss.mean(), {name: term.float().mean() for name, term in terms.items()}
+
+
+def step(model: MetaClosedForm, optimizer: torch.optim.Optimizer, batch: dict, read_weight: float) -> dict:
+    """Take one step, unless the gradient is not finite, and return what is summed up for the log."""
+    loss, terms = losses(model, batch, read_weight)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(model.writer.parameters(), 1.0)
+    if torch.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    tokens = batch["rows_ids"].numel() + batch["reader_ids"].numel()
+    counts = {"steps": 1, "tasks": len(batch["mask"]), "tokens": tokens}
+    return {name: term.detach() for name, term in terms.items()} | {"norm": norm} | counts
 
 
 class Run:
@@ -142,19 +156,10 @@ def train(options: TrainOptions) -> MetaClosedForm:
         factor = min(1, (run.step + 1) / options.warmup_steps) * (0.51 + 0.49 * math.cos(math.pi * passed))
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * factor
-        batch = moved(batch)
-        loss, terms = losses(model, batch, options.read_weight)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(writer.parameters(), 1.0)
-        if torch.isfinite(norm):
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        terms = step(model, optimizer, moved(batch), options.read_weight)
         run.step += 1
-        for name, term in {**terms, "norm": norm}.items():
-            sums[name] += term.detach()
-        sums["steps"] += 1
-        sums["tasks"] += len(batch["mask"])
-        sums["tokens"] += batch["rows_ids"].numel() + batch["reader_ids"].numel()
+        for name, term in terms.items():
+            sums[name] += term
         seconds = time.perf_counter() - told
         if seconds > 10 or run.step == options.max_steps:
             steps, tokens = sums.pop("steps"), sums.pop("tokens")
@@ -167,10 +172,9 @@ def train(options: TrainOptions) -> MetaClosedForm:
     run.save()
     if options.eval_tasks:
         validation = Episodes(options.data, {"validation": 1.0})
-        for mode in ("adapter", "reader"):
-            for template in ("plain", "chat"):
-                found = evaluate(model, validation, mode, template, num_tasks=options.eval_tasks)
-                run.note(mode=mode, template=template, **summary(found), found=found)
+        for mode, template in product(("adapter", "reader"), ("plain", "chat")):
+            found = evaluate(model, validation, mode, template, num_tasks=options.eval_tasks)
+            run.note(mode=mode, template=template, **summary(found), found=found)
     return model
 
 
