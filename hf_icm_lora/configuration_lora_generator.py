@@ -189,7 +189,7 @@ class LoraGeneratorConfig(PreTrainedConfig):
     @property
     def lora_layout(self) -> LoraLayout:
         """The layout as an object."""
-        return LoraLayout.from_dict(self.layout)
+        return LoraLayout.from_dict(self.layout or {})
 
     @classmethod
     def from_zoo(cls, zoo, **kwargs) -> "LoraGeneratorConfig":
