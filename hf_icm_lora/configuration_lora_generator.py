@@ -113,8 +113,8 @@ class LoraGeneratorConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.format_version != FORMAT_VERSION:
             raise IncompatibleAdapterError(
-                f"Expected a generator of format version {FORMAT_VERSION}, found version {self.format_version}. If that "
-                "is newer than this package, upgrade hf_icm_lora."
+                f"Expected a generator of format version {FORMAT_VERSION}, found version {self.format_version}. If "
+                "that is newer than this package, upgrade hf_icm_lora."
             )
         if self.layout is not None:
             LoraLayout.from_dict(self.layout)  # or its error
