@@ -28,7 +28,7 @@ LEVELS = [  # a module imports from earlier levels only
     {"suite", "smollm2", "completion", "layout"},
     {"base_model"},
     {"adapter"},
-    {"task_vectors"},
+    {"task_vectors", "closed_form"},
     {"configuration_lora_generator", "behaviour", "training_data", "serving"},
     {"zoo", "normalization", "generation"},
     {"modeling_lora_generator"},
