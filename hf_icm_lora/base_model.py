@@ -114,7 +114,7 @@ def fast_dtype() -> torch.dtype:
 
 
 @contextmanager
-def frozen_base(model: nn.Module) -> Iterator[nn.Module]:
+def frozen_base(model: nn.Module) -> Iterator[PreTrainedModel]:
     """Within this context the base model is as it was before any adapter: adapters off, eval mode, no gradients.
 
     Yields:
@@ -171,6 +171,6 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name.replace(".base_layer.", "."): parameter for name, parameter in named if ".lora_" not in name}
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> PreTrainedModel:
     """Return the base model of a `PeftModel`, and any other model as it is."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
