@@ -24,10 +24,11 @@ coverage: $(VENV)/.test $(VENV)/.quality
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
-# Style and complexity; levels of imports, lengths of modules, types of errors.
+# Style and complexity; types; levels of imports, lengths of modules, types of errors.
 quality: $(VENV)/.quality $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_structure.py
 
 style: $(VENV)/.quality

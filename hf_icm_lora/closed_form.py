@@ -10,7 +10,7 @@ Here the target is a hidden state that the same model has with examples in its p
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
@@ -101,7 +102,7 @@ def in_context_adapter(
     return attach_adapter(base_model, lora_config, state_dict, adapter_name)
 
 
-def residual_blocks(base_model: nn.Module) -> list[Block]:
+def residual_blocks(base_model: PreTrainedModel) -> list[Block]:
     """Return the layers of a language model, of the decoder if it has an encoder, in order.
 
     Raises:
@@ -131,7 +132,7 @@ def _is_part(path: str) -> bool:
     return ".base_layer" in path or ".lora_" in path
 
 
-def check_additive(base_model: nn.Module, block: Block, batch: dict[str, torch.Tensor]) -> None:
+def check_additive(base_model: PreTrainedModel, block: Block, batch: dict[str, torch.Tensor]) -> None:
     """Refuse a base whose layers do something else to the output of their last linear map than adding it.
 
     A small random vector is added to that output, and must come out of the layer as it went in.
@@ -162,7 +163,7 @@ def check_additive(base_model: nn.Module, block: Block, batch: dict[str, torch.T
 
 
 def states_in_context(
-    base_model: nn.Module,
+    base_model: PreTrainedModel,
     processing_class,
     samples: Sequence[Sample],
     description: str | None,
@@ -194,7 +195,7 @@ def states_in_context(
 
 
 def fit(
-    base_model: nn.Module,
+    base_model: PreTrainedModel,
     batch: dict[str, torch.Tensor],
     blocks: Sequence[Block],
     targets: Sequence[torch.Tensor],
@@ -260,7 +261,7 @@ def low_rank_ridge(
     return F.pad(lora_a, (0, 0, 0, rank - kept)), F.pad(lora_b, (0, rank - kept))
 
 
-def answer_positions(base_model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def answer_positions(base_model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return where the tokens of completions are predicted: `(rows, length)`, bool, on the base's device."""
     labels = batch["labels"]
     if not base_model.config.is_encoder_decoder:
@@ -269,7 +270,7 @@ def answer_positions(base_model: nn.Module, batch: dict[str, torch.Tensor]) -> t
 
 
 def _batch(
-    base_model: nn.Module, processing_class, samples: Sequence[Sample], template: str, context: str = ""
+    base_model: PreTrainedModel, processing_class, samples: Sequence[Sample], template: str, context: str = ""
 ) -> dict[str, torch.Tensor]:
     is_encoder_decoder = base_model.config.is_encoder_decoder
     collate = CompletionCollator(processing_class, is_encoder_decoder, template, context, MAX_LENGTH)
@@ -277,11 +278,13 @@ def _batch(
     return {name: tensor.to(device) for name, tensor in collate(samples).items()}
 
 
-def _run(base_model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
+def _run(base_model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> None:
     """Pass a batch through the layers, and nothing through the head."""
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     if base_model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = base_model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+        inputs["decoder_input_ids"] = cast(Any, base_model).prepare_decoder_input_ids_from_labels(
+            labels=batch["labels"]
+        )
     with logits_only_at(base_model, torch.zeros_like(batch["labels"], dtype=torch.bool)):
         base_model(**inputs, use_cache=False)
 

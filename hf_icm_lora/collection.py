@@ -17,7 +17,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from .adapter import adapter_state_dict
@@ -87,7 +87,7 @@ class CollectionArguments(TrainingArguments):
 
 def collect_zoo(
     output_dir: str | Path,
-    base_model: nn.Module,
+    base_model: PreTrainedModel,
     processing_class,
     tasks: Sequence[Task],
     lora_config: LoraConfig,
@@ -124,8 +124,8 @@ def collect_zoo(
         task.require("train", 1, "a LoRA")
         task.require("demo", 1, "early stopping")
     require_bare(base_model)
-    lora_config = {k: v for k, v in lora_config_to_dict(lora_config).items() if k != "init_lora_weights"}
-    check_plain_lora(lora_config)
+    fields = {name: value for name, value in lora_config_to_dict(lora_config).items() if name != "init_lora_weights"}
+    check_plain_lora(fields)
     args = args or CollectionArguments(output_dir=tempfile.gettempdir())
     if args.world_size > 1:
         raise TrainingError(
@@ -135,13 +135,13 @@ def collect_zoo(
     fingerprint = base_model_fingerprint(base_model)
     with restored(base_model):
         # PEFT keeps and changes its configuration, so it gets its own.
-        model = get_peft_model(base_model, LoraConfig(**lora_config))
+        model = get_peft_model(base_model, LoraConfig(**fields))
         try:
             start = _shared_start(model, args.seed)
             zoo = LoraZoo.create(
                 output_dir,
-                layout=LoraLayout.from_state_dict(start, lora_config, "frozen_a" if args.freeze_a else "shared_init"),
-                lora_config=lora_config,
+                layout=LoraLayout.from_state_dict(start, fields, "frozen_a" if args.freeze_a else "shared_init"),
+                lora_config=fields,
                 base_model_name_or_path=base_model.config._name_or_path,
                 base_model_fingerprint=fingerprint,
                 template=args.template,
@@ -150,7 +150,8 @@ def collect_zoo(
             if len(remaining) < len(tasks):
                 logger.info(f"{output_dir}: {len(tasks) - len(remaining)} of {len(tasks)} tasks are complete already.")
             progress = tqdm(remaining, desc="Collecting LoRAs", disable=not logging.is_progress_bar_enabled())
-            failed, others = [], []
+            failed: list[str] = []
+            others: list[Task] = []
             for task in chain(progress, others):  # what other processes are at comes last, in case that they die
                 progress.set_postfix_str(task.name)
                 with zoo.claimed(task.name, wait=task in others) as free:
@@ -223,7 +224,7 @@ class _SnapshotCallback(TrainerCallback):
 
     @property
     def best_step(self) -> int:
-        return min(self.losses, key=self.losses.get)
+        return min(self.losses, key=lambda step: self.losses[step])
 
     def on_evaluate(self, args, state, control, metrics, model=None, **kwargs):
         self.losses[state.global_step] = metrics["eval_loss"]

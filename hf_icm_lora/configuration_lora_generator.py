@@ -24,7 +24,7 @@ DTYPES = (
     torch.float16,
     torch.bfloat16,
 )
-FORMAT_VERSION = 2  # 1 had rows of task vectors instead of conditions
+FORMAT_VERSION = 1
 
 
 @strict
@@ -111,15 +111,10 @@ class LoraGeneratorConfig(PreTrainedConfig):
         if self.dtype not in DTYPES:  # the next line looks its name up in torch
             raise IncompatibleAdapterError(f"dtype: expected one of {DTYPES}, found {self.dtype!r:.300}.")
         super().__post_init__(**kwargs)
-        if self.format_version < FORMAT_VERSION:
+        if self.format_version != FORMAT_VERSION:
             raise IncompatibleAdapterError(
-                f"This generator has format version {self.format_version}, of before the first release; this package "
-                f"reads {FORMAT_VERSION}: train the generator again."
-            )
-        if self.format_version > FORMAT_VERSION:
-            raise IncompatibleAdapterError(
-                f"This generator has format version {self.format_version}, this package reads up to {FORMAT_VERSION}: "
-                "upgrade hf_icm_lora."
+                f"Expected a generator of format version {FORMAT_VERSION}, found version {self.format_version}. If "
+                "that is newer than this package, upgrade hf_icm_lora."
             )
         if self.layout is not None:
             LoraLayout.from_dict(self.layout)  # or its error
@@ -189,7 +184,7 @@ class LoraGeneratorConfig(PreTrainedConfig):
     @property
     def lora_layout(self) -> LoraLayout:
         """The layout as an object."""
-        return LoraLayout.from_dict(self.layout)
+        return LoraLayout.from_dict(self.layout or {})
 
     @classmethod
     def from_zoo(cls, zoo, **kwargs) -> "LoraGeneratorConfig":

@@ -36,9 +36,10 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from .errors import CorruptFileError, TaskError
-from .tasks import SPLITS, Task
+from .tasks import SPLITS, Sample, Task
 
 FORMAT = 1  # of the file
 SUITE_FILE = Path(__file__).parent / "suite_data" / "tasks.jsonl.gz"
@@ -84,7 +85,7 @@ def read_suite(path: str | Path, families: Iterable[str] | None = None) -> list[
             header, *rows = map(json.loads, file)
         if header["format"] != FORMAT:
             raise CorruptFileError(f"expected format {FORMAT}, found {header['format']!r}")
-        found = {
+        found: dict[str, Any] = {
             "families": dict(Counter(row["family"] for row in rows)),
             "samples": sum(len(row[split]["prompts"]) for row in rows for split in SPLITS),
         }
@@ -103,5 +104,8 @@ def read_suite(path: str | Path, families: Iterable[str] | None = None) -> list[
 
 
 def _task(row: dict) -> Task:
-    splits = {split: list(zip(row[split]["prompts"], row[split]["completions"], strict=True)) for split in SPLITS}
-    return Task(row["name"], **splits, description=row["description"], family=row["family"])
+    train, demo, test = (
+        tuple(Sample(*pair) for pair in zip(row[split]["prompts"], row[split]["completions"], strict=True))
+        for split in SPLITS
+    )
+    return Task(row["name"], train, demo, test, row["description"], row["family"])

@@ -110,6 +110,12 @@ def test_version_is_the_same_everywhere():
         assert hf_icm_lora.__version__ == top[1]
 
 
+def test_hooks_have_the_versions_that_the_quality_target_has():
+    hooks = re.findall(r"(ruff==[\d.]+)", (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    assert len(set(hooks)) == 1
+    assert f'"{hooks[0]}"' in (ROOT / "setup.py").read_text(encoding="utf-8")
+
+
 def test_importing_the_package_needs_nothing_optional():
     code = f"import sys, hf_icm_lora, hf_icm_lora.cli; print([m for m in {OPTIONAL!r} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

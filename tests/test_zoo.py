@@ -13,6 +13,7 @@ from peft import PeftModel
 import hf_icm_lora.zoo
 from hf_icm_lora import (
     AlreadyExistsError,
+    ArgumentError,
     CorruptAdapterError,
     IncompatibleAdapterError,
     LoraLayout,
@@ -466,7 +467,7 @@ def test_latest_snapshots_up_to_the_best_are_used(full, num_snapshots, steps):
 
 @pytest.mark.parametrize("num_snapshots", [0, -1])
 def test_number_of_snapshots_is_positive(full, num_snapshots):
-    with pytest.raises(ZooError, match=f"num_snapshots >= 1, .* found {num_snapshots}"):
+    with pytest.raises(ArgumentError, match=f"num_snapshots >= 1, .* found {num_snapshots}"):
         full.as_dataset(num_snapshots=num_snapshots)
 
 
@@ -494,7 +495,7 @@ def test_task_without_description_lacks_that_mode_only(zoo):
 
 
 def test_unknown_modes_are_named(full):
-    with pytest.raises(TaskVectorError, match=r"modes among .* found \['poetry'\]"):
+    with pytest.raises(ArgumentError, match=r"modes among .* found \['poetry'\]"):
         full.as_dataset(["both", "poetry"])
 
 
