@@ -83,14 +83,14 @@ def read_suite(path: str | Path, families: Iterable[str] | None = None) -> list[
         with gzip.open(path, "rt", encoding="utf-8") as file:
             header, *rows = map(json.loads, file)
         if header["format"] != FORMAT:
-            raise ValueError(f"expected format {FORMAT}, found {header['format']!r}")
+            raise TaskError(f"expected format {FORMAT}, found {header['format']!r}")
         found = {
             "families": dict(Counter(row["family"] for row in rows)),
             "samples": sum(len(row[split]["prompts"]) for row in rows for split in SPLITS),
         }
         told = {name: header[name] for name in found}
         if told != found:
-            raise ValueError(f"expected {told}, found {found}")
+            raise TaskError(f"expected {told}, found {found}")
         tasks = [_task(row) for row in rows if wanted is None or row["family"] in wanted]
     except (OSError, EOFError, zlib.error, LookupError, TypeError, ValueError) as error:
         raise TaskError(
