@@ -45,8 +45,7 @@ class ScriptArguments:
     lora_alpha: int = field(default=16, metadata={"help": "Scaling is lora_alpha / r."})
     target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
     num_demonstrations: int = field(default=12, metadata={"help": "Most demonstrations behind a task vector."})
-    num_draws: int = field(default=16, metadata={"help": "Task vectors per task, from demonstrations drawn anew."})
-    layers: list[int] = field(default_factory=lambda: [-1], metadata={"help": "Hidden states to take; -1: the last."})
+    num_draws: int = field(default=3, metadata={"help": "Task vectors per task, from demonstrations drawn anew."})
     hub_base_model: str | None = field(
         default=None, metadata={"help": "The base model's id on the Hub, if it was a local copy, for `push_to_hub`."}
     )
@@ -77,12 +76,12 @@ def main() -> None:
     )
     zoo = collect_zoo(collection_args.output_dir, base, tokenizer, tasks, lora_config, collection_args)
 
-    spec = TaskVectorSpec(
+    spec = TaskVectorSpec.for_base_model(
+        base,
         template=zoo.template,
         num_demonstrations=script_args.num_demonstrations,
         min_demonstrations=min(3, script_args.num_demonstrations),
         num_draws=script_args.num_draws,
-        layers=tuple(script_args.layers),
     )
     zoo.add_task_vectors(TaskVectorExtractor(spec).extract(base, tokenizer, tasks))
     save_tasks(tasks, zoo.path / "samples.jsonl")  # for train_generator.py and evaluate_generator.py

@@ -14,21 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from hf_icm_lora import (
-    BehaviouralCollator,
-    BehaviouralDataset,
     CollectionArguments,
-    CompletionCollator,
-    LoraGeneratorConfig,
     LoraGeneratorModel,
-    LoraGeneratorTrainer,
-    LoraGeneratorTrainingArguments,
+    RecipeArguments,
     Sample,
-    TaskVectorExtractor,
-    TaskVectors,
-    TaskVectorSpec,
     built_in_tasks,
     collect_zoo,
     evaluate_generator,
@@ -37,6 +29,7 @@ from hf_icm_lora import (
     save_adapter_card,
     smollm2_generator_path,
     smollm2_path,
+    train_generator,
 )
 from hf_icm_lora.completion import fill_template
 from hf_icm_lora.report import write_report
@@ -98,68 +91,26 @@ def main() -> None:
     zoo = collect_zoo(zoo_dir, base, tokenizer, tasks, lora_config, arguments)
 
     samples = [suite[name] for name in [*SEEN, *others]]
-    known = samples + [suite[name] for name in UNSEEN]
-    print(f"2. Extract the task vectors of {len(known)} tasks from the frozen base model", flush=True)
-    vectors = task_vectors_of(base, tokenizer, known, zoo_dir / "suite_vectors.safetensors")
-    zoo.add_task_vectors(vectors)
-    seen, unseen = zoo.subset(SEEN), zoo.subset(UNSEEN)
+    print(f"2. Train a generator on the LoRAs of {len(SEEN)} tasks, then on the samples of {len(samples)}", flush=True)
+    arguments = RecipeArguments(
+        output_dir=str(output_dir / "generator"), reconstruction_steps=options.reconstruction_steps,
+        max_steps=options.behavioural_steps, save_strategy="no", seed=options.seed,
+    )  # fmt: skip
+    generator = train_generator(zoo.subset(SEEN), base, tokenizer, samples, arguments)
 
-    best = seen.as_dataset(num_snapshots=1)  # earlier snapshots are other answers to the same question
-    set_seed(options.seed)
-    generator = LoraGeneratorModel(LoraGeneratorConfig.from_zoo(seen))
-    behaviour = BehaviouralDataset(samples, vectors, num_samples=8)
-    generator.fit_normalizer(best, behaviour)
-    common = {"output_dir": str(output_dir / "generator"), "save_strategy": "no", "seed": options.seed}
-
-    print(f"3. Train the generator on the LoRAs of {len(seen)} tasks", flush=True)
-    LoraGeneratorTrainer(
-        generator,
-        LoraGeneratorTrainingArguments(
-            max_steps=options.reconstruction_steps, learning_rate=2e-3, logging_steps=50, **common
-        ),
-        train_dataset=best,
-        eval_dataset=unseen.as_dataset(),
-    ).train()
-
-    print(f"4. Train it through the frozen base model on the samples of {len(samples)} tasks", flush=True)
-    LoraGeneratorTrainer(
-        generator,
-        LoraGeneratorTrainingArguments(
-            max_steps=options.behavioural_steps, per_device_train_batch_size=16, learning_rate=6e-3,
-            logging_steps=20, **common,
-        ),
-        base_model=base,
-        train_dataset=behaviour,
-        data_collator=BehaviouralCollator(CompletionCollator(tokenizer, template=zoo.template, row_length=48)),
-    ).train()  # fmt: skip
-    generator.save_pretrained(output_dir / "generator")
-    generator = LoraGeneratorModel.from_pretrained(output_dir / "generator")
-
-    print("5. Score it, and every plain rival, on test samples", flush=True)
+    print("3. Score it, and every plain rival, on test samples", flush=True)
     report = evaluate_generator(generator, base, tokenizer, zoo, tasks)
     report["seed"] = options.seed
     write_report(report, output_dir)
     print(format_report(report))
 
-    print("6. Write the adapters of the unseen tasks", flush=True)
+    print("4. Write the adapters of the unseen tasks", flush=True)
     for name in UNSEEN[::3]:
         folder = output_dir / "adapters" / name.replace("/", "-")
         base = write_adapter(generator, base, tokenizer, suite[name], folder)
     print(f"   {folder} in a fresh process: ", end="", flush=True)
     subprocess.run([sys.executable, "-c", FRESH_PROCESS, str(smollm2_path()), str(folder)], check=True)
     print(f"Everything is in {output_dir} ({time.perf_counter() - started:.0f} s).")
-
-
-def task_vectors_of(base, tokenizer, tasks, path: Path) -> TaskVectors:
-    """Extract task vectors once, and read them back at the next run."""
-    spec = TaskVectorSpec(num_draws=4, layers=(14, 22, 30))
-    if path.exists():
-        vectors = TaskVectors.load(path)
-        if vectors.spec == spec and set(vectors.banks) == {task.name for task in tasks}:
-            return vectors
-    vectors = TaskVectorExtractor(spec).extract(base, tokenizer, tasks, modes=["demonstrations"])
-    vectors.save(path)
-    return vectors
 
 
 def write_adapter(generator, base, tokenizer, task, folder: Path):

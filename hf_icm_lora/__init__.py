@@ -35,7 +35,7 @@ from .smollm2 import smollm2_generator_path, smollm2_path
 from .suite import built_in_tasks
 from .task_vectors import TaskVectorExtractor, TaskVectors, TaskVectorSpec
 from .tasks import Sample, Task, load_tasks, save_tasks, task_from_dataset
-from .trainer import LoraGeneratorTrainer, LoraGeneratorTrainingArguments
+from .trainer import LoraGeneratorTrainer, LoraGeneratorTrainingArguments, RecipeArguments, train_generator
 from .training_data import BehaviouralCollator, BehaviouralDataset
 from .zoo import LoraZoo
 
@@ -64,6 +64,7 @@ __all__ = [
     "LoraZoo",
     "NotFittedError",
     "PublishingError",
+    "RecipeArguments",
     "Sample",
     "Task",
     "TaskError",
@@ -99,4 +100,5 @@ __all__ = [
     "smollm2_generator_path",
     "smollm2_path",
     "task_from_dataset",
+    "train_generator",
 ]

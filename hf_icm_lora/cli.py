@@ -5,7 +5,6 @@ Each command is one call of the API. With `--json` it prints its result as one J
 
 import argparse
 import contextlib
-import copy
 import json
 import platform
 import sys
@@ -19,12 +18,12 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import SafetensorError
-from transformers import HfArgumentParser, set_seed
+from transformers import HfArgumentParser
 
 from .adapter import adapter_folder, load_adapter, save_adapter
 from .base_model import find_base_model, load_base_model
 from .collection import CollectionArguments, collect_zoo
-from .completion import DEFAULT_TEMPLATE, CompletionCollator
+from .completion import DEFAULT_TEMPLATE
 from .configuration_lora_generator import LoraGeneratorConfig
 from .errors import AlreadyExistsError, ArgumentError, IcmLoraError, IncompatibleAdapterError, TaskError
 from .evaluation import MORE_ROWS, descriptions, evaluate_generator
@@ -42,8 +41,7 @@ from .smollm2 import smollm2_generator_path
 from .suite import built_in_tasks
 from .task_vectors import TaskVectorExtractor, TaskVectorSpec
 from .tasks import Task, load_tasks
-from .trainer import LoraGeneratorTrainer, LoraGeneratorTrainingArguments
-from .training_data import BehaviouralCollator, BehaviouralDataset
+from .trainer import RecipeArguments, train_generator
 from .zoo import ZOO_FILE, LoraZoo
 
 Result = tuple[str, dict]  # what is printed for people, and for programs
@@ -86,8 +84,11 @@ class ZooOption:
 class VectorsOptions(BaseOptions, TaskOptions, ZooOption):
     num_demonstrations: int = field(default=12, metadata={"help": "Most demonstrations in one prompt."})
     min_demonstrations: int = field(default=3, metadata={"help": "Fewest; the draws run evenly from most to fewest."})
-    num_draws: int = field(default=16, metadata={"help": "Vectors per task and mode."})
-    layers: list[int] = field(default_factory=lambda: [-1], metadata={"help": "Hidden states; -1 is the last layer."})
+    num_draws: int = field(default=3, metadata={"help": "Vectors per task and mode."})
+    layers: list[int] | None = field(
+        default=None,
+        metadata={"help": "Hidden states, -1 is the last; by default three, from the middle to the last."},
+    )
     pooling: list[str] = field(
         default_factory=lambda: ["prompts", "completions"],
         metadata={"help": "Tokens to average, one row each: last, prompts, completions, mean."},
@@ -97,10 +98,6 @@ class VectorsOptions(BaseOptions, TaskOptions, ZooOption):
 @dataclass
 class TrainOptions(BaseOptions, TaskOptions, ZooOption):
     unseen: list[str] | None = field(default=None, metadata={"help": "Tasks to keep out of training, for evaluation."})
-    behavioural_steps: int = field(
-        default=0,
-        metadata={"help": "Steps through the base model after those on the zoo, on the samples of all chosen tasks."},
-    )
     architecture: str = field(default="transformer", metadata={"help": "transformer, or the paper's conv1d."})
     hidden_size: int = field(default=256)
     latent_size: int = field(default=32)
@@ -209,13 +206,15 @@ def vectors(options: VectorsOptions) -> Result:
             f"but a generator needs the vectors of all: there is no {', '.join(missing[:3])}."
         )
     base, tokenizer = load_base_model(options.base_model or zoo.base_model_name_or_path, options.dtype)
-    spec = TaskVectorSpec(
+    chosen = {"layers": tuple(options.layers)} if options.layers else {}
+    spec = TaskVectorSpec.for_base_model(
+        base,
         template=zoo.template,
         num_demonstrations=options.num_demonstrations,
         min_demonstrations=options.min_demonstrations,
         num_draws=options.num_draws,
-        layers=tuple(options.layers),
         pooling=tuple(options.pooling),
+        **chosen,
     )
     extracted = TaskVectorExtractor(spec).extract(base, tokenizer, tasks)
     if state().is_main_process:
@@ -224,55 +223,28 @@ def vectors(options: VectorsOptions) -> Result:
     return f"{zoo}: task vectors of {len(tasks)} tasks", told
 
 
-def train(options: TrainOptions, args: LoraGeneratorTrainingArguments) -> Result:
-    """Train a generator on a zoo, and then through the base model on tasks that need no LoRA."""
-    zoo = open_zoo(options.zoo)
-    unseen = options.unseen or []
-    seen = zoo.subset([name for name in zoo if name not in unseen])
-    config = LoraGeneratorConfig.from_zoo(
-        seen,
+def train(options: TrainOptions, args: RecipeArguments) -> Result:
+    """Train a generator: on the LoRAs of a zoo, then through the base model on the samples of all tasks."""
+    zoo, unseen = open_zoo(options.zoo), set(options.unseen or ())
+    tasks = select_tasks(options)
+    if unknown := sorted(unseen - {task.name for task in tasks}):
+        raise TaskError(f"--unseen: {unknown[:3]} not found among the {len(tasks)} tasks of {options.tasks!r}.")
+    base, tokenizer = load_base_model(options.base_model or zoo.base_model_name_or_path, options.dtype)
+    generator = train_generator(
+        zoo,
+        base,
+        tokenizer,
+        [task for task in tasks if task.name not in unseen],
+        args,
+        eval_tasks=[task for task in tasks if task.name in unseen],
         architecture=options.architecture,
         hidden_size=options.hidden_size,
         latent_size=options.latent_size,
         prior=options.prior,
     )
-    vectors, behaviour = zoo.task_vectors, None
-    if options.behavioural_steps:
-        tasks = [task for task in select_tasks(options) if task.name not in unseen]
-        base, tokenizer = load_base_model(options.base_model or zoo.base_model_name_or_path, options.dtype)
-        vectors = TaskVectorExtractor(vectors.spec).extract(base, tokenizer, tasks)
-        behaviour = BehaviouralDataset(tasks, vectors)
-    set_seed(args.seed)  # the Trainer's own call comes after the weights are drawn
-    generator = LoraGeneratorModel(config)
-    generator.fit_normalizer(seen.as_dataset(), behaviour)
-    trainer = LoraGeneratorTrainer(
-        generator,
-        args,
-        train_dataset=seen.as_dataset(),
-        eval_dataset=zoo.subset(unseen).as_dataset() if unseen else None,
-    )
-    checkpoint = args.resume_from_checkpoint  # a folder, or "True", which the Trainer wants as a truth value
-    trainer.train(resume_from_checkpoint=True if checkpoint == "True" else checkpoint)
-    metrics = trainer.evaluate() if unseen else {}
-    if behaviour is not None:
-        behavioural = copy.copy(args)
-        behavioural.output_dir = str(Path(args.output_dir) / "behaviour")
-        behavioural.max_steps = options.behavioural_steps
-        behavioural.push_to_hub = False  # the result is pushed, below
-        collate = CompletionCollator(tokenizer, base.config.is_encoder_decoder, zoo.template, row_length=64)
-        LoraGeneratorTrainer(
-            generator,
-            behavioural,
-            base_model=base,
-            train_dataset=behaviour,
-            data_collator=BehaviouralCollator(collate),
-        ).train()
-    generator.save_pretrained(args.output_dir)
-    trainer.create_model_card()
-    if args.push_to_hub:
-        trainer.push_to_hub()
-    told = {"generator": args.output_dir, "training_runs": generator.config.training_runs, "metrics": metrics}
-    return "\n".join([args.output_dir, *([json.dumps(metrics)] if metrics else [])]), told
+    runs = generator.config.training_runs or []
+    told = [f"loss of unseen tasks: {run['unseen_loss']:.4f} nats per token" for run in runs if "unseen_loss" in run]
+    return "\n".join([args.output_dir, *told]), {"generator": args.output_dir, "training_runs": runs}
 
 
 def generate(options: GenerateOptions) -> Result:
@@ -467,7 +439,7 @@ def select_tasks(options: TaskOptions) -> list[Task]:
 COMMANDS: dict[str, tuple[Callable[..., Result], tuple[Any, ...]]] = {  # and the dataclasses of its options
     "collect": (collect, (CollectOptions, CollectionArguments)),
     "vectors": (vectors, (VectorsOptions,)),
-    "train": (train, (TrainOptions, LoraGeneratorTrainingArguments)),
+    "train": (train, (TrainOptions, RecipeArguments)),
     "generate": (generate, (GenerateOptions,)),
     "evaluate": (evaluate, (EvaluateOptions,)),
     "push": (push, (PushOptions,)),

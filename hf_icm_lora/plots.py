@@ -362,11 +362,11 @@ def write_plots(
 
 
 def _last_states(folder: Path) -> dict[Path, Path]:
-    """Return the state of the last checkpoint of each training run in a folder, by the run's place in it."""
-    states = [
-        state
-        for pattern in ("checkpoint-*", "*/checkpoint-*")
-        for state in folder.glob(f"{pattern}/trainer_state.json")
-    ]
-    ordered = sorted(states, key=lambda state: state.stat().st_mtime)
-    return {state.parent.parent.relative_to(folder): state for state in ordered}
+    """Return the last state of each training run in a folder, its own or a checkpoint's, by the run's place in it."""
+    states = [*folder.glob("trainer_state.json"), *folder.glob("*/trainer_state.json")]
+    states += folder.glob("*/checkpoint-*/trainer_state.json")
+    last = {}
+    for state in sorted(states, key=lambda state: state.stat().st_mtime):
+        run = state.parent.parent if state.parent.name.startswith("checkpoint-") else state.parent
+        last[run.relative_to(folder)] = state
+    return last

@@ -41,7 +41,7 @@ class TaskVectorSpec:
         num_demonstrations (`int`, *optional*, defaults to 12): Most demonstrations in one prompt.
         min_demonstrations (`int`, *optional*, defaults to 3): Fewest. The draws of a task run evenly from most to
             fewest, so that a generator also knows prompts with few examples.
-        num_draws (`int`, *optional*, defaults to 16): Vectors per task and mode, each from demonstrations drawn anew.
+        num_draws (`int`, *optional*, defaults to 3): Vectors per task and mode, each from demonstrations drawn anew.
         layers (`tuple[int, ...]`, *optional*, defaults to `(-1,)`): Hidden states to take; 0 is the embedding, -1 the
             last layer.
         pooling (`tuple[str, ...]`, *optional*, defaults to `("prompts", "completions")`): Which tokens to average, out
@@ -65,7 +65,7 @@ class TaskVectorSpec:
     template: str = DEFAULT_TEMPLATE
     num_demonstrations: int = 12
     min_demonstrations: int = 3
-    num_draws: int = 16
+    num_draws: int = 3
     layers: tuple[int, ...] = (-1,)
     pooling: tuple[str, ...] = ("prompts", "completions")
     max_length: int = 512
@@ -86,6 +86,20 @@ class TaskVectorSpec:
         if not self.pooling or not set(self.pooling) <= set(POOLINGS):
             raise TaskVectorError(f"Expected the pooling to be some of {POOLINGS}, found {self.pooling}.")
         fill_template(Sample("x", "y"), self.template)
+
+    @classmethod
+    def for_base_model(cls, base_model: nn.Module, **fields) -> "TaskVectorSpec":
+        """Make the specification that was measured to be good, for a base model of any depth.
+
+        Three layers, at 7/15, 11/15 and all of its depth: of the 30 layers of SmolLM2-135M they are 14, 22 and 30.
+
+        Args:
+            base_model (`PreTrainedModel`): The base.
+            fields: Other values of other fields, such as the template.
+        """
+        depth = base_model.config.num_hidden_layers
+        layers = tuple(sorted({max(1, round(part * depth / 15)) for part in (7, 11, 15)}))
+        return cls(**{"layers": layers, **fields})
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values; `TaskVectorSpec(**values)` is the way back."""

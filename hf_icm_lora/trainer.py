@@ -1,5 +1,7 @@
-"""Training a generator: `transformers.Trainer` with a conditional VAE's loss, or with the base model's behaviour."""
+"""Training a generator: `transformers.Trainer` with a conditional VAE's loss or the base model's behaviour, and the
+recipe that does both."""
 
+import dataclasses
 import json
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -11,19 +13,24 @@ import torch
 from huggingface_hub import CommitInfo, HfApi
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import CONFIG_NAME, PushInProgress, logging
 
 from .base_model import require_bare, restored
 from .behaviour import behavioural_loss
-from .errors import ArgumentError, PublishingError, TaskError, TrainingError
+from .completion import CompletionCollator
+from .configuration_lora_generator import LoraGeneratorConfig
+from .errors import ArgumentError, PublishingError, TaskError, TrainingError, ZooError
 from .hub import CARD_FILE, push_files, require_hub_id
 from .model_card import generator_card
 from .modeling_lora_generator import LoraGeneratorModel, LoraGeneratorOutput, kl_per_unit
+from .processes import state
 from .provenance import run_metadata
-from .training_data import BehaviouralDataset
+from .task_vectors import TaskVectorExtractor, TaskVectors, TaskVectorSpec
+from .tasks import Task
+from .training_data import BehaviouralCollator, BehaviouralDataset
 
 logger = logging.get_logger(__name__)
 
@@ -43,12 +50,14 @@ class LoraGeneratorTrainingArguments(TrainingArguments):
         kl_warmup_ratio (`float`, *optional*, defaults to 0.2): Fraction of all steps over which it rises from zero.
             Evaluation always uses the full weight.
         free_bits (`float`, *optional*, defaults to 0.05): Nats per latent unit that cost nothing.
+        row_length (`int`, *optional*, defaults to 48): Tokens of a row of samples, as in [`CompletionCollator`].
         logging_nan_inf_filter (`bool`, *optional*, defaults to `False`): A loss that is not a number is an error here.
     """
 
     kl_weight: float = field(default=0.01, metadata={"help": "Weight of the KL term."})
     kl_warmup_ratio: float = field(default=0.2, metadata={"help": "Fraction of all steps over which it rises from 0."})
     free_bits: float = field(default=0.05, metadata={"help": "Nats per latent unit that cost nothing."})
+    row_length: int = field(default=48, metadata={"help": "Tokens of a row, which holds as many samples as fit."})
     learning_rate: float = field(default=1e-3)
     warmup_steps: float = field(default=0.05)
     lr_scheduler_type: str = field(default="cosine")
@@ -64,9 +73,9 @@ class LoraGeneratorTrainer(Trainer):
     """Train a [`LoraGeneratorModel`] on packed adapters and task vectors, or through the frozen base model.
 
     What is trained follows from the dataset. `LoraZoo.as_dataset()` gives reconstruction, the paper's loss. A
-    [`BehaviouralDataset`] with a [`BehaviouralCollator`] and `base_model` gives behavioural training: weights are
-    generated from the task vector, and their loss is the base model's on the task's samples, logged as
-    `behavioural_loss`. Run the first, then the second on many more tasks.
+    [`BehaviouralDataset`] with `base_model` and its tokenizer gives behavioural training: weights are generated from
+    the task vector, and their loss is the base model's on the task's samples, logged as `behavioural_loss`.
+    [`train_generator`] runs the first, then the second on many more tasks.
 
     For reconstruction, logs and `evaluate()` report, beside the loss, averaged over samples: `reconstruction_loss`
     (from the posterior), `generation_loss` (from the task vector alone, which is what a user gets), `kl` in nats, and
@@ -80,11 +89,13 @@ class LoraGeneratorTrainer(Trainer):
             `train_dataset`, a warning says that its losses are of seen tasks; if some are, that is an error.
         base_model (`PreTrainedModel`, *optional*): The base model without adapters, for behavioural training. It is
             frozen and in eval mode while training and evaluating, and restored after it.
+        processing_class (*optional*): Its tokenizer, with which the samples become batches unless there is a
+            `data_collator`. It is not saved: the base model has it.
         kwargs: All else that `transformers.Trainer` takes.
 
     Raises:
         TaskError: if `eval_dataset` mixes tasks of `train_dataset` with others.
-        ArgumentError: if the base model is missing that a dataset needs.
+        ArgumentError: if the base model, or what makes batches for it, is missing that a dataset needs.
         PublishingError: if what would be pushed names a local base model, or holds pickles.
         IncompatibleAdapterError: if the base model is another one, or has adapters.
 
@@ -98,6 +109,7 @@ class LoraGeneratorTrainer(Trainer):
         model: LoraGeneratorModel,
         args: LoraGeneratorTrainingArguments | None = None,
         base_model: nn.Module | None = None,
+        processing_class=None,
         **kwargs,
     ):
         args = args or LoraGeneratorTrainingArguments(output_dir="trainer_output")
@@ -113,8 +125,17 @@ class LoraGeneratorTrainer(Trainer):
         if base_model is not None:
             require_bare(base_model)
             model.check_base_model(base_model)
-        elif any(isinstance(dataset, BehaviouralDataset) for dataset in (train_dataset, kwargs.get("eval_dataset"))):
-            raise ArgumentError("Behavioural training goes through the base model: pass base_model too.")
+        if any(isinstance(dataset, BehaviouralDataset) for dataset in (train_dataset, kwargs.get("eval_dataset"))):
+            if base_model is None:
+                raise ArgumentError("Behavioural training goes through the base model: pass base_model too.")
+            if kwargs.get("data_collator") is None:
+                if processing_class is None:
+                    raise ArgumentError("Samples are read by the base model: pass its processing_class too.")
+                is_encoder_decoder, template = base_model.config.is_encoder_decoder, model.config.template
+                collate = CompletionCollator(
+                    processing_class, is_encoder_decoder, template, row_length=args.row_length
+                )
+                kwargs["data_collator"] = BehaviouralCollator(collate)
         if isinstance(train_dataset, BehaviouralDataset):
             names = [*(model.config.training_tasks or ()), *(task.name for task in train_dataset.tasks)]
             model.config.training_tasks = list(dict.fromkeys(names))
@@ -137,43 +158,13 @@ class LoraGeneratorTrainer(Trainer):
             TrainingError: if no checkpoint is whole, or the loss is not finite.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = self._last_checkpoint()
+            sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir, sharded or self.args.save_only_model)
         with self._base_at_rest():
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         config = self.accelerator.unwrap_model(self.model).config
         config.training_runs = [*(config.training_runs or []), self._record(output.metrics["train_runtime"])]
         return output
-
-    def _last_checkpoint(self) -> str:
-        checkpoints = Path(self.args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        numbered = {int(folder.name.rpartition("-")[2]): folder for folder in checkpoints if folder.name[-1].isdigit()}
-        for _, folder in sorted(numbered.items(), reverse=True):
-            if not (lacks := self._what_is_broken(folder)):
-                return str(folder)
-            logger.warning(f"{folder} is no whole checkpoint ({lacks}), and the one before it is taken.")
-        raise TrainingError(
-            f"{self.args.output_dir}: expected a whole checkpoint to resume from, found {sorted(numbered)}: start "
-            "without resume_from_checkpoint."
-        )
-
-    def _what_is_broken(self, checkpoint: Path) -> str | None:
-        # The state is written last, so one that can be read tells of the rest; files may be lost later, too.
-        states = [] if self.args.save_only_model else [OPTIMIZER_NAME, SCHEDULER_NAME]
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            states = []  # which they name differently
-        try:
-            json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-            json.loads((checkpoint / CONFIG_NAME).read_text(encoding="utf-8"))
-            weights = list(checkpoint.glob("*.safetensors"))
-            for file in weights:
-                safe_open(file, framework="pt")
-            for name in states:
-                zipfile.ZipFile(checkpoint / name).close()
-        except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
-            return str(error)
-        if states and not any(checkpoint.glob("rng_state*.pth")):
-            return "rng_state.pth is missing"
-        return None if weights else "model.safetensors is missing"
 
     def _record(self, seconds: float) -> dict:
         args, behavioural = self.args, isinstance(self.train_dataset, BehaviouralDataset)
@@ -368,6 +359,47 @@ class LoraGeneratorTrainer(Trainer):
         return means
 
 
+def last_checkpoint(output_dir: str | Path, weights_only: bool = False) -> str:
+    """Return the last whole checkpoint of a training.
+
+    Args:
+        output_dir (`str` or `Path`): Where the checkpoints are.
+        weights_only (`bool`, *optional*, defaults to `False`): Whether nothing but weights is expected in them: of
+            `save_only_model`, and where the state of the optimizer has other names.
+
+    Raises:
+        TrainingError: if there is none.
+    """
+    checkpoints = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    numbered = {int(folder.name.rpartition("-")[2]): folder for folder in checkpoints if folder.name[-1].isdigit()}
+    for _, folder in sorted(numbered.items(), reverse=True):
+        if not (lacks := _what_is_broken(folder, weights_only)):
+            return str(folder)
+        logger.warning(f"{folder} is no whole checkpoint ({lacks}), and the one before it is taken.")
+    raise TrainingError(
+        f"{output_dir}: expected a whole checkpoint to resume from, found {sorted(numbered)}: start without "
+        "resume_from_checkpoint."
+    )
+
+
+def _what_is_broken(checkpoint: Path, weights_only: bool) -> str | None:
+    # The state is written last, so one that can be read tells of the rest; files may be lost later, too.
+    states = [] if weights_only else [OPTIMIZER_NAME, SCHEDULER_NAME]
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        json.loads((checkpoint / CONFIG_NAME).read_text(encoding="utf-8"))
+        weights = list(checkpoint.glob("*.safetensors"))
+        for file in weights:
+            safe_open(file, framework="pt")
+        for name in states:
+            zipfile.ZipFile(checkpoint / name).close()
+    except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
+        return str(error)
+    if states and not any(checkpoint.glob("rng_state*.pth")):
+        return "rng_state.pth is missing"
+    return None if weights else "model.safetensors is missing"
+
+
 def _kl_per_unit(output: LoraGeneratorOutput) -> torch.Tensor:
     return kl_per_unit(output.posterior_mean, output.posterior_logvar, output.prior_mean, output.prior_logvar)
 
@@ -389,3 +421,152 @@ def warn_of_seen_tasks(train_dataset, eval_dataset) -> None:
             )
         if seen:
             logger.warning("All tasks of eval_dataset are in train_dataset: its losses are of seen tasks.")
+
+
+@dataclass
+class RecipeArguments(LoraGeneratorTrainingArguments):
+    r"""How [`train_generator`] trains, by default as measured on SmolLM2-135M with the built-in suite.
+
+    The fields of `TrainingArguments` are those of the second stage, through the base model, with other defaults:
+    `max_steps` 1600 (0 leaves the stage out), and a `learning_rate` of 8e-3, constant for the first half and falling
+    after that, so that a longer run can go on from a checkpoint.
+
+    Args:
+        reconstruction_steps (`int`, *optional*, defaults to 300): Steps of the first stage, on the zoo's LoRAs.
+        reconstruction_learning_rate (`float`, *optional*, defaults to 2e-3): At its peak; it falls as a cosine.
+        num_samples (`int`, *optional*, defaults to 8): As in [`BehaviouralDataset`].
+    """
+
+    output_dir: str | None = field(default="generator", metadata={"help": "Where the generator goes."})
+    reconstruction_steps: int = field(default=300, metadata={"help": "Steps on the zoo's LoRAs, before all others."})
+    reconstruction_learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of these steps."})
+    num_samples: int = field(default=8, metadata={"help": "Samples that go with a task vector."})
+    max_steps: int = field(default=1600, metadata={"help": "Steps through the base model; may be 0."})
+    learning_rate: float = field(default=8e-3, metadata={"help": "Learning rate of the steps through the base model."})
+    lr_scheduler_type: str = field(default="warmup_stable_decay")
+    logging_steps: float = field(default=25)
+    save_steps: float = field(default=300)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.lr_scheduler_type == "warmup_stable_decay" and not self.lr_scheduler_kwargs:
+            self.lr_scheduler_kwargs = {"num_decay_steps": max(1, self.max_steps // 2)}
+
+    def reconstruction(self) -> LoraGeneratorTrainingArguments:
+        """Return how the first stage is trained, which is short: without checkpoints, evaluation and upload."""
+        return dataclasses.replace(
+            self,
+            output_dir=str(Path(self.output_dir) / "reconstruction"),
+            max_steps=self.reconstruction_steps,
+            learning_rate=self.reconstruction_learning_rate,
+            lr_scheduler_type="cosine",
+            lr_scheduler_kwargs=None,
+            eval_strategy="no",
+            save_strategy="no",
+            load_best_model_at_end=False,
+            push_to_hub=False,
+            resume_from_checkpoint=None,
+            run_name=f"{self.run_name}-reconstruction" if self.run_name else None,  # a run of its own for trackers
+        )
+
+
+def train_generator(
+    zoo,
+    base_model: nn.Module,
+    processing_class,
+    tasks: Sequence[Task],
+    args: RecipeArguments | None = None,
+    *,
+    eval_tasks: Sequence[Task] = (),
+    callbacks: Sequence | None = None,
+    **config,
+) -> LoraGeneratorModel:
+    """Train a generator: first on the LoRAs that a zoo holds of the tasks, then through the base model on all of them.
+
+    The second stage needs samples and no LoRA: give it many more tasks than the zoo has. With
+    `args.resume_from_checkpoint` it goes on from one of its checkpoints: a folder or, for `True`, the last whole one
+    in `args.output_dir`.
+
+    Args:
+        zoo (`LoraZoo`): With a LoRA for some of the tasks; what it holds of others is not looked at. One without task
+            vectors gets them.
+        base_model (`PreTrainedModel`): The base model of the zoo, without adapters; it comes back unchanged.
+        processing_class: Its tokenizer.
+        tasks (`Sequence[Task]`): To train on, with `train` and `demo` samples: the seen tasks.
+        args (`RecipeArguments`, *optional*): How to train, and where the generator goes.
+        eval_tasks (`Sequence[Task]`, *optional*): Other tasks, with the same, to evaluate on by their loss through the
+            base model: during the second stage as `args.eval_strategy` says, and at its end.
+        callbacks (`Sequence[TrainerCallback]`, *optional*): For the second stage.
+        config: Fields of [`LoraGeneratorConfig`] with other values than [`~LoraGeneratorConfig.from_zoo`] gives them.
+
+    Returns:
+        `LoraGeneratorModel`: without encoder, saved in `args.output_dir` with its card, and pushed if asked for.
+
+    Raises:
+        ZooError: if the zoo has no LoRA of the tasks.
+        TaskError, IncompatibleAdapterError, TrainingError, PublishingError: as [`BehaviouralDataset`] and
+            [`LoraGeneratorTrainer`].
+
+    Example:
+        >>> tasks = [task for task in built_in_tasks() if task.name not in unseen]  # doctest: +SKIP
+        >>> generator = train_generator(LoraZoo("zoo"), base, tokenizer, tasks)  # doctest: +SKIP
+    """
+    args = args or RecipeArguments()
+    LoraGeneratorConfig(**config)  # or an error now, and not after minutes
+    names = {task.name for task in tasks}
+    zoo = zoo.subset([name for name in zoo if name in names])
+    if not len(zoo):
+        raise ZooError(f"{zoo.path} holds no LoRA of the {len(names)} tasks to train on.")
+    vectors = _task_vectors(zoo, base_model, processing_class, [*tasks, *eval_tasks])
+    behaviour = BehaviouralDataset(tasks, vectors, args.num_samples)
+    unseen = BehaviouralDataset(eval_tasks, vectors, args.num_samples) if eval_tasks else None
+
+    checkpoint = args.resume_from_checkpoint
+    if str(checkpoint) == "True":  # also from a command line
+        checkpoint = last_checkpoint(args.output_dir)
+    if checkpoint:
+        generator = LoraGeneratorModel(LoraGeneratorConfig.from_pretrained(checkpoint))  # weights come with the rest
+    else:
+        adapters = zoo.as_dataset(num_snapshots=1)  # earlier snapshots are other answers to the same question
+        set_seed(args.seed)  # the Trainer's own call comes after the first weights are drawn
+        generator = LoraGeneratorModel(LoraGeneratorConfig.from_zoo(zoo, **config))
+        generator.fit_normalizer(adapters, behaviour)
+        first = LoraGeneratorTrainer(generator, args.reconstruction(), train_dataset=adapters)
+        first.train()
+        first.save_state()
+        generator = generator.without_encoder()  # all that reads adapters; it is half the size
+
+    trainer = LoraGeneratorTrainer(
+        generator,
+        args,
+        base_model=base_model,
+        processing_class=processing_class,
+        train_dataset=behaviour,
+        eval_dataset=unseen,
+        callbacks=list(callbacks or ()),
+    )
+    if args.max_steps:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_state()
+    if unseen is not None:
+        generator.config.training_runs[-1]["unseen_loss"] = trainer.evaluate()["eval_loss"]
+    trainer.save_model()
+    trainer.create_model_card()
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    return generator
+
+
+def _task_vectors(zoo, base_model: nn.Module, processing_class, tasks: Sequence[Task]) -> TaskVectors:
+    """Return the vectors of tasks: the zoo's, and new ones made as those for the tasks that it lacks."""
+    if not zoo.has_task_vectors:
+        spec = TaskVectorSpec.for_base_model(base_model, template=zoo.template)
+        extracted = TaskVectorExtractor(spec).extract(base_model, processing_class, tasks)
+        if state().is_main_process:
+            zoo.add_task_vectors(extracted)
+        state().wait_for_everyone()
+        return extracted
+    stored = zoo.task_vectors
+    missing = [task for task in tasks if task.name not in stored.banks]
+    extracted = TaskVectorExtractor(stored.spec).extract(base_model, processing_class, missing)
+    return dataclasses.replace(extracted, banks={**stored.banks, **extracted.banks})

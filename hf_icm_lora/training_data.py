@@ -108,7 +108,7 @@ class BehaviouralDataset(Dataset):
     Args:
         tasks (`Sequence[Task]`): Tasks with `train` samples; no LoRA is needed.
         task_vectors (`TaskVectors`): With a bank for each of them.
-        num_samples (`int`, *optional*, defaults to 4): Samples that go with a vector.
+        num_samples (`int`, *optional*, defaults to 8): Samples that go with a vector.
         modes (`Sequence[str]`, *optional*): As in [`LoraZoo.as_dataset`].
 
     Items: `{"task_vector": (num_task_vectors, task_vector_size), "samples": tuple of Sample}`. The attribute
@@ -123,7 +123,7 @@ class BehaviouralDataset(Dataset):
         self,
         tasks: Sequence[Task],
         task_vectors: TaskVectors,
-        num_samples: int = 4,
+        num_samples: int = 8,
         modes: Sequence[str] = MODES,
     ):
         self.tasks = check_unique_names(tasks)

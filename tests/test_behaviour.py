@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
 from hf_icm_lora import (
+    ArgumentError,
     BehaviouralCollator,
     BehaviouralDataset,
     CollectionArguments,
@@ -380,7 +381,7 @@ def test_items_are_the_same_each_time(tasks, vectors):
 
 
 def test_only_the_given_modes_are_used(tasks, vectors):
-    dataset = BehaviouralDataset(tasks, vectors, modes=["description"])
+    dataset = BehaviouralDataset(tasks, vectors, num_samples=4, modes=["description"])
     assert len(dataset) == 6 * len(tasks)  # 24 samples, 4 at a time
     assert torch.equal(dataset[12]["task_vector"], vectors.banks["shift/3"]["description"][0])
 
@@ -517,6 +518,22 @@ def test_resuming_repeats_the_losses_exactly(make_trainer, tmp_path):
     assert len(logged(resumed, *names)) == 8
     one, other = weights(full), weights(resumed)
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_samples_become_batches_with_the_tokenizer_alone(make_trainer, tokenizer, zoo, tasks, vectors, tmp_path):
+    explicit = make_trainer()
+    model, args = explicit.model, explicit.args
+    given = {"base_model": make_llama(), "train_dataset": explicit.train_dataset}
+    with pytest.raises(ArgumentError, match="pass its processing_class too"):
+        LoraGeneratorTrainer(model, args, **given)
+    trainer = LoraGeneratorTrainer(model, args, processing_class=tokenizer, **given)
+    items = [explicit.train_dataset[i] for i in range(3)]
+    expected = BehaviouralCollator(CompletionCollator(tokenizer, template=zoo.template, row_length=48))(items)
+    batch = trainer.data_collator(items)
+    assert batch.keys() == expected.keys()
+    assert all(torch.equal(batch[key], expected[key]) for key in batch)
+    trainer.save_model()
+    assert not list((tmp_path / "out").glob("tokenizer*"))  # the base model has it
 
 
 def test_checkpoints_do_not_hold_the_base_model(make_trainer, tmp_path):

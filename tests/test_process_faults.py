@@ -48,6 +48,7 @@ from hf_icm_lora import (
     save_adapter,
 )
 from hf_icm_lora.files import TEMPORARY, commit_directory, commit_file, sweep_temporary, write_json
+from hf_icm_lora.trainer import last_checkpoint
 
 ROOT = Path(__file__).parent.parent
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_encoder_layers": 1, "num_decoder_layers": 1}
@@ -520,10 +521,11 @@ def test_P7_half_written_checkpoint(trained, checkpoints, tmp_path, monkeypatch,
 
 def test_P7_whole_checkpoints(trained, checkpoints, tmp_path):  # noqa: N802
     folder = shutil.copytree(checkpoints[0], tmp_path / "out")
-    assert Path(make_trainer(trained, folder)._last_checkpoint()).name == "checkpoint-6"
+    assert Path(last_checkpoint(folder)).name == "checkpoint-6"
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         (folder / "checkpoint-6" / name).unlink()
-    assert Path(make_trainer(trained, folder, save_only_model=True)._last_checkpoint()).name == "checkpoint-6"
+    assert Path(last_checkpoint(folder)).name == "checkpoint-4"
+    assert Path(last_checkpoint(folder, weights_only=True)).name == "checkpoint-6"
 
 
 def test_P7_no_whole_checkpoint(trained, tmp_path):  # noqa: N802

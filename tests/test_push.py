@@ -453,13 +453,23 @@ def check_command_line(hub, world):
             name = f"{split} tasks ({number})"
             assert results[name, f"mean recovered gain, {row}"] == pytest.approx(gain, abs=1e-4), (split, row)
 
-    train = ["train", "--zoo", "user/cli-zoo", "--tasks", str(tasks), "--behavioural_steps", "2", "--dtype", "float32"]
+    train = [
+        "train",
+        "--zoo",
+        "user/cli-zoo",
+        "--tasks",
+        str(tasks),
+        "--reconstruction_steps",
+        "2",
+        "--dtype",
+        "float32",
+    ]
     train += ["--hidden_size", "32", "--latent_size", "4", "--max_steps", "2", "--save_strategy", "no", "--report_to"]
     train += ["none", "--disable_tqdm", "True", "--use_cpu", "True", "--push_to_hub", "True"]
     assert main([*train, "--output_dir", str(folder / "cli-trained")]) == 0
     assert set(files(hub, "user/cli-trained")) == OWN_FILES
     assert b"through the base model" in files(hub, "user/cli-trained")["README.md"]
-    assert ("model", "user/behaviour") not in hub.repos
+    assert ("model", "user/reconstruction") not in hub.repos
 
     adapter = folder / "adapter"
     generate = ["generate", "--generator", "user/cli-generator", "--description", DESCRIPTION, "--out", str(adapter)]

@@ -22,9 +22,7 @@ from train import SIZES
 from transformers import set_seed
 
 from hf_icm_lora import (
-    BehaviouralCollator,
     BehaviouralDataset,
-    CompletionCollator,
     LoraGeneratorConfig,
     LoraGeneratorModel,
     LoraGeneratorTrainer,
@@ -102,7 +100,6 @@ class AblateOptions:
     reconstruction_steps: int = field(default=100)
     behavioural_steps: int = field(default=50)
     zoo: str = field(default="build/suite/zoo", metadata={"help": "The zoo of collect.py."})
-    vectors: str = field(default="build/suite/task_vectors.safetensors", metadata={"help": "Made by train.py."})
     output: str = field(default="benchmarks/results/ablations.json", metadata={"help": "Where the figures go."})
 
 
@@ -133,7 +130,7 @@ class Ablation:
     def __init__(self, options: AblateOptions):
         self.options, self.work = options, Path("build/suite") / Path(options.output).stem
         self.bench = Bench(options.zoo)
-        self.vectors = TaskVectors.load(options.vectors)
+        self.vectors = self.bench.zoo.task_vectors  # as train.py left them
         extractor, base, tokenizer = TaskVectorExtractor(self.vectors.spec), self.bench.base, self.bench.tokenizer
         self.read = {}
         for name in SPLITS["validation"]:
@@ -181,13 +178,12 @@ class Ablation:
             train_dataset=dataset,
         ).train()
         if behaviour is not None:
-            collate = CompletionCollator(self.bench.tokenizer, template=seen.template, row_length=48)
             LoraGeneratorTrainer(
                 generator,
                 LoraGeneratorTrainingArguments(max_steps=options.behavioural_steps, learning_rate=6e-3, **common),
                 base_model=self.bench.base,
+                processing_class=self.bench.tokenizer,
                 train_dataset=behaviour,
-                data_collator=BehaviouralCollator(collate),
             ).train()
         seconds = time.perf_counter() - start
         mode = "description" if arm.modes == ("description",) else "demonstrations"
