@@ -24,9 +24,12 @@ coverage: $(VENV)/.test $(VENV)/.quality
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
-quality: $(VENV)/.quality
+# Style and complexity; types; levels of imports, lengths of modules, types of errors.
+quality: $(VENV)/.quality $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_structure.py
 
 style: $(VENV)/.quality
 	$(BIN)/ruff check --fix .

@@ -25,7 +25,7 @@ EXTRAS = {
     "plots": ["matplotlib>=3.9"],
     "trackers": ["tensorboard>=2.18", "trackio>=0.43"],
     "test": ["hypothesis>=6.100", "pytest>=8.0"],
-    "quality": ["coverage>=7.10", "ruff==0.17.6"],
+    "quality": ["coverage>=7.10", "mypy==2.4.1", "pre-commit>=4.5", "ruff==0.17.6"],
     "llama": ["llama-cpp-python>=0.3.16"],  # benchmarks/serving.py
     "space": ["gradio>=6.0", "selenium>=4.20"],  # examples/space, and its test in a browser
     "docs": ["pytest>=8.0"],  # docs are Markdown; their code blocks run as tests

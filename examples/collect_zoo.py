@@ -31,6 +31,7 @@ from hf_icm_lora import (
     smollm2_path,
     task_from_dataset,
 )
+from hf_icm_lora.processes import leave_group
 
 
 @dataclass
@@ -51,6 +52,7 @@ class ScriptArguments:
 
 
 def main() -> None:
+    leave_group()  # under `accelerate launch`, each process fine-tunes tasks of its own
     parser = HfArgumentParser((ScriptArguments, CollectionArguments))
     if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
         script_args, collection_args = parser.parse_json_file(sys.argv[1])

@@ -18,7 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 TESTS = {
     "files": ["files", "faults"],
-    "layout": ["layout", "lora_config", "faults"],
+    "layout": ["layout", "faults"],
+    "lora_config": ["lora_config", "layout", "faults"],
     "adapter": ["adapter", "faults"],
     "zoo": ["zoo", "faults"],
 }

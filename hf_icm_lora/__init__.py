@@ -3,6 +3,7 @@
 from .adapter import AdapterSlot, attach_adapter, load_adapter, save_adapter
 from .base_model import base_model_fingerprint, fast_dtype
 from .behaviour import ExampleLoss
+from .closed_form import in_context_adapter
 from .collection import CollectionArguments, collect_zoo
 from .completion import CompletionCollator
 from .configuration_lora_generator import LoraGeneratorConfig
@@ -11,7 +12,6 @@ from .errors import (
     ArgumentError,
     CorruptAdapterError,
     CorruptFileError,
-    EvaluationError,
     IcmLoraError,
     IncompatibleAdapterError,
     NotFittedError,
@@ -51,7 +51,6 @@ __all__ = [
     "CompletionCollator",
     "CorruptAdapterError",
     "CorruptFileError",
-    "EvaluationError",
     "ExampleLoss",
     "GenerationRecord",
     "IcmLoraError",
@@ -88,6 +87,7 @@ __all__ = [
     "format_report",
     "generator_card",
     "import_zoo",
+    "in_context_adapter",
     "load_adapter",
     "load_tasks",
     "plain_adapter",

@@ -109,7 +109,7 @@ def save_adapter(path: str | Path, lora_config: Mapping[str, Any], state_dict: M
         config = LoraConfig(**lora_config)
         if isinstance(config.target_modules, set):  # in whose order two processes would write two files
             config.target_modules = sorted(config.target_modules)
-        config.save_pretrained(folder)
+        config.save_pretrained(str(folder))
 
 
 def attach_adapter(
@@ -224,7 +224,7 @@ def check_fit(model: nn.Module, lora_config: Mapping, state_dict: Mapping[str, t
         IncompatibleAdapterError: naming the first key that does not fit.
     """
     parameters = base_parameters(model)
-    shapes = Counter()
+    shapes: Counter[str] = Counter()
     for key, tensor in state_dict.items():
         match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.(lora_[AB])\.weight", key)
         if not match or tensor.ndim != 2:
@@ -260,13 +260,14 @@ def _add(
     config.base_model_name_or_path = None  # or PEFT warns that it writes down where this copy of it lies
     dtype, device = _dtype_and_device(model)
     requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    options = {"low_cpu_mem_usage": True, "autocast_adapter_dtype": False}
     try:
         if isinstance(model, PeftModel):
-            model.add_adapter(adapter_name, config, **options)
+            model.add_adapter(adapter_name, config, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
             peft_model = model
         else:
-            peft_model = get_peft_model(model, config, adapter_name=adapter_name, **options)
+            peft_model = get_peft_model(
+                model, config, adapter_name, low_cpu_mem_usage=True, autocast_adapter_dtype=False
+            )
         if base_name:
             config.base_model_name_or_path = base_name
         targets = _targets(peft_model, adapter_name)

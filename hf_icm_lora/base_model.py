@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import PeftModel
@@ -48,7 +49,7 @@ def load_base_model(
         dtype = fast_dtype() if dtype == "fastest" else getattr(torch, dtype)
     base = auto_class.from_pretrained(path, dtype=dtype, use_safetensors=True)
     if torch.accelerator.is_available():
-        base.to(torch.accelerator.current_accelerator())
+        cast(nn.Module, base).to(torch.accelerator.current_accelerator())  # whose own types are lost in a decorator
     return base, AutoTokenizer.from_pretrained(path)
 
 
@@ -74,13 +75,15 @@ def base_model_fingerprint(model: nn.Module) -> str:
     Names, shapes and up to 64 evenly spaced values of every parameter count, rounded to bf16: enough to tell two
     checkpoints apart, and a matter of milliseconds on a large model.
     """
-    parameters, sampled = sorted(base_parameters(model).items()), []
+    parameters = sorted(base_parameters(model).items())
+    sampled: list[torch.Tensor] = []
     for _, parameter in parameters:
         values = parameter.detach().reshape(-1)
         sampled.append(values[:: max(1, values.numel() // 64)][:64].cpu())
     # All at once, which is several times faster.
     rounded = torch.cat(sampled).to(torch.bfloat16).view(torch.int16).numpy().tobytes()
-    parts, start = [], 0
+    parts: list[bytes | str] = []
+    start = 0
     for (name, parameter), values in zip(parameters, sampled, strict=True):
         parts += [name, str(tuple(parameter.shape)), rounded[start : (start := start + 2 * len(values))]]
     return sha256_of(*parts)
@@ -111,7 +114,7 @@ def fast_dtype() -> torch.dtype:
 
 
 @contextmanager
-def frozen_base(model: nn.Module) -> Iterator[nn.Module]:
+def frozen_base(model: nn.Module) -> Iterator[PreTrainedModel]:
     """Within this context the base model is as it was before any adapter: adapters off, eval mode, no gradients.
 
     Yields:
@@ -136,17 +139,18 @@ def restored(model: nn.Module) -> Iterator[None]:
     flags = ("training", "gradient_checkpointing")
     modes = [(m, flag, getattr(m, flag)) for m in model.modules() for flag in flags if hasattr(m, flag)]
     requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    use_cache = getattr(model.config, "use_cache", None)  # Trainer turns it off
+    config = cast(PreTrainedModel, model).config
+    use_cache = getattr(config, "use_cache", None)  # Trainer turns it off
     try:
         yield
     finally:
         if use_cache is not None:
-            model.config.use_cache = use_cache
+            config.use_cache = use_cache
         for module, flag, value in modes:
             if getattr(module, flag) != value:  # or a class's attribute would become the module's own
                 setattr(module, flag, value)
-        for parameter, flag in requires_grad.items():
-            parameter.requires_grad_(flag)
+        for parameter, was_free in requires_grad.items():
+            parameter.requires_grad_(was_free)
 
 
 def require_bare(model: nn.Module) -> None:
@@ -167,6 +171,6 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name.replace(".base_layer.", "."): parameter for name, parameter in named if ".lora_" not in name}
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> PreTrainedModel:
     """Return the base model of a `PeftModel`, and any other model as it is."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)

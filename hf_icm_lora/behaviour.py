@@ -7,10 +7,12 @@ at about the time and memory of one LoRA fine-tuning step.
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import cast
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .base_model import frozen_base
@@ -115,7 +117,7 @@ class ExampleLoss:
         self.base_model, self.layout = base_model, layout
         device = next(base_model.parameters()).device
         self.shared_weights = shared_weights.to(device)
-        is_encoder_decoder = base_model.config.is_encoder_decoder
+        is_encoder_decoder = cast(PreTrainedModel, base_model).config.is_encoder_decoder
         collate = CompletionCollator(processing_class, is_encoder_decoder, template, row_length=64)
         self.batch = {name: tensor.to(device) for name, tensor in collate(samples).items()}  # (rows, length) each
 

@@ -8,10 +8,10 @@ import contextlib
 import json
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import ModelCard
@@ -33,7 +33,7 @@ from .importing import import_zoo
 from .model_card import add_evaluation, addressed
 from .modeling_lora_generator import LoraGeneratorModel
 from .plots import require_matplotlib, write_plots
-from .processes import state
+from .processes import leave_group, state
 from .provenance import is_local, package_versions
 from .report import REPORT_FILE, format_report, read_report
 from .serving import check_serving_compatibility, export_gguf, plain_adapter
@@ -192,7 +192,7 @@ def collect(options: CollectOptions, args: CollectionArguments) -> Result:
     lora_config = LoraConfig(
         r=options.r, lora_alpha=options.lora_alpha, target_modules=options.target_modules, task_type=task_type
     )
-    zoo = collect_zoo(args.output_dir, base, tokenizer, select_tasks(options), lora_config, args)
+    zoo = collect_zoo(str(args.output_dir), base, tokenizer, select_tasks(options), lora_config, args)
     return str(zoo), {"zoo": str(zoo.path), "tasks": list(zoo), "num_weights": zoo.layout.num_weights}
 
 
@@ -252,8 +252,11 @@ def generate(options: GenerateOptions) -> Result:
     if Path(options.output_dir).exists():  # before the work, not after it
         raise AlreadyExistsError(f"{options.output_dir} exists already: choose another --output_dir.")
     generator = load_generator(options.generator)
-    name = generator.config.base_model_name_or_path if options.generator != "smollm2" else "smollm2"
-    base, tokenizer = load_base_model(options.base_model or name, options.dtype)
+    known = "smollm2" if options.generator == "smollm2" else generator.config.base_model_name_or_path
+    name = options.base_model or known
+    if not name:
+        raise ArgumentError(f"{options.generator} names no base model: pass --base_model.")
+    base, tokenizer = load_base_model(name, options.dtype)
     examples = None
     if options.examples:
         lines = Path(options.examples).read_text(encoding="utf-8").split("\n")
@@ -301,13 +304,13 @@ def evaluate(options: EvaluateOptions) -> Result:
 def push(options: PushOptions) -> Result:
     """Upload the folder of a generator, an adapter or a zoo to the Hub, in one commit."""
     path = Path(options.path)
-    target = {"private": options.private, "revision": options.revision, "create_pr": options.create_pr}
-    target["commit_message"] = options.commit_message
+    target: dict[str, Any] = {"private": options.private, "revision": options.revision}
+    target |= {"create_pr": options.create_pr, "commit_message": options.commit_message}
     if options.evaluation and not (path / "config.json").exists():
         raise ArgumentError(f"--evaluation goes with a generator; {path} holds none.")
     if (path / ZOO_FILE).exists():
-        rename = {"base_model_name_or_path": options.base_model, "license": options.license}
-        url = LoraZoo(path).push_to_hub(options.repo_id, **rename, **target)
+        target |= {"base_model_name_or_path": options.base_model, "license": options.license}
+        url: str = LoraZoo(path).push_to_hub(options.repo_id, **target)
     elif (path / "adapter_config.json").exists():
         url = push_folder(path, "adapter_config.json", options, target)
     elif (path / "config.json").exists():
@@ -325,7 +328,7 @@ def push_folder(path: Path, config_file: str, options: PushOptions, target: dict
     base = options.base_model or local_base
     require_hub_id(base, "pass --base_model")
     config["base_model_name_or_path"] = base
-    files: dict[str, Path | bytes] = {file.name: file for file in path.glob("*.safetensors*")}
+    files: dict[str, str | Path | bytes] = {file.name: file for file in path.glob("*.safetensors*")}
     files[config_file] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
     if (path / CARD_FILE).exists():
         card = addressed(ModelCard.load(path / CARD_FILE), options.repo_id, local_base, base)
@@ -336,7 +339,7 @@ def push_folder(path: Path, config_file: str, options: PushOptions, target: dict
             files |= {f"evaluation/{picture.name}": picture for picture in pictures}
             files[f"evaluation/{REPORT_FILE}"] = Path(options.evaluation) / REPORT_FILE
         if options.license:
-            card.data.license = options.license
+            card.data["license"] = options.license
         files[CARD_FILE] = card.content.encode()
     elif options.evaluation:
         raise FileNotFoundError(f"{path} has no {CARD_FILE} to put the evaluation into: save the generator again.")
@@ -405,7 +408,7 @@ complete -o default -F _hf_icm_lora hf-icm-lora""".lstrip()
 
 def env() -> Result:
     """Print what a bug report needs."""
-    found = {"platform": platform.platform(), **package_versions()}
+    found: dict[str, Any] = {"platform": platform.platform(), **package_versions()}
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     found |= {"device": str(device), "threads": torch.get_num_threads()}
     return "\n".join(f"- {name}: {value}" for name, value in found.items()), found
@@ -425,7 +428,7 @@ def load_generator(name: str) -> LoraGeneratorModel:
 def select_tasks(options: TaskOptions) -> list[Task]:
     """Load the tasks that the options name."""
     tasks = built_in_tasks() if options.tasks == "built-in" else load_tasks(options.tasks)
-    known = {"families": {task.family for task in tasks}, "names": {task.name for task in tasks}}
+    known: dict[str, set] = {"families": {task.family for task in tasks}, "names": {task.name for task in tasks}}
     for option, values in known.items():
         if unknown := sorted(set(getattr(options, option) or ()) - values):
             raise TaskError(f"--{option}: {unknown[:3]} not found in {options.tasks!r}.")
@@ -433,7 +436,7 @@ def select_tasks(options: TaskOptions) -> list[Task]:
     return [task for task in tasks if options.names is None or task.name in options.names]
 
 
-COMMANDS = {
+COMMANDS: dict[str, tuple[Callable[..., Result], tuple[Any, ...]]] = {  # and the dataclasses of its options
     "collect": (collect, (CollectOptions, CollectionArguments)),
     "vectors": (vectors, (VectorsOptions,)),
     "train": (train, (TrainOptions, RecipeArguments)),
@@ -463,6 +466,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     function, dataclasses = COMMANDS[argv[0]]
     parser = HfArgumentParser(dataclasses, prog=f"hf-icm-lora {argv[0]}", description=function.__doc__)
     try:
+        if argv[0] == "collect":
+            leave_group()  # before its arguments take a device: processes that were launched together share the tasks
         *options, unknown = parser.parse_args_into_dataclasses(named_arguments(argv), True, look_for_args_file=False)
         if unknown:
             parser.error(f"unknown arguments: {' '.join(unknown)}")  # exits

@@ -17,7 +17,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from .adapter import adapter_state_dict
@@ -27,7 +27,6 @@ from .errors import AlreadyExistsError, ArgumentError, TrainingError
 from .files import sweep_temporary
 from .layout import LoraLayout
 from .lora_config import check_plain_lora, lora_config_to_dict
-from .processes import leave_group
 from .tasks import Task, check_unique_names
 from .zoo import LoraZoo
 
@@ -39,9 +38,6 @@ LOG_FILE = "collection.log"
 @dataclass
 class CollectionArguments(TrainingArguments):
     r"""How each task's LoRA is fine-tuned: `TrainingArguments` with defaults for short runs, and a few fields more.
-
-    Made in a process of `accelerate launch`, it takes the process out of the group, by its environment and for good:
-    each then has one device and fine-tunes tasks of its own.
 
     Args:
         freeze_a (`bool`, *optional*, defaults to `True`): Whether all tasks share one untrained A, so that only B is
@@ -56,7 +52,7 @@ class CollectionArguments(TrainingArguments):
             always end it.
 
     Raises:
-        ArgumentError: if `on_error` is neither, or a device or the process group is in use already.
+        ArgumentError: if `on_error` is neither.
 
     > Fields of `TrainingArguments` with other defaults:
 
@@ -86,13 +82,12 @@ class CollectionArguments(TrainingArguments):
             raise ArgumentError(f"on_error: expected 'stop' or 'skip', found {self.on_error!r}.")
         self.eval_strategy, self.save_strategy, self.report_to = "steps", "no", []
         self.remove_unused_columns, self.disable_tqdm, self.logging_strategy = False, True, "no"
-        leave_group()  # a group would average the gradients of different tasks; see collect_zoo
         super().__post_init__()
 
 
 def collect_zoo(
     output_dir: str | Path,
-    base_model: nn.Module,
+    base_model: PreTrainedModel,
     processing_class,
     tasks: Sequence[Task],
     lora_config: LoraConfig,
@@ -101,9 +96,9 @@ def collect_zoo(
     """Fine-tune one LoRA per task and keep the last snapshots of each in a zoo.
 
     Tasks that the zoo already holds are skipped, so an interrupted collection is resumed by the same call; several
-    processes may collect into one zoo, on one machine or on several that share its file system, started by
-    `accelerate launch` or one by one: they share the tasks, and what one leaves unfinished when it dies another one
-    takes up. `collection.log` in it says what happened.
+    processes may collect into one zoo, on one machine or on several that share its file system: they share the tasks,
+    and what one leaves unfinished when it dies another one takes up. Processes of `accelerate launch` call
+    `processes.leave_group()` first, as the command line does. `collection.log` in the zoo says what happened.
 
     Args:
         output_dir (`str` or `Path`): The zoo's directory.
@@ -121,26 +116,32 @@ def collect_zoo(
         TaskError: if a task lacks samples or a name stands twice.
         IncompatibleAdapterError: if the base already carries adapters, or the LoRA is no plain one.
         ZooError: if the directory holds a zoo of something else.
-        TrainingError: if a loss is not finite; with the task and the step.
+        TrainingError: if a loss is not finite, with the task and the step; or if `args` were made in a group of
+            processes.
     """
     tasks = check_unique_names(tasks)
     for task in tasks:
         task.require("train", 1, "a LoRA")
         task.require("demo", 1, "early stopping")
     require_bare(base_model)
-    lora_config = {k: v for k, v in lora_config_to_dict(lora_config).items() if k != "init_lora_weights"}
-    check_plain_lora(lora_config)
+    fields = {name: value for name, value in lora_config_to_dict(lora_config).items() if name != "init_lora_weights"}
+    check_plain_lora(fields)
     args = args or CollectionArguments(output_dir=tempfile.gettempdir())
+    if args.world_size > 1:
+        raise TrainingError(
+            f"Expected a process of its own, found one of a group of {args.world_size}, which would average the "
+            "gradients of different tasks: call processes.leave_group() before CollectionArguments are made."
+        )
     fingerprint = base_model_fingerprint(base_model)
     with restored(base_model):
         # PEFT keeps and changes its configuration, so it gets its own.
-        model = get_peft_model(base_model, LoraConfig(**lora_config))
+        model = get_peft_model(base_model, LoraConfig(**fields))
         try:
             start = _shared_start(model, args.seed)
             zoo = LoraZoo.create(
                 output_dir,
-                layout=LoraLayout.from_state_dict(start, lora_config, "frozen_a" if args.freeze_a else "shared_init"),
-                lora_config=lora_config,
+                layout=LoraLayout.from_state_dict(start, fields, "frozen_a" if args.freeze_a else "shared_init"),
+                lora_config=fields,
                 base_model_name_or_path=base_model.config._name_or_path,
                 base_model_fingerprint=fingerprint,
                 template=args.template,
@@ -149,7 +150,8 @@ def collect_zoo(
             if len(remaining) < len(tasks):
                 logger.info(f"{output_dir}: {len(tasks) - len(remaining)} of {len(tasks)} tasks are complete already.")
             progress = tqdm(remaining, desc="Collecting LoRAs", disable=not logging.is_progress_bar_enabled())
-            failed, others = [], []
+            failed: list[str] = []
+            others: list[Task] = []
             for task in chain(progress, others):  # what other processes are at comes last, in case that they die
                 progress.set_postfix_str(task.name)
                 with zoo.claimed(task.name, wait=task in others) as free:
@@ -222,7 +224,7 @@ class _SnapshotCallback(TrainerCallback):
 
     @property
     def best_step(self) -> int:
-        return min(self.losses, key=self.losses.get)
+        return min(self.losses, key=lambda step: self.losses[step])
 
     def on_evaluate(self, args, state, control, metrics, model=None, **kwargs):
         self.losses[state.global_step] = metrics["eval_loss"]

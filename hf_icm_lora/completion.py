@@ -5,12 +5,13 @@ Decoder-only and encoder-decoder models differ here and nowhere else in the pack
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .errors import TaskError
@@ -104,12 +105,13 @@ class CompletionCollator:
 
     def fill_rows(self, samples: Sequence[Sample]) -> Iterator[list[tuple[list[int], list[int]]]]:
         """Encode samples and yield rows of at most `row_length` tokens, in their order, with one sample at least."""
-        row, room = [], self.row_length
+        row: list[tuple[list[int], list[int]]] = []
+        room = length = self.row_length or self.max_length
         for prompt, completion in map(self._encode, samples):
             size = len(prompt) + len(completion)
             if row and size > room:
                 yield row
-                row, room = [], self.row_length
+                row, room = [], length
             row.append((prompt, completion))
             room -= size
         if row:
@@ -185,18 +187,16 @@ def _labelled_logits(
         `tuple`: their logits `(num_labelled, vocabulary)` in fp32, and, `(num_labelled,)` each, the tokens and
         the rows of the batch that they stand in.
     """
-    device = next(model.parameters()).device
+    device, config = next(model.parameters()).device, cast(PreTrainedModel, model).config
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     labels = batch.pop("labels")
-    if model.config.is_encoder_decoder:
-        batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
+    if config.is_encoder_decoder:
+        batch["decoder_input_ids"] = cast(Any, model).prepare_decoder_input_ids_from_labels(labels=labels)
         targets = labels
     else:
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # position t predicts token t + 1
     mask = targets != IGNORED
-    shared = (
-        0 if model.config.is_encoder_decoder or "position_ids" in batch else _shared_prefix(batch["input_ids"], mask)
-    )
+    shared = 0 if config.is_encoder_decoder or "position_ids" in batch else _shared_prefix(batch["input_ids"], mask)
     if shared:
         with logits_only_at(model, mask[:1, :shared]):  # nowhere
             cache = model(input_ids=batch["input_ids"][:1, :shared], use_cache=True).past_key_values
@@ -230,7 +230,7 @@ def logits_only_at(model: nn.Module, mask: torch.Tensor):
     The head is most of a small model's cost. `logits_to_keep` would cut positions but not rows, and its
     non-contiguous slice makes a CPU copy the whole vocabulary matrix for each row of the batch.
     """
-    head = model.get_output_embeddings()
+    head = cast(PreTrainedModel, model).get_output_embeddings()
     handle = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][mask][None], *inputs[1:]))
     try:
         yield

@@ -12,7 +12,6 @@ from .layout import LoraLayout
 from .lora_config import check_plain_lora
 from .task_vectors import TaskVectorSpec
 
-MAX_PARAMETERS = 2**31  # 8 GB in fp32; a configuration that asks for more is refused before anything is allocated
 MAX_LAYERS = 512
 DTYPES = (
     None,
@@ -25,7 +24,7 @@ DTYPES = (
     torch.float16,
     torch.bfloat16,
 )
-FORMAT_VERSION = 2  # 1 had rows of task vectors instead of conditions
+FORMAT_VERSION = 1
 
 
 @strict
@@ -112,18 +111,13 @@ class LoraGeneratorConfig(PreTrainedConfig):
         if self.dtype not in DTYPES:  # the next line looks its name up in torch
             raise IncompatibleAdapterError(f"dtype: expected one of {DTYPES}, found {self.dtype!r:.300}.")
         super().__post_init__(**kwargs)
-        if self.format_version < FORMAT_VERSION:
+        if self.format_version != FORMAT_VERSION:
             raise IncompatibleAdapterError(
-                f"This generator has format version {self.format_version}, of before the first release; this package "
-                f"reads {FORMAT_VERSION}: train the generator again."
-            )
-        if self.format_version > FORMAT_VERSION:
-            raise IncompatibleAdapterError(
-                f"This generator has format version {self.format_version}, this package reads up to {FORMAT_VERSION}: "
-                "upgrade hf_icm_lora."
+                f"Expected a generator of format version {FORMAT_VERSION}, found version {self.format_version}. If "
+                "that is newer than this package, upgrade hf_icm_lora."
             )
         if self.layout is not None:
-            check_size(self)
+            LoraLayout.from_dict(self.layout)  # or its error
         if self.lora_config is not None:
             check_plain_lora(self.lora_config)
         if self.task_vector_spec is not None:
@@ -190,7 +184,7 @@ class LoraGeneratorConfig(PreTrainedConfig):
     @property
     def lora_layout(self) -> LoraLayout:
         """The layout as an object."""
-        return LoraLayout.from_dict(self.layout)
+        return LoraLayout.from_dict(self.layout or {})
 
     @classmethod
     def from_zoo(cls, zoo, **kwargs) -> "LoraGeneratorConfig":
@@ -220,31 +214,3 @@ class LoraGeneratorConfig(PreTrainedConfig):
             "reconstruction": "products" if zoo.layout.gauge == "free" else "weights",
         }
         return cls(**of_zoo | kwargs)
-
-
-def check_size(config: LoraGeneratorConfig) -> None:
-    """Refuse sizes of which a generator could not be made, by counting its parameters from above.
-
-    Raises:
-        IncompatibleAdapterError: with the largest parts.
-    """
-    layout, hidden = config.lora_layout, config.hidden_size
-    weights, blocks, vector = layout.num_weights, layout.blocks, config.num_task_vectors * config.task_vector_size
-    parts = {"statistics": weights + layout.num_shared_weights, "condition": vector * config.condition_size}
-    parts["prior"] = hidden * (config.condition_size + 2 * config.latent_size)
-    if config.architecture == "conv1d":
-        parts["latent"] = 24 * (weights // 4096 + 1) * (config.condition_size + config.latent_size)
-    else:
-        per_matrix = config.token_granularity == "matrix"
-        tokens = sum(block.count * (1 if per_matrix else block.rank) for block in blocks)
-        parts["in_projections"] = hidden * sum(block.width * (block.rank if per_matrix else 1) for block in blocks)
-        parts["bases"] = (weights + tokens * config.condition_size) * config.basis_size
-        numbers = [number for module in layout.modules for number in module.position]
-        parts["embeddings"] = hidden * (tokens + config.basis_size + 2 * max(numbers, default=0))
-        layers = config.num_encoder_layers + config.num_decoder_layers
-        parts["layers"] = layers * hidden * (4 * hidden + 2 * config.intermediate_size)
-    if (total := sum(parts.values())) > MAX_PARAMETERS:
-        largest = ", ".join(f"{name} {parts[name]:,}" for name in sorted(parts, key=parts.get)[:-4:-1])
-        raise IncompatibleAdapterError(
-            f"Expected sizes that make up to {MAX_PARAMETERS:,} parameters, found ones that make {total:,}: {largest}."
-        )

@@ -5,7 +5,6 @@ IcmLoraError
 ├── AlreadyExistsError        (FileExistsError)  what would be written is there already
 ├── CorruptFileError          (ValueError)       a file cannot be read as what it claims to be
 │   └── CorruptAdapterError                      so does a LoRA file or folder
-├── EvaluationError           (ValueError)       a row, a report or a picture was asked for that cannot be made
 ├── IncompatibleAdapterError  (ValueError)       a readable adapter does not fit this layout, base model or generator
 ├── TaskError                 (ValueError)       a task, its samples or its description cannot be used
 ├── TaskVectorError           (ValueError)       a task vector does not fit the generator, or cannot be made
@@ -37,10 +36,6 @@ class CorruptFileError(IcmLoraError, ValueError):
 
 class CorruptAdapterError(CorruptFileError):
     """A LoRA file or folder is truncated, malformed, not safetensors, or holds values that are not finite."""
-
-
-class EvaluationError(IcmLoraError, ValueError):
-    """A row of an evaluation, a report, a metric or a picture was asked for that cannot be made of what is there."""
 
 
 class IncompatibleAdapterError(IcmLoraError, ValueError):

@@ -26,7 +26,7 @@ from .adapter import AdapterSlot
 from .base_model import frozen_base, require_bare, restored
 from .behaviour import SCALES, ExampleLoss
 from .completion import CompletionCollator, fill_template, score_completions
-from .errors import EvaluationError, IncompatibleAdapterError, TaskError, TaskVectorError, ZooError
+from .errors import ArgumentError, IncompatibleAdapterError, TaskError, TaskVectorError, ZooError
 from .lora_config import canonical_lora_config
 from .modeling_lora_generator import LoraGeneratorModel
 from .processes import gathered, own_part, state
@@ -254,7 +254,7 @@ def evaluate_generator(
         IncompatibleAdapterError: if zoo, generators and base model do not belong together.
         TaskError: if there is no task, or one lacks samples or, for a row that reads it, a description.
         TaskVectorError: if the zoo has no vector of demonstrations for a seen task.
-        EvaluationError: if a further row is unknown, or another generator has the name of a row.
+        ArgumentError: if a further row is unknown, or another generator has the name of a row.
         ZooError: if a task has no LoRA in the zoo.
 
     Example:
@@ -330,9 +330,9 @@ def evaluate_generator(
 
 def _chosen_rows(more_rows: Sequence[str], others: Mapping[str, LoraGeneratorModel]) -> dict[str, Row]:
     if unknown := sorted(set(more_rows) - set(MORE_ROWS)):
-        raise EvaluationError(f"more_rows: expected some of {', '.join(MORE_ROWS)}; found {', '.join(unknown)}.")
+        raise ArgumentError(f"more_rows: expected some of {', '.join(MORE_ROWS)}; found {', '.join(unknown)}.")
     if taken := sorted({*ROWS, *MORE_ROWS} & others.keys()):
-        raise EvaluationError(f"other_generators: {', '.join(taken)} are names of rows already. Choose other names.")
+        raise ArgumentError(f"other_generators: {', '.join(taken)} are names of rows already. Choose other names.")
     chosen = {name: row for name, row in MORE_ROWS.items() if name in more_rows}
     return ROWS | chosen | {name: _row_of(other) for name, other in others.items()}
 

@@ -22,7 +22,7 @@ from .errors import AlreadyExistsError, CorruptFileError
 try:
     import fcntl
 except ImportError:  # on Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 TEMPORARY = ".tmp-"  # a path component that starts so is never part of a result
 DTYPES = ("F64", "F32", "F16", "BF16")  # of tensors that are read

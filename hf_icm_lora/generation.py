@@ -175,7 +175,8 @@ def generate_adapter(
 
     state_dict = layout.unpack(lora_weights, shared_weights)
     model = attach_adapter(base_model, lora_generator.adapter_config(), state_dict, adapter_name)
-    model.lora_generation = {**getattr(model, "lora_generation", {}), adapter_name: record}
+    # An attribute of the object, of which PeftModel's type knows nothing.
+    model.lora_generation = {**getattr(model, "lora_generation", {}), adapter_name: record}  # type: ignore[assignment]
     return model
 
 

@@ -103,7 +103,7 @@ class LoraLayout:
     modules: tuple[LoraModule, ...]
     gauge: str
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.gauge not in GAUGES:
             raise IncompatibleAdapterError(f"Expected the gauge to be one of {GAUGES}, found {self.gauge!r}.")
         if not self.modules:
@@ -253,11 +253,15 @@ class LoraLayout:
         self, lora_weights: torch.Tensor, shared_weights: torch.Tensor
     ) -> dict[tuple[str, ...], tuple[torch.Tensor, torch.Tensor]]:
         """As `factors`, with the modules of equal sizes stacked: names -> `(..., count, rank, width)` each."""
-        factors, groups = self.factors(lora_weights, shared_weights), {}
+        factors = self.factors(lora_weights, shared_weights)
+        groups: dict[tuple[int, int, int], list[str]] = {}
         for module in self.modules:
             groups.setdefault((module.rank, module.in_features, module.out_features), []).append(module.name)
         return {
-            tuple(names): tuple(torch.stack([factors[name][side] for name in names], dim=-3) for side in (0, 1))
+            tuple(names): (
+                torch.stack([factors[name][0] for name in names], dim=-3),
+                torch.stack([factors[name][1] for name in names], dim=-3),
+            )
             for names in groups.values()
         }
 

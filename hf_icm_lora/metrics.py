@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from datasets import Features, Value
 from datasets import Sequence as ListOf
 
-from .errors import EvaluationError, IncompatibleAdapterError
+from .errors import ArgumentError, IncompatibleAdapterError
 from .layout import LoraLayout, split
 from .report import recovered_gain
 
@@ -42,7 +42,7 @@ def bits_per_character(loss: float, num_characters: int) -> float:
         num_characters (`int`): Characters of the same text.
 
     Raises:
-        EvaluationError: unless there is a character and the loss is from 0 to 700 nats for each.
+        ArgumentError: unless there is a character and the loss is from 0 to 700 nats for each.
 
     Example:
         >>> bits_per_character(loss=8 * math.log(2), num_characters=4)
@@ -59,7 +59,7 @@ def perplexity(loss: float, num_tokens: int) -> float:
         num_tokens (`int`): Tokens that were scored.
 
     Raises:
-        EvaluationError: unless there is a token and the loss is from 0 to 700 nats for each.
+        ArgumentError: unless there is a token and the loss is from 0 to 700 nats for each.
 
     Example:
         >>> round(perplexity(loss=3 * math.log(5), num_tokens=3), 6)
@@ -92,7 +92,7 @@ def lora_reconstruction(
 
     Raises:
         IncompatibleAdapterError: if the layout has another number of weights.
-        EvaluationError: if shapes disagree or a value is not finite.
+        ArgumentError: if shapes disagree or a value is not finite.
 
     Example:
         >>> scores = lora_reconstruction([[3.0, 4.0], [0.0, 1.0]], [[3.0, 4.0], [1.0, 0.0]])
@@ -104,7 +104,7 @@ def lora_reconstruction(
     center = references.mean(0) if center is None else _numbers("center", center, ("num_weights",))
     if predictions.shape != references.shape or center.shape != references.shape[1:]:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (predictions, references, center))
-        raise EvaluationError(f"Expected predictions, references and center of equally many weights, found {shapes}.")
+        raise ArgumentError(f"Expected predictions, references and center of equally many weights, found {shapes}.")
     scores: dict[str, Any] = {**_compare(predictions, references, center)}
     if layout is not None:
         if layout.num_weights != len(center):
@@ -128,7 +128,7 @@ class _Metric(evaluate.Metric):
     def add_batch(self, **batch):
         """Add a batch of inputs, one entry of each per example."""
         if missing := [name for name in self.inputs if batch.get(name) is None]:
-            raise EvaluationError(
+            raise ArgumentError(
                 f"Expected the inputs {', '.join(self.inputs)}; without a value: {', '.join(missing)}."
             )
         super().add_batch(**batch)
@@ -148,7 +148,7 @@ class RecoveredGain(_Metric):
         `num_undefined`, how many of these are `None`.
 
     Raises:
-        EvaluationError: if an input is missing, empty or not finite.
+        ArgumentError: if an input is missing, empty or not finite.
 
     Example:
         >>> scores = RecoveredGain().compute(base_loss=[3.0], loss=[1.5], task_lora_loss=[1.0])  # doctest: +SKIP
@@ -182,7 +182,7 @@ class BitsPerCharacter(_Metric):
         `dict`: `bits_per_character` and `perplexity`, both `float`; less is better.
 
     Raises:
-        EvaluationError: if an input is missing, empty, negative or not finite, or there are no tokens or characters.
+        ArgumentError: if an input is missing, empty, negative or not finite, or there are no tokens or characters.
 
     Example:
         >>> BitsPerCharacter().compute(loss=[2.7, 4.1], num_tokens=[2, 3], num_characters=[9, 11])  # doctest: +SKIP
@@ -216,7 +216,7 @@ class LoraReconstruction(_Metric):
 
     Raises:
         IncompatibleAdapterError: if the layout has another number of weights.
-        EvaluationError: if an input is missing, shapes disagree, or a value is not finite.
+        ArgumentError: if an input is missing, shapes disagree, or a value is not finite.
 
     Example:
         >>> LoraReconstruction().compute(predictions=[generated], references=[trained])  # doctest: +SKIP
@@ -232,7 +232,7 @@ class LoraReconstruction(_Metric):
 
 def _per_unit(loss: float, count: int, unit: str) -> float:
     if not (count > 0 and 0 <= loss / count < 700):  # e^700 is near the largest float
-        raise EvaluationError(f"Expected a loss from 0 to 700 nats per {unit}, found {loss} nats for {count} {unit}s.")
+        raise ArgumentError(f"Expected a loss from 0 to 700 nats per {unit}, found {loss} nats for {count} {unit}s.")
     return loss / count
 
 
@@ -240,18 +240,18 @@ def _numbers(name: str, values: Sequence | torch.Tensor, axes: tuple[str, ...]) 
     try:
         tensor = torch.as_tensor(values, dtype=torch.float64)
     except (TypeError, ValueError) as error:
-        raise EvaluationError(f"{name}: expected numbers of shape ({', '.join(axes)}): {error}.") from error
+        raise ArgumentError(f"{name}: expected numbers of shape ({', '.join(axes)}): {error}.") from error
     if tensor.ndim != len(axes) or not tensor.numel():
-        raise EvaluationError(f"{name}: expected the shape ({', '.join(axes)}), found {tuple(tensor.shape)}.")
+        raise ArgumentError(f"{name}: expected the shape ({', '.join(axes)}), found {tuple(tensor.shape)}.")
     if not tensor.isfinite().all():
-        raise EvaluationError(f"{name}: {(~tensor.isfinite()).sum()} values are not finite.")
+        raise ArgumentError(f"{name}: {(~tensor.isfinite()).sum()} values are not finite.")
     return tensor
 
 
 def _total(name: str, values: Sequence) -> float:
     numbers = _numbers(name, values, ("texts",))
     if (numbers < 0).any():
-        raise EvaluationError(f"{name}: expected nothing below 0, found {numbers.min()}. A loss is -log(probability).")
+        raise ArgumentError(f"{name}: expected nothing below 0, found {numbers.min()}. A loss is -log(probability).")
     return numbers.sum().item()
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
-from .errors import EvaluationError
+from .errors import PublishingError
 from .provenance import LIBRARY, is_local
 from .report import format_report, stored_bytes
 
@@ -91,13 +91,13 @@ def add_evaluation(card: ModelCard, report: Mapping[str, Any], pictures: Sequenc
         pictures (`Sequence[str]`, *optional*): Names of image files beside the card.
 
     Raises:
-        EvaluationError: if the card has no place for it.
+        PublishingError: if the card has no place for it.
     """
     before, start, rest = card.content.partition("<!-- evaluation -->")
     _, end, after = rest.partition("<!-- end evaluation -->")
     heading = re.search("^# (.+)$", card.text, re.MULTILINE)
     if not end or not heading:
-        raise EvaluationError(
+        raise PublishingError(
             "The card has no place for an evaluation: expected a heading, <!-- evaluation --> and, after it, "
             "<!-- end evaluation -->."
         )

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,6 @@ from huggingface_hub import CommitInfo, ModelCard, try_to_load_from_cache
 from safetensors import SafetensorError
 from torch import nn
 from torch.nn.utils import parametrize
-from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers import initialization as init
@@ -53,7 +53,9 @@ from .lora_config import canonical_lora_config
 from .model_card import generator_card
 from .normalization import ZooNormalizer
 from .serving import plain_adapter
+from .training_data import BehaviouralDataset, LoraZooDataset
 
+MAX_PARAMETERS = 2**31  # 8 GB in fp32; a configuration that asks for more is refused before anything is allocated
 MAX_MISSING = 2**25  # numbers that a checkpoint may lack, for instance an encoder's
 
 
@@ -160,11 +162,12 @@ class WeightTokens(nn.Module):
 
     def identities(self) -> torch.Tensor:
         """Return what says which matrix a token stands for, `(num_tokens, hidden_size)`."""
-        device, parts = self.kind_embedding.weight.device, []
+        device = self.kind_embedding.weight.device
+        parts: list[torch.Tensor] = []
         for index, (block, per_matrix) in enumerate(zip(self.blocks, self.per_matrix, strict=True)):
             slots = len(self.position_embeddings)
-            positions = [[p + 1 for p in m.position] + [0] * (slots - len(m.position)) for m in block.modules]
-            positions = torch.tensor(positions, device=device)  # (count, slots)
+            rows = [[p + 1 for p in m.position] + [0] * (slots - len(m.position)) for m in block.modules]
+            positions = torch.tensor(rows, device=device)  # (count, slots)
             matrix = self.kind_embedding.weight[index] + sum(
                 embedding(positions[:, slot]) for slot, embedding in enumerate(self.position_embeddings)
             )  # (count, hidden_size), or (hidden_size,) if no path has a number
@@ -301,6 +304,29 @@ def _encodes(config: LoraGeneratorConfig) -> bool:
     return config.has_encoder and config.prior != "none"  # without a latent there is nothing to encode into
 
 
+NETWORKS: dict[str, type[TransformerCVAE] | type[Conv1dCVAE]] = {"transformer": TransformerCVAE, "conv1d": Conv1dCVAE}
+
+
+def check_size(config: LoraGeneratorConfig) -> None:
+    """Refuse sizes of which a generator could not be made, by making one that has no memory.
+
+    Raises:
+        IncompatibleAdapterError: with the largest tensors.
+    """
+    try:
+        with torch.device("meta"):
+            network = NETWORKS[config.architecture](config)
+            parts = nn.ModuleDict({"statistics": ZooNormalizer(config), "network": network, "prior": Prior(config)})
+    except RuntimeError as error:
+        raise IncompatibleAdapterError(f"Expected sizes of tensors that can be counted: {error}") from error
+    sizes = {name: tensor.numel() for name, tensor in parts.state_dict().items()}
+    if (total := sum(sizes.values())) > MAX_PARAMETERS:
+        largest = ", ".join(f"{name} {sizes[name]:,}" for name in sorted(sizes, key=lambda name: -sizes[name])[:3])
+        raise IncompatibleAdapterError(
+            f"Expected sizes that make up to {MAX_PARAMETERS:,} parameters, found ones that make {total:,}: {largest}."
+        )
+
+
 class LoraGeneratorModel(PreTrainedModel):
     """A conditional VAE that writes LoRA adapters for tasks that it knows by a task vector.
 
@@ -315,6 +341,9 @@ class LoraGeneratorModel(PreTrainedModel):
     """
 
     config: LoraGeneratorConfig
+    zoo_normalizer: ZooNormalizer
+    network: TransformerCVAE | Conv1dCVAE
+    prior: Prior | None
     config_class = LoraGeneratorConfig
     base_model_prefix = "generator"
     main_input_name = "task_vector"
@@ -325,9 +354,10 @@ class LoraGeneratorModel(PreTrainedModel):
     def __init__(self, config: LoraGeneratorConfig):
         if config.layout is None:
             raise IncompatibleAdapterError("A generator needs a layout: make its configuration with from_zoo().")
+        check_size(config)
         super().__init__(config)
         self.zoo_normalizer = ZooNormalizer(config)
-        self.network = {"transformer": TransformerCVAE, "conv1d": Conv1dCVAE}[config.architecture](config)
+        self.network = NETWORKS[config.architecture](config)
         self.prior = Prior(config) if config.prior == "learned" else None
         self.layout: LoraLayout = config.lora_layout
         if config.weight_format == "int8":
@@ -337,10 +367,10 @@ class LoraGeneratorModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Conv1d) and module.out_channels == 1:  # the last one: start near the mean adapter
             init.normal_(module.weight, std=0.02)
-            init.zeros_(module.bias)
+            init.zeros_(cast(torch.Tensor, module.bias))
         elif isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):  # N(0, 0.02) would fade out over 24 layers
             init.kaiming_normal_(module.weight, nonlinearity="leaky_relu")
-            init.zeros_(module.bias)
+            init.zeros_(cast(torch.Tensor, module.bias))
         elif isinstance(module, TokenwiseLinear):
             init.normal_(module.weight, std=0.02)
             init.zeros_(module.bias)
@@ -357,7 +387,7 @@ class LoraGeneratorModel(PreTrainedModel):
         return self.zoo_normalizer.shared_weights
 
     def fit_normalizer(
-        self, dataset: Dataset, behavioural_dataset: Dataset | None = None, batch_size: int = 32
+        self, dataset: LoraZooDataset, behavioural_dataset: BehaviouralDataset | None = None, batch_size: int = 32
     ) -> None:
         """Compute the normalization statistics from the training split, once, before training.
 
@@ -435,9 +465,11 @@ class LoraGeneratorModel(PreTrainedModel):
                 z = posterior_mean + noise * (0.5 * posterior_logvar).exp()
             normalized = self.network.decode(z, condition)
             reconstructed = self.zoo_normalizer.denormalize(normalized)
+            reconstruction_loss = self.zoo_normalizer.error(reconstructed, lora_weights)
+            kl = kl_per_unit(posterior_mean, posterior_logvar, prior_mean, prior_logvar).sum(1)
             output = LoraGeneratorOutput(
-                reconstruction_loss=self.zoo_normalizer.error(reconstructed, lora_weights),
-                kl=kl_per_unit(posterior_mean, posterior_logvar, prior_mean, prior_logvar).sum(1),
+                reconstruction_loss=reconstruction_loss,
+                kl=kl,
                 lora_weights=reconstructed,
                 posterior_mean=posterior_mean,
                 posterior_logvar=posterior_logvar,
@@ -445,7 +477,7 @@ class LoraGeneratorModel(PreTrainedModel):
                 prior_logvar=prior_logvar,
             )
             if return_loss:
-                output.loss = (output.reconstruction_loss + output.kl / self.layout.num_weights).mean()
+                output.loss = (reconstruction_loss + kl / self.layout.num_weights).mean()
         use_dict = self.config.return_dict if return_dict is None else return_dict
         return output if use_dict else output.to_tuple()
 
@@ -594,7 +626,7 @@ class LoraGeneratorModel(PreTrainedModel):
     def adapter_config(self) -> dict:
         """Return the `LoraConfig` fields of generated adapters: one rank, `lora_alpha == r`, nothing else needed."""
         extra = {"base_model_name_or_path": self.config.base_model_name_or_path or None}  # None if made in memory
-        return canonical_lora_config(self.config.lora_config, self.layout.max_rank) | extra
+        return canonical_lora_config(self.config.lora_config or {}, self.layout.max_rank) | extra
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
@@ -634,7 +666,7 @@ class LoraGeneratorModel(PreTrainedModel):
             )
         super()._move_missing_keys_from_meta_to_device(missing_keys, *args, **kwargs)
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]  # what others pass by position, only the folder, stays
         self, save_directory: str | Path, *, push_to_hub: bool = False, is_main_process: bool = True, **kwargs
     ) -> None:
         """Write `config.json`, `model.safetensors` and, unless there is a `README.md`, a card.
@@ -659,7 +691,7 @@ class LoraGeneratorModel(PreTrainedModel):
         if push_to_hub:
             self.push_to_hub(repo_id, token=kwargs.get("token"), **options)
 
-    def push_to_hub(
+    def push_to_hub(  # type: ignore[override]  # of a decorated method, whose own types are lost
         self,
         repo_id: str,
         *,
@@ -714,10 +746,11 @@ class LoraGeneratorModel(PreTrainedModel):
         """
         expected, found = self.config.base_model_fingerprint, base_model_fingerprint(base_model)
         if expected != found:
+            name = cast(PreTrainedModel, base_model).config._name_or_path
             raise IncompatibleAdapterError(
-                f"This generator was made for {self.config.base_model_name_or_path!r} (fingerprint {expected[:12]}), "
-                f"found {base_model.config._name_or_path!r} (fingerprint {found[:12]}). Load that base model. For a "
-                "quantized copy of it pass check_base_model=False."
+                f"This generator was made for {self.config.base_model_name_or_path!r} (fingerprint {expected!s:.12}), "
+                f"found {name!r} (fingerprint {found[:12]}). Load that base model. For a quantized copy of it pass "
+                "check_base_model=False."
             )
 
     def _prior(self, condition: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

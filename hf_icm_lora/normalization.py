@@ -21,6 +21,15 @@ class ZooNormalizer(nn.Module):
     descent would come to it last. Full whitening, on the other hand, would make noise as loud as what matters.
     """
 
+    weight_mean: torch.Tensor  # (num_weights,)
+    weight_scale: torch.Tensor  # (num_matrices,)
+    shared_weights: torch.Tensor  # (num_shared_weights,)
+    product_scale: torch.Tensor  # (num_modules,), where products are compared
+    vector_mean: torch.Tensor  # (num_task_vectors, task_vector_size)
+    vector_scale: torch.Tensor  # the same
+    vector_directions: torch.Tensor  # (condition_size, num_task_vectors * task_vector_size)
+    is_fitted: torch.Tensor  # (1,), 0 or 1
+
     def __init__(self, config: LoraGeneratorConfig):
         super().__init__()
         layout = config.lora_layout
@@ -39,7 +48,7 @@ class ZooNormalizer(nn.Module):
 
     def fit_weights(self, batches: Iterable[torch.Tensor], shared_weights: torch.Tensor) -> None:
         """Fit to adapters, batches of `(batch, num_weights)`."""
-        count, mean, squares, products = 0, 0.0, 0.0, 0.0
+        count, mean, squares, products = 0, torch.zeros(()), torch.zeros(()), torch.zeros(())
         for batch in batches:  # Welford's update, batch by batch (Chan, Golub, LeVeque 1983)
             own = batch.double().mean(0)
             shift, total = own - mean, count + len(batch)
@@ -53,8 +62,8 @@ class ZooNormalizer(nn.Module):
         self.weight_scale.copy_(scale.clamp(min=max(1e-3 * scale.median().item(), 1e-8)))
         self.shared_weights.copy_(shared_weights)
         if self.compares_products:
-            scale = products / count
-            self.product_scale.copy_(scale.clamp(min=max(1e-6 * scale.median().item(), 1e-16)))
+            usual = products / count
+            self.product_scale.copy_(usual.clamp(min=max(1e-6 * usual.median().item(), 1e-16)))
 
     def fit_vectors(self, vectors: torch.Tensor) -> None:
         """Fit to task vectors, `(num_vectors, num_task_vectors, task_vector_size)`."""

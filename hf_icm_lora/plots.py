@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .errors import EvaluationError, TaskVectorError
+from .errors import ArgumentError, TaskVectorError
 from .evaluation import PLAIN_RIVALS
 from .files import commit_file
 from .layout import LoraLayout, split
@@ -169,7 +169,7 @@ def plot_losses(trainer_state: Mapping[str, Any] | str | Path) -> "Figure":
         `matplotlib.figure.Figure`: One to three panels, depending on what the loss was made of.
 
     Raises:
-        EvaluationError: if no loss was logged.
+        ArgumentError: if no loss was logged.
 
     Example:
         >>> plot_losses("generator/checkpoint-600/trainer_state.json").savefig("losses.png")  # doctest: +SKIP
@@ -179,7 +179,7 @@ def plot_losses(trainer_state: Mapping[str, Any] | str | Path) -> "Figure":
     history = trainer_state["log_history"]
     curves = _curves(history)
     if not curves:
-        raise EvaluationError("No loss was logged in this training run: it was shorter than its logging_steps.")
+        raise ArgumentError("No loss was logged in this training run: it was shorter than its logging_steps.")
 
     figure = _figure(3.2, f"How the generator learned in {history[-1]['step']} steps")
     axes = figure.subplots(1, len(curves), squeeze=False)[0]
@@ -351,7 +351,7 @@ def write_plots(
         "module_errors": plot_module_errors(generator, tasks),
     }
     for run, state in (_last_states(Path(run_dir)) if run_dir else {}).items():
-        with suppress(EvaluationError):  # too short a run to have logged a loss
+        with suppress(ArgumentError):  # too short a run to have logged a loss
             figures["-".join(("losses", *run.parts))] = plot_losses(state)
     paths = [Path(output_dir) / f"{name}.png" for name in figures]
     Path(output_dir).mkdir(parents=True, exist_ok=True)

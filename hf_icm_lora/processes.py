@@ -7,6 +7,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
+from .errors import TrainingError
+
 
 def state() -> PartialState:
     """Return what this process knows of the others; one that was started by itself has none."""
@@ -27,13 +29,18 @@ def gathered(part: Mapping) -> dict:
 def leave_group() -> None:
     """Let a process that was launched together with others work by itself, on a device of its own.
 
+    It changes the process's environment, for good. A process that was started by itself is left as it is.
+
     Raises:
-        ValueError: if it is too late for that.
+        TrainingError: if it is too late for that.
+
+    Example:
+        >>> leave_group()  # before the first TrainingArguments
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
     if torch.cuda.is_initialized() or (PartialState._shared_state and PartialState().num_processes > 1):
-        raise ValueError("Expected CollectionArguments to be made before a device or a process group is used.")
+        raise TrainingError("Expected leave_group() to be called before a device or a process group is used.")
     devices = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     os.environ["CUDA_VISIBLE_DEVICES"] = devices.split(",")[rank] if devices else str(rank)

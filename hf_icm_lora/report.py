@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import EvaluationError
+from .errors import CorruptFileError
 from .files import commit_file, read_json, write_json
 
 REPORT_FILE, TABLES_FILE = "evaluation.json", "evaluation.md"
@@ -134,15 +134,15 @@ def read_report(path: str | Path) -> dict[str, Any]:
     """Read the `evaluation.json` that [`write_report`] wrote.
 
     Raises:
-        EvaluationError: if the file is no report.
+        CorruptFileError: if the file is no report.
         OSError: if there is no such file, or it cannot be read.
     """
     try:
         report = read_json(path)
-    except ValueError as error:
-        raise EvaluationError(f"{path}: expected a report in JSON, as evaluate_generator writes: {error}.") from error
+    except CorruptFileError as error:
+        raise CorruptFileError(f"{path}: expected a report in JSON, as evaluate_generator writes: {error}.") from error
     if not isinstance(report, dict) or "splits" not in report:
-        raise EvaluationError(f"{path}: expected a report with `splits`, as evaluate_generator writes.")
+        raise CorruptFileError(f"{path}: expected a report with `splits`, as evaluate_generator writes.")
     return report
 
 

@@ -9,7 +9,7 @@ The rules for vLLM, SGLang and LoRAX are those of their loaders' sources; llama.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,7 +21,6 @@ from .lora_config import canonical_lora_config, lora_config_to_dict, with_named_
 from .products import with_rank
 from .provenance import is_local
 
-SERVERS = ("vllm", "sglang", "lorax", "llama.cpp")
 VLLM_DEFAULT_RANK, LORAX_MAX_RANK = 16, 128
 _EXPORT = "`hf-icm-lora export` writes it in a form that works."
 
@@ -99,34 +98,79 @@ def check_serving_compatibility(adapter: str | Path, server: str) -> tuple[list[
         modules = LoraLayout.from_state_dict(state_dict, lora_config, "shared_init").modules
     except (IcmLoraError, OSError) as error:
         return [str(error)], []
-    problems, notes = [], []
-    patterns = [field for field in ("rank_pattern", "alpha_pattern") if lora_config.get(field)]
-    ranks = sorted({module.rank for module in modules})
+    facts = _Facts(folder, lora_config, modules)
+    problems, notes = _RULES[server](facts)
     base = lora_config.get("base_model_name_or_path")
     if not base or is_local(base):
-        notes.append(f"base_model_name_or_path is {base!r}: name the base model when you start the server.")
-    if not isinstance(lora_config.get("target_modules"), list) and server != "llama.cpp":
-        problems.append(f"target_modules: expected a list, found {lora_config.get('target_modules')!r}.")
-    if server in ("vllm", "lorax") and patterns:
-        problems.append(f"{' and '.join(patterns)}: {server} takes one rank and one alpha for all modules. {_EXPORT}")
-    if server == "sglang" and (patterns or len(ranks) > 1):
-        notes.append(f"Ranks {ranks}: older versions of SGLang need one rank and scaling. {_EXPORT}")
-    if server == "vllm" and ranks[-1] > VLLM_DEFAULT_RANK:
-        notes.append(f"Rank {ranks[-1]}: start vLLM with --max-lora-rank {ranks[-1]} or more.")
-    if server == "sglang" and (folder / "added_tokens.json").exists():
-        problems.append("added_tokens.json: SGLang refuses adapters that add tokens. Remove it.")
-    if server == "lorax":
-        if ranks[-1] > LORAX_MAX_RANK:
-            problems.append(f"Rank {ranks[-1]}: LoRAX takes up to {LORAX_MAX_RANK}. {_EXPORT}")
-        problems += [f"{kind}: LoRAX drops this kind without a word, since layers {gaps} lack it."
-                     for kind, gaps in _gaps(modules).items()]  # fmt: skip
-    if server == "llama.cpp":
-        if lora_config.get("use_rslora") or lora_config.get("alpha_pattern"):
-            problems.append(f"rsLoRA and alpha_pattern: llama.cpp scales by lora_alpha / rank. {_EXPORT}")
-        if strays := [module.name for module in modules if module.name.endswith(("lm_head", "embed_tokens"))]:
-            problems.append(f"{strays[0]}: llama.cpp has no place for it where embeddings are tied.")
-        notes.append("llama.cpp reads GGUF: `hf-icm-lora export ADAPTER --format gguf` writes it.")
+        notes.insert(0, f"base_model_name_or_path is {base!r}: name the base model when you start the server.")
+    targets = lora_config.get("target_modules")
+    if not isinstance(targets, list) and server != "llama.cpp":
+        problems.insert(0, f"target_modules: expected a list, found {targets!r}.")
     return problems, notes
+
+
+class _Facts(NamedTuple):
+    """What the rules of the servers ask of an adapter."""
+
+    folder: Path
+    lora_config: Mapping[str, Any]
+    modules: tuple[LoraModule, ...]
+
+    @property
+    def patterns(self) -> list[str]:
+        return [field for field in ("rank_pattern", "alpha_pattern") if self.lora_config.get(field)]
+
+    @property
+    def ranks(self) -> list[int]:
+        return sorted({module.rank for module in self.modules})
+
+
+def _rules_of_vllm(facts: _Facts) -> tuple[list[str], list[str]]:
+    rank = facts.ranks[-1]
+    notes = [f"Rank {rank}: start vLLM with --max-lora-rank {rank} or more."] if rank > VLLM_DEFAULT_RANK else []
+    return _no_patterns("vllm", facts), notes
+
+
+def _rules_of_sglang(facts: _Facts) -> tuple[list[str], list[str]]:
+    problems, notes = [], []
+    if (facts.folder / "added_tokens.json").exists():
+        problems.append("added_tokens.json: SGLang refuses adapters that add tokens. Remove it.")
+    if facts.patterns or len(facts.ranks) > 1:
+        notes.append(f"Ranks {facts.ranks}: older versions of SGLang need one rank and scaling. {_EXPORT}")
+    return problems, notes
+
+
+def _rules_of_lorax(facts: _Facts) -> tuple[list[str], list[str]]:
+    problems, rank = _no_patterns("lorax", facts), facts.ranks[-1]
+    if rank > LORAX_MAX_RANK:
+        problems.append(f"Rank {rank}: LoRAX takes up to {LORAX_MAX_RANK}. {_EXPORT}")
+    problems += [f"{kind}: LoRAX drops this kind without a word, since layers {gaps} lack it."
+                 for kind, gaps in _gaps(facts.modules).items()]  # fmt: skip
+    return problems, []
+
+
+def _rules_of_llama_cpp(facts: _Facts) -> tuple[list[str], list[str]]:
+    problems = []
+    if facts.lora_config.get("use_rslora") or facts.lora_config.get("alpha_pattern"):
+        problems.append(f"rsLoRA and alpha_pattern: llama.cpp scales by lora_alpha / rank. {_EXPORT}")
+    if strays := [module.name for module in facts.modules if module.name.endswith(("lm_head", "embed_tokens"))]:
+        problems.append(f"{strays[0]}: llama.cpp has no place for it where embeddings are tied.")
+    return problems, ["llama.cpp reads GGUF: `hf-icm-lora export ADAPTER --format gguf` writes it."]
+
+
+_RULES = {
+    "vllm": _rules_of_vllm,
+    "sglang": _rules_of_sglang,
+    "lorax": _rules_of_lorax,
+    "llama.cpp": _rules_of_llama_cpp,
+}
+SERVERS = tuple(_RULES)
+
+
+def _no_patterns(server: str, facts: _Facts) -> list[str]:
+    if not facts.patterns:
+        return []
+    return [f"{' and '.join(facts.patterns)}: {server} takes one rank and one alpha for all modules. {_EXPORT}"]
 
 
 def _gaps(modules: tuple[LoraModule, ...]) -> dict[str, list[int]]:

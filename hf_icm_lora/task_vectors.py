@@ -273,7 +273,7 @@ class TaskVectorExtractor:
         heading = "" if mode == "demonstrations" else f"{description}\n"
         if mode == "description":
             text = heading + fill_template(Sample("...", "x"), self.spec.template)[0]
-            return [Prompt(text, (len(text),), ((0, len(description)),))]
+            return [Prompt(text, (len(text),), ((0, len(description or "")),))]
         rng = torch.Generator().manual_seed(int(sha256_of(name, str(self.spec.seed))[:12], 16))
         prompts = []
         for count in self._counts(len(samples)):
@@ -326,7 +326,7 @@ class TaskVectorExtractor:
             return torch.empty(0)
         rows, positions = zip(*(self._tokens(processing_class, prompt, max_length) for prompt in prompts), strict=True)
         by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # little padding in a batch
-        vectors: list[torch.Tensor | None] = [None] * len(rows)
+        vectors: dict[int, torch.Tensor] = {}
         with frozen_base(base_model) as model, _no_hooks_left(model), tqdm(
             total=len(rows), desc="Task vectors", leave=False,
             disable=len(rows) < 64 or not logging.is_progress_bar_enabled(),
@@ -350,7 +350,7 @@ class TaskVectorExtractor:
                 for i, row in zip(indices, chosen, strict=True):  # (length, num_vectors, hidden_size)
                     vectors[i] = torch.cat([row[tokens].float().mean(0) for tokens in positions[i]]).cpu()
                 progress.update(len(indices))
-        return torch.stack(vectors)
+        return torch.stack([vectors[index] for index in range(len(rows))])
 
 
 @contextmanager

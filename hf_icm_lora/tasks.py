@@ -58,7 +58,7 @@ class Task:
     description: str | None = None
     family: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.strip():
             raise TaskError(f"A task needs a non-empty name, found {self.name!r}.")
         for split in SPLITS:

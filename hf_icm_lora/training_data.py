@@ -18,8 +18,11 @@ from .tasks import Sample, Task, check_unique_names
 class Adapters(Protocol):
     """What a dataset asks of a [`LoraZoo`], or of anything else that has adapters of tasks."""
 
-    records: Mapping[str, Mapping[str, Any]]  # task -> its "snapshots", which are training steps, and "best_step"
     layout: LoraLayout
+
+    @property
+    def records(self) -> Mapping[str, Mapping[str, Any]]:
+        """Task -> its "snapshots", which are training steps, and "best_step"."""
 
     @property
     def shared_weights(self) -> torch.Tensor:

@@ -240,7 +240,7 @@ class LoraZoo:
         rename = {"base_model_name_or_path": base}
         table = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.task_table())
         card = zoo_card(self, repo_id=repo_id, base_model_name_or_path=base, license=license)
-        files: dict[str, Path | bytes] = {
+        files: dict[str, str | Path | bytes] = {
             "README.md": card.content.encode(),
             "tasks.jsonl": table.encode(),
             ZOO_FILE: _as_json(self.about | rename),
@@ -248,16 +248,11 @@ class LoraZoo:
         if self.has_task_vectors:
             files[VECTORS_FILE] = self.path / VECTORS_FILE
         for record in self.records.values():
-            folder = record["folder"]
-            names = [
-                f"step-{step}/{file.name}"
-                for step in record["snapshots"]
-                for file in (folder / f"step-{step}").iterdir()
-            ]
-            files |= {f"adapters/{folder.name}/{name}": folder / name for name in [TASK_FILE, *names]}
-        for name, file in files.items():
-            if name.endswith(f"/{CONFIG_FILE}"):
-                files[name] = _as_json(_read_json(file, "an adapter") | rename)
+            folder: Path = record["folder"]
+            snapshots = [file for step in record["snapshots"] for file in (folder / f"step-{step}").iterdir()]
+            for file in [folder / TASK_FILE, *snapshots]:
+                renamed = _as_json(_read_json(file, "an adapter") | rename) if file.name == CONFIG_FILE else file
+                files[file.relative_to(self.path).as_posix()] = renamed
         return push_files(
             files,
             repo_id,
@@ -495,13 +490,13 @@ def _read_record(file: Path) -> dict[str, Any]:
     record = _read_json(file, "a task record")
     name, steps, best = (record.get(field) for field in ("name", "snapshots", "best_step"))
     # Numbers, since they become parts of paths.
-    whole = isinstance(steps, list) and best in steps and all(type(step) is int for step in [best, *steps])
-    if not whole or not isinstance(name, str):
+    numbers = [best, *steps] if isinstance(steps, list) else []
+    if not isinstance(name, str) or best not in numbers[1:] or not all(type(step) is int for step in numbers):
         raise ZooError(
             f"{file}: expected a name, snapshots as whole numbers, and one of them as best_step; found "
             f"{str({'name': name, 'snapshots': steps, 'best_step': best})[:200]}."
         )
-    _refuse_links(file.parent, *(file.parent / f"step-{step}" for step in steps))
+    _refuse_links(file.parent, *(file.parent / f"step-{step}" for step in numbers))
     return record
 
 

@@ -130,8 +130,8 @@ def check_requirement(requirement: str) -> None:
         assert requirement in read("constraints.txt").split(), f"constraints.txt has no {requirement}."
 
 
-def use_stand_ins(patch: pytest.MonkeyPatch, folder: Path, text: str) -> None:
-    """Let blocks import tiny models instead of the real ones, a few samples of a few tasks, and train a few steps."""
+def few_tasks(text: str):
+    """Return a `built_in_tasks` of a few samples of a few tasks, among them those that a page names."""
     code = "\n".join(block.code for block in blocks_of(text))
     real = functools.cache(hf_icm_lora.built_in_tasks)
 
@@ -149,6 +149,12 @@ def use_stand_ins(patch: pytest.MonkeyPatch, folder: Path, text: str) -> None:
             for task in tasks
         ]
 
+    return built_in_tasks
+
+
+def use_stand_ins(patch: pytest.MonkeyPatch, folder: Path, text: str) -> None:
+    """Let blocks import tiny models instead of the real ones, a few samples of a few tasks, and train a few steps."""
+    built_in_tasks = few_tasks(text)
     for module in (hf_icm_lora, base_model):
         patch.setattr(module, "smollm2_path", lambda: folder / "base")
     for module in (hf_icm_lora, cli):

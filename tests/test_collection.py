@@ -5,6 +5,7 @@ import torch
 from conftest import LORA_TARGETS, make_llama, make_t5, make_tasks
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import TrainingArguments
 
 import hf_icm_lora.collection
 from hf_icm_lora import (
@@ -13,6 +14,7 @@ from hf_icm_lora import (
     LoraZoo,
     Task,
     TaskError,
+    TrainingError,
     ZooError,
     attach_adapter,
     collect_zoo,
@@ -198,6 +200,14 @@ def test_base_comes_back_unchanged_after_an_error(tmp_path, tokenizer, monkeypat
         collect_zoo(tmp_path / "zoo", base, tokenizer, make_tasks(1), lora_config(), args)
     assert_as_before(base, before)
     assert len(LoraZoo(tmp_path / "zoo")) == 0
+
+
+def test_processes_of_one_group_are_refused(tmp_path, tokenizer, monkeypatch):
+    args = arguments(tmp_path)
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    with pytest.raises(TrainingError, match=r"a group of 2, .* call processes\.leave_group\(\) before"):
+        collect_zoo(tmp_path / "zoo", make_llama(), tokenizer, make_tasks(1), lora_config(), args)
+    assert not (tmp_path / "zoo").exists()
 
 
 def test_base_comes_back_unchanged_when_no_module_is_targeted(tmp_path, tokenizer):

@@ -11,8 +11,8 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
 from hf_icm_lora import (
+    ArgumentError,
     CollectionArguments,
-    EvaluationError,
     ExampleLoss,
     IncompatibleAdapterError,
     LoraGeneratorConfig,
@@ -211,7 +211,7 @@ def test_further_rows(zoo, generator, tokenizer):
     fitted = attached(zoo, example_loss.refine(nothing, 4, learning_rate=1e-2))
     loss = loss_of(fitted, tokenizer, tasks[0])
     assert table["fine_tuned"]["tasks"][tasks[0].name]["loss"] == pytest.approx(loss, rel=1e-3)
-    with pytest.raises(EvaluationError, match=r"more_rows: expected some of description, .*; found paper\."):
+    with pytest.raises(ArgumentError, match=r"more_rows: expected some of description, .*; found paper\."):
         evaluate_generator(generator, make_llama(), tokenizer, zoo, tasks, more_rows=["paper"])
     silent = [Task(tasks[0].name, demo=tasks[0].demo, test=tasks[0].test)]
     for row in ("description", "both"):
@@ -296,7 +296,7 @@ def test_other_generators_are_rows(zoo, generator, tokenizer):
     model = other.generate_adapter(make_llama(), processing_class=tokenizer, examples=task.demo[:12])
     row = report["splits"]["unseen"]["paper_cvae"]["tasks"][task.name]
     assert row["loss"] == pytest.approx(loss_of(model, tokenizer, task), rel=1e-3)
-    with pytest.raises(EvaluationError, match="other_generators: ridge are names of rows already"):
+    with pytest.raises(ArgumentError, match="other_generators: ridge are names of rows already"):
         evaluate_generator(generator, make_llama(), tokenizer, zoo, [task], other_generators={"ridge": other})
 
 

@@ -12,7 +12,7 @@ import torch
 from conftest import make_llama
 from huggingface_hub import SpaceCard
 
-from hf_icm_lora import EvaluationError, IncompatibleAdapterError, LoraLayout, metrics
+from hf_icm_lora import ArgumentError, IncompatibleAdapterError, LoraLayout, metrics
 from hf_icm_lora.completion import CompletionCollator, fill_template, score_completions
 from hf_icm_lora.layout import LoraModule
 from hf_icm_lora.metrics import (
@@ -241,5 +241,5 @@ def test_a_layout_of_other_weights_is_refused():
 @pytest.mark.parametrize("loss", [-1.0, math.nan, math.inf])
 def test_functions_refuse_losses_that_are_none(loss):
     for function in (bits_per_character, perplexity):
-        with pytest.raises(EvaluationError, match="Expected a loss"):
+        with pytest.raises(ArgumentError, match="Expected a loss"):
             function(loss, 3)

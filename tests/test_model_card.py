@@ -10,11 +10,11 @@ from peft import LoraConfig
 
 from hf_icm_lora import (
     CollectionArguments,
-    EvaluationError,
     LoraGeneratorConfig,
     LoraGeneratorModel,
     LoraGeneratorTrainer,
     LoraGeneratorTrainingArguments,
+    PublishingError,
     TaskVectorExtractor,
     TaskVectorSpec,
     add_evaluation,
@@ -143,7 +143,7 @@ def test_evaluation_in_text_and_metadata_and_in_place_of_an_older_one(world):
     assert twice.text.count("| wrong_condition |") == card.text.count("| wrong_condition |")
     assert ".png" not in twice.text
     for text in ("# Another card", "<!-- evaluation --> <!-- end evaluation -->", "# A\n<!-- evaluation -->"):
-        with pytest.raises(EvaluationError, match="no place for an evaluation"):
+        with pytest.raises(PublishingError, match="no place for an evaluation"):
             add_evaluation(ModelCard(text), report)
 
 

@@ -25,7 +25,7 @@ from hf_icm_lora import (
     TaskVectorSpec,
 )
 from hf_icm_lora.adapter import adapter_state_dict
-from hf_icm_lora.modeling_lora_generator import TokenwiseLinear, kl_per_unit
+from hf_icm_lora.modeling_lora_generator import TokenwiseLinear, check_size, kl_per_unit
 
 SIZES = dict(
     hidden_size=32, intermediate_size=48, num_encoder_layers=1, num_decoder_layers=2, num_attention_heads=4,
@@ -125,6 +125,21 @@ def test_without_encoder_generates_the_same_and_is_smaller(tmp_path, variant):
     small.save_pretrained(tmp_path)
     again = copy.deepcopy(LoraGeneratorModel.from_pretrained(tmp_path))
     assert torch.equal(again.decode_task_vector(dataset.task_vectors[0]), expected)
+
+
+@pytest.mark.parametrize("architecture", ["transformer", "conv1d"])
+def test_sizes_are_counted_exactly_and_without_drawing(monkeypatch, architecture):
+    config = make_config(architecture=architecture)
+    size = sum(tensor.numel() for tensor in LoraGeneratorModel(config).state_dict().values())
+    monkeypatch.setattr("hf_icm_lora.modeling_lora_generator.MAX_PARAMETERS", size)
+    torch.manual_seed(0)
+    check_size(config)
+    assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(0)))
+    monkeypatch.setattr("hf_icm_lora.modeling_lora_generator.MAX_PARAMETERS", size - 1)
+    with pytest.raises(
+        IncompatibleAdapterError, match=f"up to {size - 1:,} parameters, found ones that make {size:,}"
+    ):
+        LoraGeneratorModel(config)
 
 
 def test_without_encoder_keeps_dtypes_and_shares_no_memory(tmp_path):

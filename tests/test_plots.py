@@ -14,7 +14,7 @@ from conftest import save_base_and_tasks
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from hf_icm_lora import (
-    EvaluationError,
+    ArgumentError,
     LoraGeneratorConfig,
     LoraGeneratorModel,
     LoraLayout,
@@ -246,7 +246,7 @@ def test_short_runs_are_drawn_as_logged_and_read_from_a_file(tmp_path):
 
 
 def test_run_without_a_logged_loss():
-    with pytest.raises(EvaluationError, match="No loss was logged"):
+    with pytest.raises(ArgumentError, match="No loss was logged"):
         plot_losses(history("learning_rate"))
 
 

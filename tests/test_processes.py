@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import make_tasks
 
-from hf_icm_lora import TaskVectorExtractor, TaskVectorSpec, task_vectors
+from hf_icm_lora import TaskVectorExtractor, TaskVectorSpec, TrainingError, task_vectors
 from hf_icm_lora.processes import gathered, leave_group, own_part
 
 
@@ -38,7 +38,7 @@ def test_a_process_of_its_own_has_nothing_to_leave(monkeypatch):
 
 def test_a_device_in_use_cannot_be_left(launched, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    with pytest.raises(ValueError, match="before a device or a process group is used"):
+    with pytest.raises(TrainingError, match="before a device or a process group is used"):
         leave_group()
 
 

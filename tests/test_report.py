@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from hf_icm_lora import EvaluationError, format_report, read_report, recovered_gain
+from hf_icm_lora import CorruptFileError, format_report, read_report, recovered_gain
 from hf_icm_lora.report import rank_correlation, storage, summarize, write_report
 
 LOSSES = {  # row -> loss on each task; fine-tuning did not help the last one
@@ -132,7 +132,7 @@ def test_report_is_strict_json_and_stands_in_its_files(tmp_path):
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"rows": {}}', "[" * 100_000])
 def test_file_that_is_no_report_is_refused(tmp_path, content):
     (tmp_path / "evaluation.json").write_text(content, encoding="utf-8")
-    with pytest.raises(EvaluationError, match=r"evaluation\.json: expected a report"):
+    with pytest.raises(CorruptFileError, match=r"evaluation\.json: expected a report"):
         read_report(tmp_path / "evaluation.json")
     with pytest.raises(OSError, match="missing"):
         read_report(tmp_path / "missing.json")
