@@ -244,7 +244,7 @@ def train(options: TrainOptions, args: RecipeArguments) -> Result:
     )
     runs = generator.config.training_runs or []
     told = [f"loss of unseen tasks: {run['unseen_loss']:.4f} nats per token" for run in runs if "unseen_loss" in run]
-    return "\n".join([args.output_dir, *told]), {"generator": args.output_dir, "training_runs": runs}
+    return "\n".join([str(args.output_dir), *told]), {"generator": args.output_dir, "training_runs": runs}
 
 
 def generate(options: GenerateOptions) -> Result:

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .base_model import base_model_fingerprint, frozen_base
@@ -88,7 +89,7 @@ class TaskVectorSpec:
         fill_template(Sample("x", "y"), self.template)
 
     @classmethod
-    def for_base_model(cls, base_model: nn.Module, **fields) -> "TaskVectorSpec":
+    def for_base_model(cls, base_model: PreTrainedModel, **fields) -> "TaskVectorSpec":
         """Make the specification that was measured to be good, for a base model of any depth.
 
         Three layers, at 7/15, 11/15 and all of its depth: of the 30 layers of SmolLM2-135M they are 14, 22 and 30.

@@ -4,18 +4,19 @@ recipe that does both."""
 import dataclasses
 import json
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import torch
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import CommitInfo, HfApi, ModelCardData
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SchedulerType
 from transformers.utils import CONFIG_NAME, PushInProgress, logging
 
 from .base_model import require_bare, restored
@@ -104,11 +105,14 @@ class LoraGeneratorTrainer(Trainer):
         >>> trainer.train()  # doctest: +SKIP
     """
 
+    args: LoraGeneratorTrainingArguments
+    push_in_progress: Any  # a PushInProgress, or None
+
     def __init__(
         self,
         model: LoraGeneratorModel,
         args: LoraGeneratorTrainingArguments | None = None,
-        base_model: nn.Module | None = None,
+        base_model: PreTrainedModel | None = None,
         processing_class=None,
         **kwargs,
     ):
@@ -117,8 +121,8 @@ class LoraGeneratorTrainer(Trainer):
             require_hub_id(model.config.base_model_name_or_path, "set model.config.base_model_name_or_path to one")
             if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
                 raise PublishingError(
-                    f"hub_strategy {args.hub_strategy.value!r} would publish the optimizer's state as pickles, which "
-                    "others should not open: choose 'every_save' or 'end'."
+                    f"hub_strategy {HubStrategy(args.hub_strategy).value!r} would publish the optimizer's state as "
+                    "pickles, which others should not open: choose 'every_save' or 'end'."
                 )
         train_dataset = kwargs.get("train_dataset")
         warn_of_seen_tasks(train_dataset, kwargs.get("eval_dataset"))
@@ -142,7 +146,9 @@ class LoraGeneratorTrainer(Trainer):
         elif train_dataset is not None and not model.zoo_normalizer.is_fitted:
             model.fit_normalizer(train_dataset)
         super().__init__(model=model, args=args, **kwargs)
-        self.frozen_base = None if base_model is None else base_model.to(self.args.device)
+        self.frozen_base = base_model
+        if base_model is not None:
+            cast(nn.Module, base_model).to(self.args.device)
         self.loss_is_scaled_for_ga = False  # compute_loss returns the mean of a batch
         self._terms: dict[str, list[dict[str, torch.Tensor]]] = {"train": [], "eval": []}
 
@@ -159,7 +165,7 @@ class LoraGeneratorTrainer(Trainer):
         """
         if resume_from_checkpoint is True:
             sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir, sharded or self.args.save_only_model)
+            resume_from_checkpoint = last_checkpoint(_folder(self.args), sharded or self.args.save_only_model)
         with self._base_at_rest():
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         config = self.accelerator.unwrap_model(self.model).config
@@ -171,11 +177,11 @@ class LoraGeneratorTrainer(Trainer):
         terms = {name: value for logs in self.state.log_history for name, value in logs.items() if "loss" in name}
         return {
             "trained_on": "samples, through the base model" if behavioural else "adapters",
-            "items": len(self.train_dataset),
+            "items": len(cast(Sized, self.train_dataset)),
             "steps": self.state.global_step,
             "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             "learning_rate": args.learning_rate,
-            "lr_scheduler_type": str(args.lr_scheduler_type.value),
+            "lr_scheduler_type": SchedulerType(args.lr_scheduler_type).value,
             "seconds": round(seconds, 1),
             **{f"last_{name}": value for name, value in terms.items() if name != "train_loss"},
             **run_metadata(args.seed),
@@ -184,9 +190,9 @@ class LoraGeneratorTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:  # a pickle, which nothing reads
-            Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            Path(output_dir or _folder(self.args), TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
-    def create_model_card(
+    def create_model_card(  # type: ignore[override]
         self,
         language: str | Sequence[str] | None = None,
         license: str | None = None,
@@ -203,10 +209,11 @@ class LoraGeneratorTrainer(Trainer):
         tags = [tags] if isinstance(tags, str) else tags or ()
         model = self.accelerator.unwrap_model(self.model)
         card = generator_card(model, repo_id=self.hub_model_id, license=license, tags=tags)
-        card.data.language, card.data.datasets = language, dataset
-        card.save(Path(self.args.output_dir) / CARD_FILE)
+        data = cast(ModelCardData, card.data)
+        data.language, data.datasets = language, dataset  # type: ignore[assignment]
+        card.save(_folder(self.args) / CARD_FILE)
 
-    def push_to_hub(
+    def push_to_hub(  # type: ignore[override]
         self,
         commit_message: str | None = "End of training",
         blocking: bool = True,
@@ -235,7 +242,7 @@ class LoraGeneratorTrainer(Trainer):
             return None
         self.create_model_card(**kwargs)
         self._finish_current_push()
-        job = self._push(Path(self.args.output_dir), commit_message, token, revision)
+        job = self._push(_folder(self.args), commit_message, token, revision)
         return job.result() if blocking else job
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -247,7 +254,7 @@ class LoraGeneratorTrainer(Trainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         job = self._push(Path(checkpoint_folder), f"Training in progress, step {self.state.global_step}")
         jobs = [job, *(self.push_in_progress.jobs if busy else [])]
-        self.push_in_progress = PushInProgress(jobs)
+        self.push_in_progress = PushInProgress(jobs)  # type: ignore[arg-type]
 
     def _push(self, folder: Path, commit_message: str | None, token: str | None = None, revision: str | None = None):
         # Read now: a checkpoint may be gone before it is uploaded.
@@ -305,7 +312,7 @@ class LoraGeneratorTrainer(Trainer):
         output = model(task_vector=batch.pop("task_vector"), return_loss=False, return_dict=True)
         generator = self.accelerator.unwrap_model(model)
         adapters = (generator.layout, output.lora_weights, generator.shared_weights)
-        losses = behavioural_loss(self.frozen_base, *adapters, batch)
+        losses = behavioural_loss(cast(PreTrainedModel, self.frozen_base), *adapters, batch)
         return losses, {"behavioural_loss": losses}, output
 
     def _kl_weight(self, training: bool) -> float:
@@ -401,7 +408,12 @@ def _what_is_broken(checkpoint: Path, weights_only: bool) -> str | None:
 
 
 def _kl_per_unit(output: LoraGeneratorOutput) -> torch.Tensor:
-    return kl_per_unit(output.posterior_mean, output.posterior_logvar, output.prior_mean, output.prior_logvar)
+    moments = (output.posterior_mean, output.posterior_logvar, output.prior_mean, output.prior_logvar)
+    return kl_per_unit(*cast(tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], moments))
+
+
+def _folder(args: TrainingArguments) -> Path:
+    return Path(cast(str, args.output_dir))  # TrainingArguments has one where none was given
 
 
 def warn_of_seen_tasks(train_dataset, eval_dataset) -> None:
@@ -456,7 +468,7 @@ class RecipeArguments(LoraGeneratorTrainingArguments):
         """Return how the first stage is trained, which is short: without checkpoints, evaluation and upload."""
         return dataclasses.replace(
             self,
-            output_dir=str(Path(self.output_dir) / "reconstruction"),
+            output_dir=str(_folder(self) / "reconstruction"),
             max_steps=self.reconstruction_steps,
             learning_rate=self.reconstruction_learning_rate,
             lr_scheduler_type="cosine",
@@ -472,7 +484,7 @@ class RecipeArguments(LoraGeneratorTrainingArguments):
 
 def train_generator(
     zoo,
-    base_model: nn.Module,
+    base_model: PreTrainedModel,
     processing_class,
     tasks: Sequence[Task],
     args: RecipeArguments | None = None,
@@ -523,7 +535,7 @@ def train_generator(
 
     checkpoint = args.resume_from_checkpoint
     if str(checkpoint) == "True":  # also from a command line
-        checkpoint = last_checkpoint(args.output_dir)
+        checkpoint = last_checkpoint(_folder(args))
     if checkpoint:
         generator = LoraGeneratorModel(LoraGeneratorConfig.from_pretrained(checkpoint))  # weights come with the rest
     else:
@@ -548,7 +560,7 @@ def train_generator(
     if args.max_steps:
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_state()
-    if unseen is not None:
+    if unseen is not None and generator.config.training_runs:
         generator.config.training_runs[-1]["unseen_loss"] = trainer.evaluate()["eval_loss"]
     trainer.save_model()
     trainer.create_model_card()
@@ -557,7 +569,7 @@ def train_generator(
     return generator
 
 
-def _task_vectors(zoo, base_model: nn.Module, processing_class, tasks: Sequence[Task]) -> TaskVectors:
+def _task_vectors(zoo, base_model: PreTrainedModel, processing_class, tasks: Sequence[Task]) -> TaskVectors:
     """Return the vectors of tasks: the zoo's, and new ones made as those for the tasks that it lacks."""
     if not zoo.has_task_vectors:
         spec = TaskVectorSpec.for_base_model(base_model, template=zoo.template)
