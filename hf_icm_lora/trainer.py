@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import CommitInfo, HfApi, ModelCardData
+from huggingface_hub import CommitInfo, HfApi
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
@@ -106,7 +106,6 @@ class LoraGeneratorTrainer(Trainer):
     """
 
     args: LoraGeneratorTrainingArguments
-    push_in_progress: Any  # a PushInProgress, or None
 
     def __init__(
         self,
@@ -120,9 +119,10 @@ class LoraGeneratorTrainer(Trainer):
         if args.push_to_hub:  # now, and not after hours
             require_hub_id(model.config.base_model_name_or_path, "set model.config.base_model_name_or_path to one")
             if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+                strategy = HubStrategy(args.hub_strategy).value
                 raise PublishingError(
-                    f"hub_strategy {HubStrategy(args.hub_strategy).value!r} would publish the optimizer's state as "
-                    "pickles, which others should not open: choose 'every_save' or 'end'."
+                    f"hub_strategy {strategy!r} would publish the optimizer's state as pickles, which others should "
+                    "not open: choose 'every_save' or 'end'."
                 )
         train_dataset = kwargs.get("train_dataset")
         warn_of_seen_tasks(train_dataset, kwargs.get("eval_dataset"))
@@ -146,9 +146,7 @@ class LoraGeneratorTrainer(Trainer):
         elif train_dataset is not None and not model.zoo_normalizer.is_fitted:
             model.fit_normalizer(train_dataset)
         super().__init__(model=model, args=args, **kwargs)
-        self.frozen_base = base_model
-        if base_model is not None:
-            cast(nn.Module, base_model).to(self.args.device)
+        self.frozen_base = None if base_model is None else cast(nn.Module, base_model).to(self.args.device)
         self.loss_is_scaled_for_ga = False  # compute_loss returns the mean of a batch
         self._terms: dict[str, list[dict[str, torch.Tensor]]] = {"train": [], "eval": []}
 
@@ -165,7 +163,7 @@ class LoraGeneratorTrainer(Trainer):
         """
         if resume_from_checkpoint is True:
             sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-            resume_from_checkpoint = last_checkpoint(_folder(self.args), sharded or self.args.save_only_model)
+            resume_from_checkpoint = last_checkpoint(str(self.args.output_dir), sharded or self.args.save_only_model)
         with self._base_at_rest():
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         config = self.accelerator.unwrap_model(self.model).config
@@ -190,9 +188,9 @@ class LoraGeneratorTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:  # a pickle, which nothing reads
-            Path(output_dir or _folder(self.args), TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            Path(output_dir or str(self.args.output_dir), TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
-    def create_model_card(  # type: ignore[override]
+    def create_model_card(  # type: ignore[override]  # a generator's card has its own way to name what Trainer asks for
         self,
         language: str | Sequence[str] | None = None,
         license: str | None = None,
@@ -209,11 +207,10 @@ class LoraGeneratorTrainer(Trainer):
         tags = [tags] if isinstance(tags, str) else tags or ()
         model = self.accelerator.unwrap_model(self.model)
         card = generator_card(model, repo_id=self.hub_model_id, license=license, tags=tags)
-        data = cast(ModelCardData, card.data)
-        data.language, data.datasets = language, dataset  # type: ignore[assignment]
-        card.save(_folder(self.args) / CARD_FILE)
+        card.data["language"], card.data["datasets"] = language, dataset
+        card.save(Path(str(self.args.output_dir)) / CARD_FILE)
 
-    def push_to_hub(  # type: ignore[override]
+    def push_to_hub(  # type: ignore[override]  # None from all processes but the first, as from Trainer
         self,
         commit_message: str | None = "End of training",
         blocking: bool = True,
@@ -242,19 +239,21 @@ class LoraGeneratorTrainer(Trainer):
             return None
         self.create_model_card(**kwargs)
         self._finish_current_push()
-        job = self._push(_folder(self.args), commit_message, token, revision)
+        job = self._push(Path(str(self.args.output_dir)), commit_message, token, revision)
         return job.result() if blocking else job
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
-        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if busy and not self.args.hub_always_push:
+        busy = cast(PushInProgress | None, self.push_in_progress)
+        if busy is not None and busy.is_done():
+            busy = None
+        if busy is not None and not self.args.hub_always_push:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         job = self._push(Path(checkpoint_folder), f"Training in progress, step {self.state.global_step}")
-        jobs = [job, *(self.push_in_progress.jobs if busy else [])]
-        self.push_in_progress = PushInProgress(jobs)  # type: ignore[arg-type]
+        jobs = [job, *(cast(list, busy.jobs) if busy is not None else [])]
+        self.push_in_progress = cast(Any, PushInProgress)(jobs)  # whose types know of one job alone
 
     def _push(self, folder: Path, commit_message: str | None, token: str | None = None, revision: str | None = None):
         # Read now: a checkpoint may be gone before it is uploaded.
@@ -312,7 +311,7 @@ class LoraGeneratorTrainer(Trainer):
         output = model(task_vector=batch.pop("task_vector"), return_loss=False, return_dict=True)
         generator = self.accelerator.unwrap_model(model)
         adapters = (generator.layout, output.lora_weights, generator.shared_weights)
-        losses = behavioural_loss(cast(PreTrainedModel, self.frozen_base), *adapters, batch)
+        losses = behavioural_loss(cast(nn.Module, self.frozen_base), *adapters, batch)
         return losses, {"behavioural_loss": losses}, output
 
     def _kl_weight(self, training: bool) -> float:
@@ -409,11 +408,7 @@ def _what_is_broken(checkpoint: Path, weights_only: bool) -> str | None:
 
 def _kl_per_unit(output: LoraGeneratorOutput) -> torch.Tensor:
     moments = (output.posterior_mean, output.posterior_logvar, output.prior_mean, output.prior_logvar)
-    return kl_per_unit(*cast(tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], moments))
-
-
-def _folder(args: TrainingArguments) -> Path:
-    return Path(cast(str, args.output_dir))  # TrainingArguments has one where none was given
+    return kl_per_unit(*(cast(torch.Tensor, moment) for moment in moments))
 
 
 def warn_of_seen_tasks(train_dataset, eval_dataset) -> None:
@@ -468,7 +463,7 @@ class RecipeArguments(LoraGeneratorTrainingArguments):
         """Return how the first stage is trained, which is short: without checkpoints, evaluation and upload."""
         return dataclasses.replace(
             self,
-            output_dir=str(_folder(self) / "reconstruction"),
+            output_dir=str(Path(str(self.output_dir)) / "reconstruction"),
             max_steps=self.reconstruction_steps,
             learning_rate=self.reconstruction_learning_rate,
             lr_scheduler_type="cosine",
@@ -535,7 +530,7 @@ def train_generator(
 
     checkpoint = args.resume_from_checkpoint
     if str(checkpoint) == "True":  # also from a command line
-        checkpoint = last_checkpoint(_folder(args))
+        checkpoint = last_checkpoint(str(args.output_dir))
     if checkpoint:
         generator = LoraGeneratorModel(LoraGeneratorConfig.from_pretrained(checkpoint))  # weights come with the rest
     else:
@@ -560,8 +555,9 @@ def train_generator(
     if args.max_steps:
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_state()
-    if unseen is not None and generator.config.training_runs:
-        generator.config.training_runs[-1]["unseen_loss"] = trainer.evaluate()["eval_loss"]
+    if unseen is not None:
+        runs = cast(list[dict], generator.config.training_runs)  # of the first stage, at least
+        runs[-1]["unseen_loss"] = trainer.evaluate()["eval_loss"]
     trainer.save_model()
     trainer.create_model_card()
     if args.push_to_hub:
