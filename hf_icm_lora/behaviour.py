@@ -1,4 +1,4 @@
-"""Behavioural training: generated weights are judged by what the frozen base model does with them.
+"""Behaviour: adapters are judged by what the frozen base model does with them, in training and on a user's examples.
 
 Weight error is not behaviour, and a zoo has dozens of tasks where samples exist for hundreds. This loss needs a task's
 samples and not its LoRA: many tasks go through the base model in one forward pass, each row through its own adapter,

@@ -25,7 +25,8 @@ from hf_icm_lora import (
     TaskVectorSpec,
 )
 from hf_icm_lora.adapter import adapter_state_dict
-from hf_icm_lora.modeling_lora_generator import TokenwiseLinear, check_size, kl_per_unit
+from hf_icm_lora.modeling_lora_generator import check_size, kl_per_unit
+from hf_icm_lora.networks import TokenwiseLinear
 
 SIZES = dict(
     hidden_size=32, intermediate_size=48, num_encoder_layers=1, num_decoder_layers=2, num_attention_heads=4,

@@ -17,7 +17,7 @@ PACKAGE = Path(hf_icm_lora.__file__).parent
 ROOT = PACKAGE.parent
 SOURCES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.glob("*.py"))}
 MODULES = sorted(name for name in SOURCES if name != "__init__")
-MOST_LINES = {"modeling_lora_generator": 820}  # two networks and the model around them; of all others 600
+MOST_LINES = 600
 LEVELS = [  # a module imports from earlier levels only
     {"errors"},
     {"files", "processes", "products", "provenance", "rivals"},
@@ -30,7 +30,7 @@ LEVELS = [  # a module imports from earlier levels only
     {"adapter"},
     {"task_vectors", "closed_form"},
     {"configuration_lora_generator", "behaviour", "training_data", "serving"},
-    {"zoo", "normalization", "generation"},
+    {"zoo", "normalization", "networks", "generation"},
     {"modeling_lora_generator"},
     {"collection", "importing", "trainer", "evaluation"},
     {"metrics", "plots"},
@@ -72,7 +72,7 @@ def test_imports_point_downwards(name):
 @pytest.mark.parametrize("name", MODULES)
 def test_modules_are_short(name):
     lines = (PACKAGE / f"{name}.py").read_text(encoding="utf-8").count("\n")
-    assert lines <= MOST_LINES.get(name, 600)
+    assert lines <= MOST_LINES
 
 
 def test_trainer_and_generator_know_no_zoo():
