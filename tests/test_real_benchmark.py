@@ -3,8 +3,6 @@
 import copy
 import gzip
 import json
-import sys
-from pathlib import Path
 
 import gguf
 import numpy as np
@@ -12,15 +10,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from benchmarks.real import prepare, train
+from benchmarks.real.episodes import Episodes, Stream
+from benchmarks.real.score import MODES, evaluate
+from benchmarks.real.writer import Base, MetaClosedForm, Solve, Writer, dequantise, initialise, ridge
 from tests.conftest import make_llama
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "real"))
-
-import prepare
-import train
-from episodes import Episodes, Stream
-from score import MODES, evaluate
-from writer import Base, MetaClosedForm, Solve, Writer, dequantise, initialise, ridge
 
 TEMPLATE = """{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<s>hi<|im_end|>
 {% endif %}<{{ message['role'] }}>{{ message['content'] }}<|im_end|>

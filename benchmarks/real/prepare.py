@@ -1,6 +1,6 @@
 """Prepare a folder from which train.py runs without tokenizer, Hub or network: tasks as token ids, and the base.
 
-    python benchmarks/real/prepare.py --tasks DATA/real --output_dir build/real/prepared
+    python -m benchmarks.real.prepare --tasks DATA/real --output_dir build/real/prepared
 
 Samples become token ids once per template. `plain` is `- {prompt}: {completion}\\n`; `chat` is the base's own.
 The base stays in the 4 bits that it is packaged in, in two files.

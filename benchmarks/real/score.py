@@ -1,6 +1,6 @@
 """Right answers of the meta-learned closed form on validation tasks, beside the prompt and beside wrong examples.
 
-python benchmarks/real/score.py --writer build/real/run/writer.safetensors --modes adapter prompt wrong
+    python -m benchmarks.real.score --writer build/real/run/writer.safetensors --modes adapter prompt wrong
 """
 
 import json
@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from episodes import Episodes
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
-from writer import Base, MetaClosedForm, Writer, gather, nll
+
+from benchmarks.real.episodes import Episodes
+from benchmarks.real.writer import Base, MetaClosedForm, Writer, gather, nll
 
 MODES = {
     "adapter": "the adapter written from the task's examples, and no prompt",

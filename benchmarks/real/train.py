@@ -1,7 +1,7 @@
 """Train the meta-learned closed form from prepared files: no tokenizer, no Hub, no network.
 
-    python benchmarks/real/train.py --device cuda --max_minutes 8
-    python benchmarks/real/train.py --max_steps 3 --budget 2000 --eval_tasks 2     (a smoke run on a CPU)
+    python -m benchmarks.real.train --device cuda --max_minutes 8
+    python -m benchmarks.real.train --max_steps 3 --budget 2000 --eval_tasks 2     (a smoke run on a CPU)
 
 Each step draws its tasks from (seed, step), so an interrupted run goes on as if nothing had happened: with
 `--keep_state True` the optimizer's state lies beside the result. `log.jsonl` gets a line every 10 s.
@@ -16,13 +16,14 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from episodes import Episodes, Stream
 from safetensors.torch import load_file, save_file
-from score import evaluate, summary
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import HfArgumentParser
-from writer import Base, MetaClosedForm, Writer, gather, initialise, nll
+
+from benchmarks.real.episodes import Episodes, Stream
+from benchmarks.real.score import evaluate, summary
+from benchmarks.real.writer import Base, MetaClosedForm, Writer, gather, initialise, nll
 
 
 @dataclass

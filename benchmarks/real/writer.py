@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from episodes import KINDS
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+from benchmarks.real.episodes import KINDS
 
 MAX_DEMOS = 32
 
