@@ -1,6 +1,8 @@
 """Right answers of the meta-learned closed form on validation tasks, beside the prompt and beside wrong examples.
 
     python -m benchmarks.real.score --writer build/real/run/writer.safetensors --modes adapter prompt wrong
+
+What each mode is, `MODES` says.
 """
 
 import json
