@@ -219,6 +219,13 @@ def test_training_moves_every_parameter_and_lowers_the_loss(prepared, tmp_path):
     assert after < before
 
 
+def test_without_a_step_the_result_is_the_plain_closed_form(prepared, tmp_path):
+    writer = train.train(options(prepared, tmp_path, max_steps=0, keep_state=False)).writer
+    for parameter in (writer.state_out, writer.label_out, writer.constant, *writer.reader_b.values()):
+        assert not parameter.any()
+    torch.testing.assert_close(writer.keys @ writer.keys.mT, torch.eye(8).expand(2, 8, 8), atol=1e-4, rtol=1e-4)
+
+
 def test_eight_bits_keep_what_was_learned(model, tmp_path):
     disturb(model.writer)
     model.writer.save(tmp_path / "writer.safetensors")

@@ -2,7 +2,7 @@
 
     python -m benchmarks.real.score --writer build/real/run/writer.safetensors --modes adapter prompt wrong
 
-What each mode is, `MODES` says.
+`MODES` says what each mode is.
 """
 
 import json
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
@@ -114,7 +115,9 @@ def main() -> None:
     (options,) = HfArgumentParser(ScoreOptions).parse_args_into_dataclasses()
     base = Base(options.data, options.device, torch.bfloat16)
     stored = Path(options.writer)
-    model = MetaClosedForm(base, Writer(base, rank=64).to(options.device))
+    with safe_open(stored, "pt") as file:
+        rank = file.get_slice("keys").get_shape()[1]
+    model = MetaClosedForm(base, Writer(base, rank).to(options.device))
     model.writer.load(stored)
     episodes = Episodes(options.data, {options.split: 1.0})
     scores = {}

@@ -88,7 +88,7 @@ class Run:
         """Return how much of the run is over, from 0 to 1."""
         self.minutes = (time.perf_counter() - self.began) / 60
         if self.options.max_steps is not None:
-            return self.step / self.options.max_steps
+            return self.step / self.options.max_steps if self.options.max_steps else 1.0
         return self.minutes / self.options.max_minutes
 
     def note(self, **values) -> None:
