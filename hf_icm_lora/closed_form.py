@@ -52,7 +52,7 @@ def in_context_adapter(
     penalty: float = 0.3,
     adapter_name: str = "default",
 ) -> PeftModel:
-    """Turn examples of a task into a LoRA for any base model, in closed form: no training, no gradient step.
+    """Turn examples of a task into a LoRA for their base model, in closed form: no training, no gradient step.
 
     Args:
         base_model (`PreTrainedModel` or `PeftModel`): Decoder-only or encoder-decoder. Adapters that it has are off
