@@ -93,7 +93,7 @@ def in_context_adapter(
             "lora_alpha": rank,
             "target_modules": shortest_target_modules(names, base),
             "task_type": "SEQ_2_SEQ_LM" if base.config.is_encoder_decoder else "CAUSAL_LM",
-            "fan_in_fan_out": isinstance(_base_layer(blocks[0].writer), Conv1D),
+            "fan_in_fan_out": isinstance(base_layer(blocks[0].writer), Conv1D),
         }
     state_dict = {}
     for name, (lora_a, lora_b) in zip(names, factors, strict=True):
@@ -116,14 +116,14 @@ def residual_blocks(base_model: PreTrainedModel) -> list[Block]:
     blocks = []
     for block in lists[0]:
         whole = (module for module in block.modules() if not _is_part(paths[module]))
-        linear = [module for module in whole if isinstance(_base_layer(module), (nn.Linear, Conv1D))]
+        linear = [module for module in whole if isinstance(base_layer(module), (nn.Linear, Conv1D))]
         if not linear:
             raise IncompatibleAdapterError(f"{paths[block]} has no linear map that an adapter could change.")
         blocks.append(Block(block, paths[linear[-1]], linear[-1]))
     return blocks
 
 
-def _base_layer(module: nn.Module) -> nn.Module:
+def base_layer(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
@@ -150,10 +150,10 @@ def check_additive(base_model: PreTrainedModel, block: Block, batch: dict[str, t
 
     for shifted in (False, True):
         with (
-            _hook(block.writer.register_forward_hook(move)) if shifted else nullcontext(),
-            _hook(block.module.register_forward_hook(lambda _m, _i, output: outputs.append(_hidden(output)))),
+            hook(block.writer.register_forward_hook(move)) if shifted else nullcontext(),
+            hook(block.module.register_forward_hook(lambda _m, _i, output: outputs.append(hidden_of(output)))),
         ):
-            _run(base_model, batch)
+            run(base_model, batch)
     change = (outputs[1] - outputs[0]).float()
     if change.shape[-1] != moved[0].shape[-1] or (change - moved[0]).norm() > 0.05 * change.norm():
         raise IncompatibleAdapterError(
@@ -187,10 +187,10 @@ def states_in_context(
             for states, block in zip(found, blocks, strict=True):
 
                 def keep(_module, _inputs, output, states=states, mask=mask):
-                    states.append(_hidden(output)[mask].float())
+                    states.append(hidden_of(output)[mask].float())
 
-                stack.enter_context(_hook(block.module.register_forward_hook(keep)))
-            _run(base_model, batch)
+                stack.enter_context(hook(block.module.register_forward_hook(keep)))
+            run(base_model, batch)
     return [torch.cat(states) for states in found]
 
 
@@ -221,15 +221,15 @@ def fit(
                 inputs.append(args[0].reshape(*mask.shape, -1))  # OPT passes all tokens as one row
 
             def update(_module, _args, output, inputs=inputs, target=target):
-                hidden, u = _hidden(output), inputs.pop()
+                hidden, u = hidden_of(output), inputs.pop()
                 lora_a, lora_b = low_rank_ridge(u[mask].float(), target - hidden[mask].float(), rank, penalty)
                 factors.append((lora_a, lora_b))
                 hidden = hidden + (u @ lora_a.to(u.dtype).T) @ lora_b.to(u.dtype).T
                 return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-            stack.enter_context(_hook(block.writer.register_forward_pre_hook(keep)))
-            stack.enter_context(_hook(block.module.register_forward_hook(update)))
-        _run(base_model, batch)
+            stack.enter_context(hook(block.writer.register_forward_pre_hook(keep)))
+            stack.enter_context(hook(block.module.register_forward_hook(update)))
+        run(base_model, batch)
     return factors
 
 
@@ -278,7 +278,7 @@ def _batch(
     return {name: tensor.to(device) for name, tensor in collate(samples).items()}
 
 
-def _run(base_model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> None:
+def run(base_model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> None:
     """Pass a batch through the layers, and nothing through the head."""
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     if base_model.config.is_encoder_decoder:
@@ -289,12 +289,12 @@ def _run(base_model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> None:
         base_model(**inputs, use_cache=False)
 
 
-def _hidden(output) -> torch.Tensor:
+def hidden_of(output) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
 @contextmanager
-def _hook(handle) -> Iterator[None]:
+def hook(handle) -> Iterator[None]:
     try:
         yield
     finally:

@@ -1,0 +1,365 @@
+"""The closed form, meta-learned: the prior's mean of a generator that reads examples of a task.
+
+[`in_context_adapter`] carries a base model without examples to the hidden states that it has with them. Here the parts
+of that regression were trained, through the base model, on many tasks: who reads the examples (the base with a LoRA
+of its own, the reader), which features of a token are regressed on (one A for all tasks), how much each position
+counts, and what is written beside the difference of hidden states: maps of the reader's state and of the token that
+comes next. The result is a plain LoRA, written layer by layer in two passes, without a gradient step.
+
+Shapes: `n` examples with answers of up to `a` tokens, `r` the rank, `d` the base model's hidden size.
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+
+from .behaviour import batched_lora
+from .closed_form import Block, hidden_of, hook, residual_blocks
+from .errors import IncompatibleAdapterError, TaskError
+from .layout import LoraLayout
+from .tasks import Sample
+
+def render(sample, template, processing_class, examples=(), description=None):
+    if template != "chat":
+        head, rest = template.split("{prompt}")
+        mid, end = rest.split("{completion}")
+        before = (description + "\n" if description else "") + "".join(
+            head + s.prompt + mid + s.completion + end for s in examples
+        )
+        stripped = mid.rstrip(" ")
+        return before + head + sample.prompt + stripped, mid[len(stripped) :] + sample.completion + end
+    messages = [{"role": "system", "content": description}] if description else []
+    for one in examples:
+        messages += [{"role": "user", "content": one.prompt}, {"role": "assistant", "content": one.completion}]
+    messages.append({"role": "user", "content": sample.prompt})
+    read = processing_class.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    messages.append({"role": "assistant", "content": sample.completion})
+    whole = processing_class.apply_chat_template(messages, tokenize=False)
+    return read, whole[len(read) :].rstrip()
+
+
+KINDS = 4  # of positions: what predicts an answer's first token, its second, its last, and any other
+MAX_EXAMPLES = 32  # that the reader reads one after another; more are read in turns
+MAX_LENGTH = 2048  # tokens that the reader reads in one go
+
+
+class Conversation(NamedTuple):
+    """Examples one after another, as the reader reads them.
+
+    Args:
+        ids (`list[int]`): All tokens.
+        order (`list[int]`): Which example comes when.
+        starts (`list[int]`): Where the token stands that predicts the first one of each answer.
+    """
+
+    ids: list[int]
+    order: list[int]
+    starts: list[int]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a generator reads of a task.
+
+    Args:
+        conversations (`list[Conversation]`): The examples in their context, each in one of them or in more.
+        rows (`list[list[int]]`): Each example alone: prompt and answer.
+        starts (`list[int]`): As in [`Conversation`], of the rows.
+        answers (`list[list[int]]`): The tokens of each answer, with what ends it.
+    """
+
+    conversations: list[Conversation]
+    rows: list[list[int]]
+    starts: list[int]
+    answers: list[list[int]]
+
+
+def read_examples(
+    processing_class,
+    samples: Sequence[Sample],
+    template: str,
+    description: str | None = None,
+    num_orders: int = 1,
+    max_length: int = MAX_LENGTH,
+) -> Reading:
+    """Tokenize examples as a generator reads them: one after another, and each alone.
+
+    Args:
+        processing_class: The base model's tokenizer.
+        samples (`Sequence[Sample]`): At least one.
+        template (`str`): As in [`CompletionCollator`].
+        description (`str`, *optional*): Read before the examples.
+        num_orders (`int`, *optional*, defaults to 1): In how many orders the examples are read: as they are given,
+            backwards, and then rotated.
+        max_length (`int`, *optional*, defaults to 2048): Tokens of a conversation. What is longer becomes several.
+
+    Raises:
+        TaskError: if there is no example, or one is longer than that alone.
+    """
+    if not samples:
+        raise TaskError("Expected at least one example to read, found none.")
+    alone = [_encode(processing_class, [sample], template)[0] for sample in samples]
+    for index, (prompt, answer) in enumerate(alone):
+        if len(prompt) + len(answer) > max_length:
+            raise TaskError(
+                f"examples[{index}] has {len(prompt) + len(answer)} tokens, and {max_length} at most can be read. "
+                "Shorten it."
+            )
+    conversations = []
+    for order in _orders(len(samples), num_orders):
+        for part in _parts(order, alone, max_length):
+            pieces = _encode(processing_class, [samples[index] for index in part], template, description)
+            ids: list[int] = []
+            starts = []
+            for prompt, answer in pieces:
+                starts.append(len(ids) + len(prompt) - 1)
+                ids += prompt + answer
+            conversations.append(Conversation(ids, part, starts))
+    return Reading(
+        conversations,
+        rows=[prompt + answer for prompt, answer in alone],
+        starts=[len(prompt) - 1 for prompt, _ in alone],
+        answers=[answer for _, answer in alone],
+    )
+
+
+def _orders(count: int, num_orders: int) -> list[list[int]]:
+    forwards = list(range(count))
+    orders = [forwards, forwards[::-1]]
+    for turn in range(2, num_orders):
+        shift = count * (turn - 1) // (num_orders - 1)
+        orders.append(forwards[shift:] + forwards[:shift])
+    return orders[:num_orders]
+
+
+def _parts(order: list[int], alone: list[tuple[list[int], list[int]]], max_length: int) -> list[list[int]]:
+    """Cut an order into conversations of about equal length that are not too long."""
+    lengths = [len(alone[index][0]) + len(alone[index][1]) for index in order]
+    count = max(-(-len(order) // MAX_EXAMPLES), -(-sum(lengths) // max_length))
+    while True:
+        size = -(-len(order) // count)
+        parts = [order[start : start + size] for start in range(0, len(order), size)]
+        longest = max(sum(lengths[start : start + size]) for start in range(0, len(order), size))
+        if longest <= max_length or size == 1:
+            return parts
+        count += 1
+
+
+def _encode(
+    processing_class, samples: Sequence[Sample], template: str, description: str | None = None
+) -> list[tuple[list[int], list[int]]]:
+    """Return, per sample, the tokens up to its answer, from the end of the answer before, and those of the answer."""
+    pieces, done = [], ""
+    for index, sample in enumerate(samples):
+        read, scored = render(sample, template, processing_class, samples[:index], description)
+        prompt = read[len(done) :]
+        pieces.append(tuple(processing_class(text, add_special_tokens=False)["input_ids"] for text in (prompt, scored)))
+        done = read + scored
+    return pieces
+
+
+class LearnedClosedForm(nn.Module):
+    """All that is learned of the closed form. Before training it is the plain one: the base itself reads.
+
+    Args:
+        layout (`LoraLayout`): Of the adapters: one module in each layer of the base, in the gauge `"frozen_a"`.
+        reader (`LoraLayout`): Of the LoRA with which the base reads.
+        state_rank, label_rank (`int`): Of the maps from the reader's state, and from the next token.
+    """
+
+    key_scale: torch.Tensor  # (layers,): makes keys of unit length give features of about 1
+    scale: torch.Tensor  # (layers,): of what a context changes in a layer's output
+
+    def __init__(self, layout: LoraLayout, reader: LoraLayout, state_rank: int, label_rank: int):
+        super().__init__()
+        if layout.gauge != "frozen_a" or len(layout.blocks) != 1:
+            raise IncompatibleAdapterError(
+                "The learned closed form writes one matrix of one size in each layer, with an A that all tasks share."
+            )
+        (keys,), (values,) = layout.shared_blocks, layout.blocks
+        self.layout, self.reader_layout = layout, reader
+        count, rank, size = values.count, values.rank, values.width
+        self.keys = nn.Parameter(torch.empty(count, rank, keys.width))  # A
+        self.constant = nn.Parameter(torch.empty(count, rank, size))  # the part of B that all tasks have
+        self.log_penalty = nn.Parameter(torch.empty(count))
+        self.gain = nn.Parameter(torch.empty(count, size))
+        self.log_kind = nn.Parameter(torch.empty(count, KINDS))
+        self.log_index = nn.Parameter(torch.empty(MAX_EXAMPLES))
+        self.state_in = nn.Parameter(torch.empty(count, size, state_rank))
+        self.state_out = nn.Parameter(torch.empty(count, state_rank, size))
+        self.label_in = nn.Parameter(torch.empty(count, size, label_rank))
+        self.label_out = nn.Parameter(torch.empty(count, label_rank, size))
+        self.reader = nn.ParameterList(
+            torch.empty(block.count, block.rank, block.width) for block in reader.blocks
+        )
+        self.register_buffer("key_scale", torch.ones(count))
+        self.register_buffer("scale", torch.ones(count))
+
+    @property
+    def shared_weights(self) -> torch.Tensor:
+        """A, as all adapters have it: `(num_shared_weights,)`."""
+        return (self.keys * self.key_scale[:, None, None]).flatten()
+
+    @property
+    def reader_weights(self) -> torch.Tensor:
+        """The reader's LoRA, `(num_weights,)` of its layout."""
+        return torch.cat([matrix.flatten() for matrix in self.reader])
+
+    def forward(self, base_model: PreTrainedModel, reading: Reading) -> torch.Tensor:
+        """Write an adapter from what was read of a task.
+
+        Args:
+            base_model (`PreTrainedModel`): Without adapters, at rest.
+            reading (`Reading`): As from [`read_examples`].
+
+        Returns:
+            `torch.Tensor` of shape `(num_weights,)`, fp32.
+        """
+        blocks = residual_blocks(base_model)
+        names = [block.writer_name for block in blocks]
+        if names != [module.name for module in self.layout.modules]:
+            raise IncompatibleAdapterError(f"Expected a base model that adds {names[0]} ... to its hidden states.")
+        states = self.states(base_model, reading, blocks)
+        return self.write(base_model, reading, blocks, states)
+
+    def states(self, base_model: PreTrainedModel, reading: Reading, blocks: Sequence[Block]) -> list["States"]:
+        """Return the reader's hidden states at the answers of each conversation, in its order."""
+        device = next(base_model.parameters()).device
+        found = []
+        weights, nothing = self.reader_weights[None].to(device), torch.empty(0, device=device)
+        for conversation in reading.conversations:
+            answers = [reading.answers[index] for index in conversation.order]
+            at, mask = _positions(conversation.starts, answers, device)
+            layers: list[torch.Tensor] = []
+            with ExitStack() as stack:
+                stack.enter_context(batched_lora(base_model, self.reader_layout, weights, nothing))
+                for block in blocks:
+
+                    def keep(_module, _inputs, output, at=at, layers=layers):
+                        layers.append(hidden_of(output)[0, at].float())  # (examples, a, d)
+
+                    stack.enter_context(hook(block.module.register_forward_hook(keep)))
+                base_model.base_model(input_ids=torch.tensor([conversation.ids], device=device), use_cache=False)
+            found.append(States(layers, mask, torch.tensor(conversation.order, device=device)))
+        return found
+
+    def write(
+        self, base_model: PreTrainedModel, reading: Reading, blocks: Sequence[Block], states: Sequence["States"]
+    ) -> torch.Tensor:
+        """Pass each example alone through the base, and write B layer by layer on the way."""
+        device = next(base_model.parameters()).device
+        length = max(map(len, reading.rows))
+        ids = torch.tensor([row + [0] * (length - len(row)) for row in reading.rows], device=device)
+        at, mask = _positions(reading.starts, reading.answers, device)
+        kind = _kinds(mask)
+        longest = mask.shape[1]
+        targets = torch.tensor([answer + [0] * (longest - len(answer)) for answer in reading.answers], device=device)
+        embedded = base_model.get_input_embeddings()(targets).float()
+        following = F.rms_norm(embedded, embedded.shape[-1:])  # (n, a, d)
+        rows = torch.arange(len(ids), device=device)[:, None]
+        adapter: list[torch.Tensor] = []
+
+        with ExitStack() as stack:
+            for index, block in enumerate(blocks):
+                inputs: list[torch.Tensor] = []
+
+                def keep(_module, args, inputs=inputs):
+                    inputs.append(args[0].reshape(*ids.shape, -1))
+
+                def update(_module, _args, output, inputs=inputs, index=index):
+                    hidden, u = hidden_of(output), inputs.pop()
+                    lora_a = self.keys[index] * self.key_scale[index]
+                    features = u @ lora_a.to(u.dtype).T
+                    constant = self.constant[index] * self.scale[index]
+                    hidden = hidden + features @ constant.to(u.dtype)
+                    b = self._solve(index, features[rows, at].float(), hidden[rows, at].float(), following, kind, states)
+                    adapter.append(b + constant)
+                    hidden = hidden + features @ b.to(u.dtype)
+                    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+                stack.enter_context(hook(block.writer.register_forward_pre_hook(keep)))
+                stack.enter_context(hook(block.module.register_forward_hook(update)))
+            base_model.base_model(input_ids=ids, use_cache=False)  # causal: what pads a row on its right changes nothing
+        return torch.stack(adapter).flatten()
+
+    def _solve(
+        self,
+        index: int,
+        features: torch.Tensor,
+        hidden: torch.Tensor,
+        following: torch.Tensor,
+        kind: torch.Tensor,
+        states: Sequence["States"],
+    ) -> torch.Tensor:
+        """Return one layer's B `(r, d)`: the weighted ridge regression of values on features, over all that was read.
+
+        Args:
+            index (`int`): Of the layer.
+            features (`(n, a, r)`), hidden (`(n, a, d)`): Of the examples alone, at their answers.
+            following (`(n, a, d)`): The tokens that come next. kind (`(n, a)`): Of `KINDS`.
+            states: What the reader read.
+        """
+        a, y, w = [], [], []
+        for one in states:
+            state, order = one.layers[index], one.order
+            longest = state.shape[1]
+            from_state = F.rms_norm(state, state.shape[-1:]) @ self.state_in[index] @ self.state_out[index]
+            from_label = following[order, :longest] @ self.label_in[index] @ self.label_out[index]
+            change = state - hidden[order, :longest]
+            values = self.gain[index] * change + self.scale[index] * (from_state + from_label)
+            place = self.log_index[: len(order), None]  # an example that was read after few others says little
+            weight = (self.log_kind[index][kind[order, :longest]] + place).exp()
+            a.append(features[order, :longest][one.mask])
+            y.append(values[one.mask])
+            w.append(weight[one.mask])
+        return weighted_ridge(torch.cat(a), torch.cat(y), torch.cat(w), self.log_penalty[index].exp())
+
+
+@dataclass(frozen=True)
+class States:
+    """The reader's hidden states at the answers of a conversation.
+
+    Args:
+        layers (`list[torch.Tensor]`): Per layer `(examples, a, d)`, fp32.
+        mask (`torch.Tensor` of shape `(examples, a)`): Where answers have tokens.
+        order (`torch.Tensor` of shape `(examples,)`): Which examples these are.
+    """
+
+    layers: list[torch.Tensor]
+    mask: torch.Tensor
+    order: torch.Tensor
+
+
+def weighted_ridge(
+    features: torch.Tensor, values: torch.Tensor, weight: torch.Tensor, penalty: torch.Tensor
+) -> torch.Tensor:
+    """Return B `(r, d)` of the weighted ridge regression of values on features.
+
+    Args:
+        features (`torch.Tensor` of shape `(tokens, r)`), values (`(tokens, d)`), weight (`(tokens,)`): fp32.
+        penalty (`torch.Tensor`): In units of the features' mean square.
+    """
+    weighted = features * weight[:, None]
+    strength = penalty * (weighted * features).sum() / weight.sum().clamp_min(1e-6) + 1e-6
+    matrix = weighted.T @ features + strength * torch.eye(features.shape[1], device=features.device)
+    return torch.cholesky_solve(weighted.T @ values, torch.linalg.cholesky(matrix))
+
+
+def _positions(starts: Sequence[int], answers: Sequence[Sequence[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return where the tokens of answers are predicted `(n, a)`, and which of these there are."""
+    lengths = torch.tensor([len(answer) for answer in answers], device=device)[:, None]
+    steps = torch.arange(int(lengths.max()), device=device)
+    mask = steps < lengths
+    return (torch.tensor(list(starts), device=device)[:, None] + steps) * mask, mask
+
+
+def _kinds(mask: torch.Tensor) -> torch.Tensor:
+    """Return the kind of each position `(n, a)`: first, second, other, last."""
+    steps = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
+    return torch.where(steps == mask.sum(1, keepdim=True) - 1, 3, steps.clamp(max=2))
