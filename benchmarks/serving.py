@@ -20,7 +20,7 @@ from suite.page import llama_cpp
 from tqdm import tqdm
 
 from hf_icm_lora import attach_adapter, export_gguf
-from hf_icm_lora.completion import fill_template
+from hf_icm_lora.completion import render
 from hf_icm_lora.smollm2 import smollm2_gguf_path
 
 
@@ -54,7 +54,8 @@ def main() -> None:
     rows = {}
     for name in tqdm(SPLITS["validation"][: options.num_tasks]):
         task = bench.suite[name]
-        text = "".join("".join(fill_template(s, generator.config.template)) for s in task.test[: options.num_samples])
+        samples = task.test[: options.num_samples]
+        text = "".join("".join(render(sample, generator.config.template, tokenizer)) for sample in samples)
         ids = tokenizer(text)["input_ids"]
         batch = torch.tensor([ids])
         state_dict = generator.generate_state_dict(bench.vector(task.demo[:12]))

@@ -36,7 +36,7 @@ from hf_icm_lora import (
     fast_dtype,
     smollm2_generator_path,
 )
-from hf_icm_lora.completion import fill_template, score_completions
+from hf_icm_lora.completion import render, score_completions
 from hf_icm_lora.layout import LoraModule
 from hf_icm_lora.task_vectors import MODES
 
@@ -244,7 +244,7 @@ def collection(rounds: int, steps: int = 16) -> dict:
     """The same number of steps on the same tasks, by one process with all threads and by two with half of them."""
     names = ["country_facts/capital", "country_facts/continent"]
     tokenizer, losses, work = load_tokenizer(), {}, {}
-    texts = ["".join(fill_template(sample, TEMPLATE)) for name in names for sample in task_of(name).train]
+    texts = ["".join(render(sample, TEMPLATE, Workers.tokenizer)) for name in names for sample in task_of(name).train]
     tokens = sum(map(len, tokenizer(texts)["input_ids"])) / len(texts) * BATCH_SIZE * steps * len(names)
     for processes in (1, 2):
         workers = Workers(processes)
@@ -274,7 +274,12 @@ def vectors(rounds: int) -> dict:
     base, tokenizer = load_base(), load_tokenizer()
     tasks, spec = built_in_tasks(["country_facts"])[:4], TaskVectorSpec(num_draws=8)
     one_by_one, batched = TaskVectorExtractor(spec, batch_size=1), TaskVectorExtractor(spec)
-    texts = [p.text for t in tasks for mode in MODES for p in batched.prompts(t.demo, t.description, mode, t.name)]
+    texts = [
+        p.text
+        for t in tasks
+        for mode in MODES
+        for p in batched.prompts(Workers.tokenizer, t.demo, t.description, mode, t.name)
+    ]
     seconds = by_turns(
         {
             "plain transformers, a call per prompt": lambda: plain_vectors(base, tokenizer, texts, -1),

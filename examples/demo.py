@@ -31,7 +31,7 @@ from hf_icm_lora import (
     smollm2_path,
     train_generator,
 )
-from hf_icm_lora.completion import fill_template
+from hf_icm_lora.completion import render
 from hf_icm_lora.report import write_report
 
 SEEN = (
@@ -130,7 +130,7 @@ def write_adapter(generator, base, tokenizer, task, folder: Path):
 
 def answer(model, tokenizer, prompt: str, template: str) -> str:
     """Let a model complete a prompt, greedily, to the end of the line."""
-    text, _ = fill_template(Sample(prompt, "x"), template)
+    text, _ = render(Sample(prompt, "x"), template, tokenizer)
     inputs = tokenizer(text, return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=16, do_sample=False, stop_strings=["\n"], tokenizer=tokenizer)
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]).strip()

@@ -87,10 +87,10 @@ class ExampleLoss:
         layout (`LoraLayout`): Of the adapters.
         shared_weights (`torch.Tensor` of shape `(num_shared_weights,)`): What all adapters share.
         examples (`Sequence`): Samples in any form that [`Task`] takes.
-        template (`str`, *optional*): Text with `{prompt}` and `{completion}`.
+        template (`str`, *optional*): Text with `{prompt}` and `{completion}`, or `"chat"`.
 
     Raises:
-        TaskError: if there is no example, or one is no sample.
+        TaskError: if there is no example, one is no sample, or the template is none.
 
     Example:
         >>> example_loss = ExampleLoss(base, tokenizer, zoo.layout, zoo.shared_weights, examples)  # doctest: +SKIP

@@ -159,7 +159,7 @@ class ImportOptions(ZooOption, BaseOptions):
     )
     base_model: str = _base_model("smollm2")
     rank: int | None = field(default=None, metadata={"help": "Rank of the zoo; by default the largest of them."})
-    template: str = field(default=DEFAULT_TEMPLATE, metadata={"help": "Text with {prompt} and {completion}."})
+    template: str = field(default=DEFAULT_TEMPLATE, metadata={"help": "Text with {prompt} and {completion}; or chat."})
 
 
 @dataclass

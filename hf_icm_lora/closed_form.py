@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from .adapter import attach_adapter
 from .base_model import frozen_base
-from .completion import DEFAULT_TEMPLATE, IGNORED, CompletionCollator, fill_template, logits_only_at
+from .completion import DEFAULT_TEMPLATE, IGNORED, CompletionCollator, logits_only_at
 from .errors import IncompatibleAdapterError, TaskError
 from .layout import PREFIX
 from .lora_config import shortest_target_modules
@@ -60,7 +60,8 @@ def in_context_adapter(
         processing_class: Its tokenizer.
         examples (`Sequence`): Two samples or more, in any form that [`Task`] takes. A dozen is a good number.
         description (`str`, *optional*): What the task is, read before the examples.
-        template (`str`, *optional*): Text with `{prompt}` and `{completion}`. The adapter is for prompts in it.
+        template (`str`, *optional*): Text with `{prompt}` and `{completion}`, or `"chat"` for the tokenizer's chat
+            template, whose earlier turns the examples are then. The adapter is for prompts in it.
         rank (`int`, *optional*, defaults to 16): Of the adapter.
         penalty (`float`, *optional*, defaults to 0.3): Of the ridge regression, in units of the mean square of its
             inputs. More of it changes the base less.
@@ -70,7 +71,7 @@ def in_context_adapter(
         `PeftModel`: the base with an ordinary LoRA on the last linear map of each layer (`down_proj` of a Llama).
 
     Raises:
-        TaskError: if there are fewer than two examples, or one is no sample.
+        TaskError: if there are fewer than two examples, one is no sample, or the template is none.
         IncompatibleAdapterError: if the layers of the base do not add a linear map to the residual stream, or an
             adapter of this name has another layout.
 
@@ -175,13 +176,11 @@ def states_in_context(
     Returns:
         `list[torch.Tensor]`: one of shape `(num_answer_tokens, hidden_size)` per layer, fp32, examples in order.
     """
-    texts = ["".join(fill_template(sample, template)) for sample in samples]
-    heading = f"{description}\n" if description else ""
     found: list[list[torch.Tensor]] = [[] for _ in blocks]
     steps = tqdm(range(len(samples)), desc="Reading", leave=False, disable=not logging.is_progress_bar_enabled())
     for index in steps:
-        context = heading + "".join(text for place, text in enumerate(texts) if place != index)
-        batch = _batch(base_model, processing_class, [samples[index]], template, context)
+        others = [other for place, other in enumerate(samples) if place != index]
+        batch = _batch(base_model, processing_class, [samples[index]], template, others, description)
         mask = answer_positions(base_model, batch)
         with ExitStack() as stack:
             for states, block in zip(found, blocks, strict=True):
@@ -270,10 +269,15 @@ def answer_positions(base_model: PreTrainedModel, batch: dict[str, torch.Tensor]
 
 
 def _batch(
-    base_model: PreTrainedModel, processing_class, samples: Sequence[Sample], template: str, context: str = ""
+    base_model: PreTrainedModel,
+    processing_class,
+    samples: Sequence[Sample],
+    template: str,
+    examples: Sequence[Sample] = (),
+    description: str | None = None,
 ) -> dict[str, torch.Tensor]:
     is_encoder_decoder = base_model.config.is_encoder_decoder
-    collate = CompletionCollator(processing_class, is_encoder_decoder, template, context, MAX_LENGTH)
+    collate = CompletionCollator(processing_class, is_encoder_decoder, template, examples, description, MAX_LENGTH)
     device = next(base_model.parameters()).device
     return {name: tensor.to(device) for name, tensor in collate(samples).items()}
 

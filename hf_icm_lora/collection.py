@@ -45,7 +45,7 @@ class CollectionArguments(TrainingArguments):
         num_snapshots (`int`, *optional*, defaults to 4): Snapshots to keep per task: the best on the `demo` samples
             and those before it, `eval_steps` apart.
         patience (`int`, *optional*, defaults to 2): Evaluations without improvement after which a task ends.
-        template (`str`, *optional*): Text with `{prompt}` and `{completion}`.
+        template (`str`, *optional*): Text with `{prompt}` and `{completion}`, or `"chat"` for the tokenizer's own.
         row_length (`int`, *optional*, defaults to 64): As in [`CompletionCollator`].
         on_error (`str`, *optional*, defaults to `"stop"`): Whether an error in one task, such as too little memory,
             ends the collection, or with `"skip"` is reported and the other tasks go on. Errors of the file system
@@ -70,7 +70,7 @@ class CollectionArguments(TrainingArguments):
     freeze_a: bool = field(default=True, metadata={"help": "Share one untrained A; train and generate B alone."})
     num_snapshots: int = field(default=4, metadata={"help": "Snapshots to keep per task, up to the best one."})
     patience: int = field(default=2, metadata={"help": "Evaluations without improvement after which a task ends."})
-    template: str = field(default=DEFAULT_TEMPLATE, metadata={"help": "Text with {prompt} and {completion}."})
+    template: str = field(default=DEFAULT_TEMPLATE, metadata={"help": "Text with {prompt} and {completion}; or chat."})
     row_length: int = field(default=64, metadata={"help": "Tokens of a row, which holds as many samples as fit."})
 
     on_error: Literal["stop", "skip"] = field(
@@ -113,7 +113,7 @@ def collect_zoo(
         `LoraZoo`: all complete tasks of the directory, those of earlier calls included.
 
     Raises:
-        TaskError: if a task lacks samples or a name stands twice.
+        TaskError: if a task lacks samples or a name stands twice; or if the template is none.
         IncompatibleAdapterError: if the base already carries adapters, or the LoRA is no plain one.
         ZooError: if the directory holds a zoo of something else.
         TrainingError: if a loss is not finite, with the task and the step; or if `args` were made in a group of
@@ -132,6 +132,9 @@ def collect_zoo(
             f"Expected a process of its own, found one of a group of {args.world_size}, which would average the "
             "gradients of different tasks: call processes.leave_group() before CollectionArguments are made."
         )
+    collate = CompletionCollator(
+        processing_class, base_model.config.is_encoder_decoder, args.template, row_length=args.row_length
+    )
     fingerprint = base_model_fingerprint(base_model)
     with restored(base_model):
         # PEFT keeps and changes its configuration, so it gets its own.
@@ -161,7 +164,7 @@ def collect_zoo(
                         others.append(task)
                         continue
                     try:
-                        _collect_task(zoo, model, processing_class, task, args, start)
+                        _collect_task(zoo, model, collate, task, args, start)
                     except AlreadyExistsError:
                         if not zoo.holds(task.name):  # else another process was faster
                             raise
@@ -236,7 +239,7 @@ class _SnapshotCallback(TrainerCallback):
 
 
 def _collect_task(
-    zoo: LoraZoo, model: PeftModel, processing_class, task: Task, args: CollectionArguments, start
+    zoo: LoraZoo, model: PeftModel, collate: CompletionCollator, task: Task, args: CollectionArguments, start
 ) -> None:
     started = time.perf_counter()
     with torch.no_grad():
@@ -249,9 +252,7 @@ def _collect_task(
         task,
         model=model,
         args=args,
-        data_collator=CompletionCollator(
-            processing_class, model.config.is_encoder_decoder, args.template, row_length=args.row_length
-        ),
+        data_collator=collate,
         callbacks=[snapshots],
     )
     trainer.remove_callback(PrinterCallback)

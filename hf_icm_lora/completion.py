@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
+from jinja2 import TemplateError
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
@@ -20,31 +21,118 @@ from .tasks import Sample
 logger = logging.get_logger(__name__)
 
 DEFAULT_TEMPLATE = "- {prompt}: {completion}\n"  # few tokens: every pass pays for them
+CHAT = "chat"  # in the place of a template: the tokenizer's own chat template
 IGNORED = -100  # the label that no loss counts, as everywhere in transformers
 
 
-def fill_template(sample: Sample, template: str) -> tuple[str, str]:
+def render(
+    sample: Sample,
+    template: str,
+    processing_class,
+    examples: Sequence[Sample] = (),
+    description: str | None = None,
+) -> tuple[str, str]:
     """Return a sample as (text that is read, text that is scored).
 
-    The template's text after `{completion}` is scored too: it is how the model says that it has finished. The space
-    before the completion belongs to it, since that is how tokenizers cut words. A sample without a prompt is plain
-    text, which no template changes.
+    The text after the completion is scored too: it is how the model says that it has finished.
+
+    In a template with `{prompt}` and `{completion}`, the description is a line of its own before everything, and each
+    example stands before the prompt in the same template. The space before a completion belongs to it, since that is
+    how tokenizers cut words.
+
+    In the template `"chat"`, the text is that of the tokenizer's own chat template: the description is the system
+    prompt, the examples are earlier turns, and what is read ends where the assistant is about to answer. Without a
+    description there is the system prompt that the chat template has by default, if any.
+
+    A sample without a prompt is plain text, which no template changes.
+
+    Args:
+        sample (`Sample`): The sample.
+        template (`str`): Text with `{prompt}` and `{completion}`, or `"chat"`.
+        processing_class: The tokenizer; only the template `"chat"` asks it for anything.
+        examples (`Sequence[Sample]`, *optional*): What is read before the sample.
+        description (`str`, *optional*): What the task is, read before that.
 
     Raises:
-        TaskError: if the template lacks `{prompt}` or `{completion}`, or has them in the wrong order.
+        TaskError: if the template lacks `{prompt}` or `{completion}`, or has them in the wrong order; or if the
+            tokenizer has no chat template, or one in which this conversation cannot be written.
 
     Example:
-        >>> fill_template(Sample("France", "Paris"), "- {prompt}: {completion}\\n")
+        >>> render(Sample("France", "Paris"), "- {prompt}: {completion}\\n", None)
         ('- France:', ' Paris\\n')
+        >>> render(Sample("France", "Paris"), "chat", tokenizer)  # doctest: +SKIP
+        ('<|im_start|>user\\nFrance<|im_end|>\\n<|im_start|>assistant\\n', 'Paris<|im_end|>\\n')
     """
+    if template == CHAT and any(one.prompt for one in (*examples, sample)):
+        return _render_chat(sample, processing_class, examples, description)
+    heading = f"{description}\n" if description else ""
+    shown = "".join("".join(_fill(example, template)) for example in examples)
+    read, scored = _fill(sample, template)
+    return heading + shown + read, scored
+
+
+def is_chat(sample: Sample, template: str) -> bool:
+    """Return whether a sample becomes turns of a chat. Their text holds all special tokens, so none may be added."""
+    return template == CHAT and bool(sample.prompt)
+
+
+def _fill(sample: Sample, template: str) -> tuple[str, str]:
     head, found_prompt, rest = template.partition("{prompt}")
     middle, found_completion, end = rest.partition("{completion}")
-    if not (found_prompt and found_completion):
-        raise TaskError(f"Expected a template with {{prompt}} and, after it, {{completion}}; found {template!r}.")
+    if template != CHAT and not (found_prompt and found_completion):
+        raise TaskError(
+            f"Expected a template with {{prompt}} and, after it, {{completion}}, or {CHAT!r}; found {template!r}."
+        )
     if not sample.prompt:
         return "", sample.completion
     stripped = middle.rstrip(" ")
     return head + sample.prompt + stripped, middle[len(stripped) :] + sample.completion + end
+
+
+def _render_chat(
+    sample: Sample, processing_class, examples: Sequence[Sample], description: str | None
+) -> tuple[str, str]:
+    if not all(one.prompt for one in (*examples, sample)):
+        raise TaskError(
+            "Expected a prompt in every sample of a chat, found plain text among them. Give either plain text alone, "
+            "which no template changes, or prompts to all."
+        )
+    messages = [{"role": "system", "content": description}] if description else []
+    for user, assistant in (*examples, sample):
+        messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+    read = _chat_text(processing_class, messages[:-1], add_generation_prompt=True)
+    whole = _chat_text(processing_class, messages, add_generation_prompt=False)
+    if not whole.startswith(read):
+        raise TaskError(
+            "The tokenizer's chat template changes the text before an answer once the answer is there, so what is "
+            f"read cannot be told from what is scored: {read[-100:]!r} became {whole[-200:]!r}. Use a template with "
+            "{prompt} and {completion}, or another chat_template."
+        )
+    scored = whole[len(read) :]
+    for message in messages:  # templates may strip what they are given, but not leave it out
+        if message["content"].strip() not in (scored if message is messages[-1] else read):
+            raise TaskError(
+                f"The tokenizer's chat template leaves out or changes what the {message['role']} says: "
+                f"{message['content']!r:.200} is not in {whole!r:.500}. Use a template with {{prompt}} and "
+                "{completion}, or another chat_template."
+            )
+    return read, scored
+
+
+def _chat_text(processing_class, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    if not getattr(processing_class, "chat_template", None):
+        raise TaskError(
+            f"The template {CHAT!r} needs a tokenizer with a chat template, and {type(processing_class).__name__} has "
+            "none. Use the tokenizer of an instruct model, set its chat_template, or choose a template with {prompt} "
+            "and {completion}."
+        )
+    try:
+        return processing_class.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except (TemplateError, TypeError, ValueError) as error:  # some know no system prompt, and say so
+        roles = ", ".join(message["role"] for message in messages)
+        raise TaskError(f"The tokenizer's chat template refuses a chat of {roles}: {error}") from error
 
 
 class CompletionCollator:
@@ -53,8 +141,9 @@ class CompletionCollator:
     Args:
         processing_class: The base model's tokenizer. Neither its padding side nor its pad token matters.
         is_encoder_decoder (`bool`): Whether prompts go to an encoder and completions to a decoder.
-        template (`str`, *optional*): Text with `{prompt}` and `{completion}`.
-        context (`str`, *optional*, defaults to `""`): Text before every prompt, such as demonstrations.
+        template (`str`, *optional*): Text with `{prompt}` and `{completion}`; or `"chat"`, the tokenizer's own.
+        examples (`Sequence[Sample]`, *optional*): Samples that are read before every prompt, as demonstrations.
+        description (`str`, *optional*): What the task is, read before them.
         max_length (`int`, *optional*, defaults to 512): Longest sample in tokens, or what the tokenizer says its model
             can read if that is less: a prompt loses its beginning first, which is warned of once.
         row_length (`int`, *optional*): If given, a row of a decoder-only model's batch holds as many samples as fit
@@ -63,6 +152,9 @@ class CompletionCollator:
     Returns (of a call):
         `dict[str, torch.Tensor]`: `input_ids`, `labels`, and either `attention_mask` or, for rows with several
         samples, `position_ids`, each `(rows, length)` int64.
+
+    Raises:
+        TaskError: if the template is none, see [`~completion.render`].
 
     Example:
         >>> collate = CompletionCollator(tokenizer, is_encoder_decoder=False)  # doctest: +SKIP
@@ -75,16 +167,19 @@ class CompletionCollator:
         processing_class,
         is_encoder_decoder: bool = False,
         template: str = DEFAULT_TEMPLATE,
-        context: str = "",
+        examples: Sequence[Sample] = (),
+        description: str | None = None,
         max_length: int = 512,
         row_length: int | None = None,
     ):
         self.processing_class = processing_class
         self.is_encoder_decoder = is_encoder_decoder
         self.template = template
-        self.context = context
+        self.examples = examples
+        self.description = description
         self.max_length = min(max_length, getattr(processing_class, "model_max_length", max_length))
         self.row_length = None if is_encoder_decoder else row_length  # encoders know no packed rows
+        render(Sample("x", "y"), template, processing_class)  # or TaskError now, and not in the midst of training
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
         if self.row_length is not None:
@@ -134,9 +229,14 @@ class CompletionCollator:
         }
 
     def _encode(self, sample: Sample) -> tuple[list[int], list[int]]:
-        read, scored = fill_template(sample, self.template)
-        prompt = encode_prompt(self.processing_class, self.context + read)
+        read, scored = render(sample, self.template, self.processing_class, self.examples, self.description)
+        in_chat = is_chat(sample, self.template)
+        prompt = encode_prompt(self.processing_class, read, in_chat)
         completion = self.processing_class(scored, add_special_tokens=False)["input_ids"]
+        if in_chat and not self.is_encoder_decoder:
+            # The same tokens as in the whole chat: some tokenizers begin each text with a space.
+            whole = encode_prompt(self.processing_class, read + scored, in_chat)
+            completion = whole[len(prompt) :] if whole[: len(prompt)] == prompt else completion
         if len(prompt) + len(completion) > self.max_length:
             logger.warning_once(
                 f"Samples of more than {self.max_length} tokens are cut: of a prompt its beginning, of a longer "
@@ -238,10 +338,13 @@ def logits_only_at(model: nn.Module, mask: torch.Tensor):
         handle.remove()
 
 
-def encode_prompt(processing_class, text: str) -> list[int]:
-    """Tokenize text that the model reads, with the special tokens that the tokenizer puts around a prompt."""
+def encode_prompt(processing_class, text: str, in_chat: bool = False) -> list[int]:
+    """Tokenize text that the model reads, with the special tokens that the tokenizer puts around a prompt.
+
+    The text of a chat has them already.
+    """
     if text:
-        return processing_class(text)["input_ids"]
+        return processing_class(text, add_special_tokens=not in_chat)["input_ids"]
     # Plain text: there is no prompt, but its first token can be scored if the tokenizer begins texts with one.
     bos = getattr(processing_class, "bos_token_id", None)
     return [] if bos is None else [bos]

@@ -40,7 +40,8 @@ class LoraGeneratorConfig(PreTrainedConfig):
         training_tasks (`list[str]`, *optional*): Names of the tasks of the training zoo: the seen tasks.
         training_runs (`list[dict]`, *optional*): What [`LoraGeneratorTrainer`] did, run by run: command, settings,
             versions, machine, seconds and last losses.
-        template (`str`, *optional*): Text with `{prompt}` and `{completion}` that the adapters were trained on.
+        template (`str`, *optional*): Text with `{prompt}` and `{completion}` that the adapters were trained on, or
+            `"chat"` for the tokenizer's chat template.
         num_task_vectors (`int`, *optional*, defaults to 1): Rows of a task vector.
         task_vector_size (`int`, *optional*, defaults to 576): Columns, the base model's hidden size.
         condition_size (`int`, *optional*, defaults to 256): Principal directions of the training tasks' vectors that

@@ -25,7 +25,7 @@ from transformers.utils import logging
 from .adapter import AdapterSlot
 from .base_model import frozen_base, require_bare, restored
 from .behaviour import SCALES, ExampleLoss
-from .completion import CompletionCollator, fill_template, score_completions
+from .completion import CompletionCollator, render, score_completions
 from .errors import ArgumentError, IncompatibleAdapterError, TaskError, TaskVectorError, ZooError
 from .lora_config import canonical_lora_config
 from .modeling_lora_generator import LoraGeneratorModel
@@ -97,12 +97,13 @@ class Given:
         return generator.decode_task_vector(vector).cpu()
 
 
-Row = Callable[[Given], torch.Tensor | str]  # an adapter of the zoo's layout `(num_weights,)`, or a prompt
+# An adapter of the zoo's layout `(num_weights,)`, or the samples that the base reads before every prompt.
+Row = Callable[[Given], torch.Tensor | Sequence[Sample]]
 
 
-def base(given: Given) -> str:
+def base(given: Given) -> Sequence[Sample]:
     """The base model alone: G = 0."""
-    return ""
+    return ()
 
 
 def task_lora(given: Given) -> torch.Tensor:
@@ -140,9 +141,9 @@ def ridge(given: Given) -> torch.Tensor:
     return given.rivals.ridge(given.vector)
 
 
-def few_shot_prompt(given: Given) -> str:
+def few_shot_prompt(given: Given) -> Sequence[Sample]:
     """The base model with the examples, in the template, before every prompt."""
-    return "".join("".join(fill_template(sample, given.zoo.template)) for sample in given.examples)
+    return given.examples
 
 
 def description(given: Given) -> torch.Tensor:
@@ -224,6 +225,7 @@ def evaluate_generator(
     more_rows: Sequence[str] = (),
     refine_steps: int = 20,
     other_generators: Mapping[str, LoraGeneratorModel] | None = None,
+    template: str | None = None,
     batch_size: int = 32,
     output_dir: str | Path | None = None,
 ) -> dict[str, Any]:
@@ -244,6 +246,8 @@ def evaluate_generator(
         refine_steps (`int`, *optional*, defaults to 20): Gradient steps of the rows `refined` and `fine_tuned`.
         other_generators (`Mapping[str, LoraGeneratorModel]`, *optional*): More generators of the same layout and
             lora_A, scored on the same examples: row name -> generator.
+        template (`str`, *optional*): What all rows are scored in, by default the zoo's template, in which adapters are
+            made. What an adapter does only in the template that it was made in is worth little.
         batch_size (`int`, *optional*, defaults to 32): Samples per forward pass.
         output_dir (`str` or `Path`, *optional*): Where to write `evaluation.json` and `evaluation.md`.
 
@@ -252,7 +256,8 @@ def evaluate_generator(
 
     Raises:
         IncompatibleAdapterError: if zoo, generators and base model do not belong together.
-        TaskError: if there is no task, or one lacks samples or, for a row that reads it, a description.
+        TaskError: if there is no task, or one lacks samples or, for a row that reads it, a description; or if the
+            template is none.
         TaskVectorError: if the zoo has no vector of demonstrations for a seen task.
         ArgumentError: if a further row is unknown, or another generator has the name of a row.
         ZooError: if a task has no LoRA in the zoo.
@@ -267,6 +272,8 @@ def evaluate_generator(
     rows = _chosen_rows(more_rows, others)
     _check_models(base_model, [generator, *others.values()], zoo)
     tasks = _checked_tasks(tasks, rows, zoo)
+    template = template or zoo.template
+    render(Sample("x", "y"), template, processing_class)  # or TaskError now
     seen = set(generator.config.training_tasks or ())
     rivals = _rivals_in(zoo, seen)
     splits = {
@@ -283,7 +290,7 @@ def evaluate_generator(
 
     scores: dict[str, dict[str, dict[str, dict]]] = {}  # split -> row -> task -> what it scored
     with _slot(base_model, zoo) as slot:
-        scorer = _Scorer(slot, rows, batch_size)
+        scorer = _Scorer(slot, rows, batch_size, template)
         for split, members in splits.items():
             scores[split] = {row: {} for row in rows}
             hidden = not logging.is_progress_bar_enabled()
@@ -312,6 +319,7 @@ def evaluate_generator(
     report = {
         **run_metadata(spec.seed),
         "num_examples": num_examples,
+        "template": template,
         "rows": descriptions(rows),
         "splits": {split: summarize(scores[split]) for split, members in splits.items() if members},
         "storage": storage(generator, len(rivals.names)),
@@ -413,8 +421,8 @@ def _another(task: Task, members: Sequence[Task], tasks: Sequence[Task]) -> Task
 class _Scorer:
     """Make what each row scores for a task, score it on the task's test samples, and note how long making it took."""
 
-    def __init__(self, slot: AdapterSlot, rows: Mapping[str, Row], batch_size: int):
-        self.slot, self.rows, self.batch_size = slot, rows, batch_size
+    def __init__(self, slot: AdapterSlot, rows: Mapping[str, Row], batch_size: int, template: str):
+        self.slot, self.rows, self.batch_size, self.template = slot, rows, batch_size, template
         self.seconds: dict[str, list[float]] = {row: [] for row in rows}
         self.attachment_seconds: list[float] = []
 
@@ -423,14 +431,14 @@ class _Scorer:
         for row, make in self.rows.items():
             with _timed(self.seconds[row]):
                 made = make(given)
-            if isinstance(made, str):
-                with frozen_base(self.slot.model) as bare:
-                    scores[row] = self._score(bare, given, test, made)
-            else:
+            if isinstance(made, torch.Tensor):
                 with _timed(self.attachment_seconds):
                     self.slot.write(made)
                 scores[row] = self._score(self.slot.model, given, test)
                 scores[row]["nearest_seen_distance"] = given.rivals.distance(made, given.name)
+            else:
+                with frozen_base(self.slot.model) as bare:
+                    scores[row] = self._score(bare, given, test, made)
         # With a frozen A, comparing weights compares B @ A up to the metric that A gives.
         own, target = given.generated, given.zoo.lora_weights(given.name)
         scores["generated"]["relative_error"] = ((own - target).norm() / target.norm().clamp(min=1e-12)).item()
@@ -439,9 +447,13 @@ class _Scorer:
         return scores
 
     @torch.no_grad()
-    def _score(self, model: nn.Module, given: Given, test: Sequence[Sample], context: str = "") -> dict[str, float]:
-        is_encoder_decoder, template = given.base_model.config.is_encoder_decoder, given.zoo.template
-        collate = CompletionCollator(given.processing_class, is_encoder_decoder, template, context, MOST_TOKENS)
+    def _score(
+        self, model: nn.Module, given: Given, test: Sequence[Sample], examples: Sequence[Sample] = ()
+    ) -> dict[str, float]:
+        is_encoder_decoder, template = given.base_model.config.is_encoder_decoder, self.template
+        collate = CompletionCollator(
+            given.processing_class, is_encoder_decoder, template, examples, max_length=MOST_TOKENS
+        )
         loss, tokens, exact = 0.0, 0, 0
         samples = sorted(test, key=lambda sample: len(sample.prompt + sample.completion))  # little padding
         for start in range(0, len(samples), self.batch_size):

@@ -28,7 +28,7 @@ class GenerationRecord:
 
     Args:
         generator (`Mapping[str, str]`): What wrote it: its `"id"` and `"revision"` on the Hub, or its `"folder"`.
-        template (`str`): Text with `{prompt}` and `{completion}` that it was made for.
+        template (`str`): Text with `{prompt}` and `{completion}` that it was made for, or `"chat"`.
         made_from (`str`): `"examples"`, `"description"`, `"both"` or `"task_vector"`.
         seed (`int`, *optional*): Of the generator that drew the latent; `None` if it is the latent's mean.
         scale (`float`, *optional*, defaults to 1.0): What its B @ A was multiplied by to suit the examples.

@@ -58,7 +58,8 @@ def import_zoo(
         base_model (`PreTrainedModel`): The base model of all of them, without adapters.
         rank (`int`, *optional*): Rank of the zoo; by default the largest. Smaller ranks are padded, which is exact; of
             larger ones the largest singular values of B @ A are kept.
-        template (`str`, *optional*): Text with `{prompt}` and `{completion}` that the adapters were trained on.
+        template (`str`, *optional*): Text with `{prompt}` and `{completion}` that the adapters were trained on, or
+            `"chat"` for the tokenizer's chat template.
         base_model_name_or_path (`str`, *optional*): What the adapters may call their base model; by default, and in
             the zoo, the name that it was loaded by. Adapters that name another repository are refused.
         revision, token (*optional*): As in `huggingface_hub`, for adapters on the Hub.

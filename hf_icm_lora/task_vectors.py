@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .base_model import base_model_fingerprint, frozen_base
-from .completion import DEFAULT_TEMPLATE, fill_template
+from .completion import CHAT, DEFAULT_TEMPLATE, is_chat, render
 from .errors import TaskError, TaskVectorError
 from .files import commit_file, read_safetensors, sha256_of
 from .processes import gathered, own_part
@@ -38,7 +38,8 @@ class TaskVectorSpec:
     """How task vectors are made: all that a generator must know to make one for a new task.
 
     Args:
-        template (`str`, *optional*): Text with `{prompt}` and `{completion}`, one demonstration.
+        template (`str`, *optional*): Text with `{prompt}` and `{completion}`, one demonstration; or `"chat"`, the
+            tokenizer's chat template, in which demonstrations are earlier turns.
         num_demonstrations (`int`, *optional*, defaults to 12): Most demonstrations in one prompt.
         min_demonstrations (`int`, *optional*, defaults to 3): Fewest. The draws of a task run evenly from most to
             fewest, so that a generator also knows prompts with few examples.
@@ -86,7 +87,8 @@ class TaskVectorSpec:
             raise TaskVectorError(f"Expected layers by their numbers, found {self.layers}.")
         if not self.pooling or not set(self.pooling) <= set(POOLINGS):
             raise TaskVectorError(f"Expected the pooling to be some of {POOLINGS}, found {self.pooling}.")
-        fill_template(Sample("x", "y"), self.template)
+        if self.template != CHAT:  # which only a tokenizer knows
+            render(Sample("x", "y"), self.template, None)
 
     @classmethod
     def for_base_model(cls, base_model: PreTrainedModel, **fields) -> "TaskVectorSpec":
@@ -115,11 +117,13 @@ class Prompt(NamedTuple):
         ends (`tuple[int, ...]`): Where in the text an answer is about to be given, as numbers of characters; the last
             one is its end.
         answers (`tuple[tuple[int, int], ...]`): Where the demonstrations' completions begin and end.
+        in_chat (`bool`): Whether it is a chat, whose text holds all special tokens.
     """
 
     text: str
     ends: tuple[int, ...]
     answers: tuple[tuple[int, int], ...]
+    in_chat: bool = False
 
 
 @dataclass(frozen=True)
@@ -221,9 +225,8 @@ class TaskVectorExtractor:
             task.require("demo", 2, "a task vector (demonstrations and a prompt to answer)")
         for task in own_part(tasks):
             for mode in modes if task.description else MODES[:1]:
-                prompts += [
-                    (task.name, mode, prompt) for prompt in self.prompts(task.demo, task.description, mode, task.name)
-                ]
+                drawn = self.prompts(processing_class, task.demo, task.description, mode, task.name)
+                prompts += [(task.name, mode, prompt) for prompt in drawn]
         vectors = self._hidden_states(base_model, processing_class, [prompt for *_, prompt in prompts])
         banks: dict[str, dict[str, list]] = {}
         for (name, mode, _), vector in zip(prompts, vectors, strict=True):
@@ -258,40 +261,57 @@ class TaskVectorExtractor:
         if not samples and not description:
             raise TaskError("A task vector needs examples, a description, or both; found neither.")
         modes = MODES if samples and description else ("demonstrations",) if samples else ("description",)
-        prompts = [self.prompts(samples, description, mode) for mode in modes]
+        prompts = [self.prompts(processing_class, samples, description, mode) for mode in modes]
         vectors = self._hidden_states(base_model, processing_class, list(chain(*prompts)))
         return joined(vectors.split([len(draws) for draws in prompts]))
 
-    def prompts(self, samples: Sequence[Sample], description: str | None, mode: str, name: str = "") -> list[Prompt]:
+    def prompts(
+        self, processing_class, samples: Sequence[Sample], description: str | None, mode: str, name: str = ""
+    ) -> list[Prompt]:
         """Write what the base model reads to make the task vector, one prompt per draw.
 
         Args:
+            processing_class: The base model's tokenizer; only the template `"chat"` asks it for anything.
             samples (`Sequence[Sample]`): What demonstrations and queries are drawn from.
             description (`str`, *optional*): Put first in the modes `"both"` and `"description"`.
             mode (`str`): One of `MODES`.
             name (`str`, *optional*): The task's name, which together with the seed fixes the draws.
+
+        Raises:
+            TaskError: if the template is a chat's and cannot be used, see [`~completion.render`].
         """
-        heading = "" if mode == "demonstrations" else f"{description}\n"
+        if mode == "demonstrations":
+            description = None
         if mode == "description":
-            text = heading + fill_template(Sample("...", "x"), self.spec.template)[0]
-            return [Prompt(text, (len(text),), ((0, len(description or "")),))]
+            text, _ = render(Sample("...", "x"), self.spec.template, processing_class, (), description)
+            return [Prompt(text, (len(text),), (_span(text, description or "", 0),), self.spec.template == CHAT)]
         rng = torch.Generator().manual_seed(int(sha256_of(name, str(self.spec.seed))[:12], 16))
         prompts = []
         for count in self._counts(len(samples)):
             order = torch.randperm(len(samples), generator=rng)[: count + 1].tolist()
             *demonstrations, query = [samples[i] for i in order] if len(order) > 1 else [samples[0]] * 2
-            text, ends, answers = heading, [], []
-            for number, sample in enumerate(demonstrations):
-                read, scored = fill_template(sample, self.spec.template)
-                if number >= self.spec.min_demonstrations:
-                    ends.append(len(text + read) if read else len(text + scored))
-                start = len(text + read) + scored.index(sample.completion)
-                answers.append((start, start + len(sample.completion)))
-                text += read + scored
-            # A query of plain text has no prompt: what it is about to be continued from is all of it.
-            text += fill_template(query, self.spec.template)[0] or query.completion
-            prompts.append(Prompt(text, (*ends, len(text)), tuple(answers)))
+            prompts.append(self._prompt(processing_class, demonstrations, query, description))
         return list(dict.fromkeys(prompts))  # few samples give the same draw twice
+
+    def _prompt(
+        self, processing_class, demonstrations: Sequence[Sample], query: Sample, description: str | None
+    ) -> Prompt:
+        text, scored = render(query, self.spec.template, processing_class, demonstrations, description)
+        if not query.prompt:  # plain text: what it is about to be continued from is all of it
+            text += scored
+        ends, answers = [], []
+        for number, sample in enumerate(demonstrations):
+            before, _ = render(sample, self.spec.template, processing_class, demonstrations[:number], description)
+            if not text.startswith(before):
+                raise TaskError(
+                    "The tokenizer's chat template writes earlier turns otherwise once later ones follow, so the "
+                    f"demonstrations' answers cannot be found: {before[-200:]!r} is not in {text[:1000]!r}. Use a "
+                    "template with {prompt} and {completion}, or another chat_template."
+                )
+            answers.append(_span(text, sample.completion, len(before)))
+            if number >= self.spec.min_demonstrations:
+                ends.append(len(before) if sample.prompt else answers[-1][1])
+        return Prompt(text, (*ends, len(text)), tuple(answers), is_chat(query, self.spec.template))
 
     def _counts(self, num_samples: int) -> list[int]:
         most = min(self.spec.num_demonstrations, max(1, num_samples - 1))
@@ -300,7 +320,7 @@ class TaskVectorExtractor:
 
     def _tokens(self, processing_class, prompt: Prompt, max_length: int) -> tuple[list[int], list[list[int]]]:
         """Return the ids of a prompt, and for each pooling at which of them to take hidden states."""
-        encoding = processing_class(prompt.text, return_offsets_mapping=True)
+        encoding = processing_class(prompt.text, add_special_tokens=not prompt.in_chat, return_offsets_mapping=True)
         ids, last = encoding["input_ids"], len(encoding["input_ids"]) - 1
         spans = [(token, begin, end) for token, (begin, end) in enumerate(encoding["offset_mapping"]) if begin < end]
         answers = [
@@ -352,6 +372,13 @@ class TaskVectorExtractor:
                     vectors[i] = torch.cat([row[tokens].float().mean(0) for tokens in positions[i]]).cpu()
                 progress.update(len(indices))
         return torch.stack([vectors[index] for index in range(len(rows))])
+
+
+def _span(text: str, part: str, start: int) -> tuple[int, int]:
+    """Return where a part of a text begins and ends, from some place on; chat templates may have stripped it."""
+    part = part if part in text[start:] else part.strip()
+    begin = text.index(part, start)
+    return begin, begin + len(part)
 
 
 @contextmanager

@@ -11,8 +11,8 @@ from hf_icm_lora.completion import (
     DEFAULT_TEMPLATE,
     IGNORED,
     CompletionCollator,
-    fill_template,
     logits_only_at,
+    render,
     score_completions,
 )
 
@@ -49,16 +49,16 @@ def score(model, batch):
         (("a{0}", "b{x}"), "{{}} {prompt} {completion} {}", ("{{}} a{0}", " b{x} {}")),
     ],
 )
-def test_template_is_cut_before_the_space(sample, template, expected):
-    assert fill_template(Sample(*sample), template) == expected
+def test_template_is_cut_before_the_space(tokenizer, sample, template, expected):
+    assert render(Sample(*sample), template, tokenizer) == expected
 
 
 @pytest.mark.parametrize(
     "template", ["", "{prompt}", "{completion}", "{completion} {prompt}", "{Prompt} {completion}"]
 )
-def test_template_needs_both_in_order(template):
+def test_template_needs_both_in_order(tokenizer, template):
     with pytest.raises(TaskError, match=r"\{prompt\} and, after it, \{completion\}"):
-        fill_template(Sample("a", "b"), template)
+        render(Sample("a", "b"), template, tokenizer)
 
 
 # Batches
@@ -70,7 +70,7 @@ def test_causal_batch_reads_all_and_scores_the_completion(tokenizer):
         ["input_ids", "attention_mask", "labels"], (torch.int64, batch["labels"].shape)
     )
     for row, sample in enumerate(SAMPLES):
-        read, scored = fill_template(sample, CompletionCollator(tokenizer).template)
+        read, scored = render(sample, DEFAULT_TEMPLATE, tokenizer)
         length = int(batch["attention_mask"][row].sum())
         assert tokenizer.decode(batch["input_ids"][row, :length]).replace(" ", "") == (read + scored).replace(" ", "")
         labels = batch["labels"][row]
@@ -89,11 +89,20 @@ def test_encoder_decoder_batch_reads_the_prompt_and_scores_the_completion_and_it
     assert batch["labels"].tolist() == [ids[2] + end + [IGNORED] * 2, ids[3] + end]
 
 
-def test_context_stands_before_the_prompt_and_is_not_scored(tokenizer):
-    plain, with_context = (CompletionCollator(tokenizer, context=text)([Sample("a", "b")]) for text in ("", "- x\n"))
-    added = tokenizer("- x\n")["input_ids"]
-    assert with_context["input_ids"].tolist() == [added + plain["input_ids"][0].tolist()]
-    assert with_context["labels"].tolist() == [[IGNORED] * len(added) + plain["labels"][0].tolist()]
+@pytest.mark.parametrize(
+    ("before", "text"),
+    [
+        ({"examples": [Sample("x", "y"), Sample("", "z")]}, "- x: y\nz"),
+        ({"description": "Do it."}, "Do it.\n"),
+        ({"examples": [Sample("x", "y")], "description": "Do it."}, "Do it.\n- x: y\n"),
+    ],
+)
+@pytest.mark.parametrize("sample", [Sample("a", "b"), Sample("", "b")])
+def test_description_and_examples_stand_before_the_prompt_and_are_not_scored(tokenizer, sample, before, text):
+    plain, after = (CompletionCollator(tokenizer, **given)([sample]) for given in ({}, before))
+    added = tokenizer(text)["input_ids"]
+    assert after["input_ids"].tolist() == [added + plain["input_ids"][0].tolist()]
+    assert after["labels"].tolist() == [[IGNORED] * len(added) + plain["labels"][0].tolist()]
 
 
 @pytest.mark.parametrize("is_encoder_decoder", [False, True])
@@ -228,8 +237,7 @@ def test_exact_is_what_greedy_generation_writes(overfitted, tokenizer):
     assert 0 < exact.sum() < len(samples)  # else this test says nothing
     for sample, expected in zip(samples, exact.tolist(), strict=True):
         read, scored = (
-            tokenizer(text, return_tensors="pt")["input_ids"]
-            for text in fill_template(sample, CompletionCollator(tokenizer).template)
+            tokenizer(text, return_tensors="pt")["input_ids"] for text in render(sample, DEFAULT_TEMPLATE, tokenizer)
         )
         written = model.generate(
             read, attention_mask=torch.ones_like(read), max_new_tokens=scored.shape[1], do_sample=False, pad_token_id=0
@@ -271,11 +279,12 @@ def test_encoder_decoder_rows_hold_one_sample(tokenizer):
 # A prefix that all rows share
 
 
-@pytest.mark.parametrize("context", ["- ab: c\n" * 6, "abcdefgh" * 5])
-def test_shared_prefix_is_read_once_and_scores_stay_the_same(any_model, tokenizer, context):
+@pytest.mark.parametrize("examples", [[Sample("ab", "c")] * 6, [Sample("", "abcdefgh")] * 5])
+def test_shared_prefix_is_read_once_and_scores_stay_the_same(any_model, tokenizer, examples):
     model, _ = any_model
-    batch = collator(tokenizer, model, context=context)(SAMPLES)
-    expected = [score(model, collator(tokenizer, model, context=context)([sample])) for sample in SAMPLES]
+    context = "".join("".join(render(example, DEFAULT_TEMPLATE, tokenizer)) for example in examples)
+    batch = collator(tokenizer, model, examples=examples)(SAMPLES)
+    expected = [score(model, collator(tokenizer, model, examples=examples)([sample])) for sample in SAMPLES]
     read = []
     embeddings = model.get_input_embeddings()
     handle = embeddings.register_forward_hook(lambda _, inputs, output: read.append(tuple(inputs[0].shape)))
@@ -291,7 +300,7 @@ def test_shared_prefix_is_read_once_and_scores_stay_the_same(any_model, tokenize
 
 
 def test_gradients_flow_through_a_shared_prefix(llama, tokenizer):
-    batch = CompletionCollator(tokenizer, context="- ab: c\n" * 6)(SAMPLES)
+    batch = CompletionCollator(tokenizer, examples=[Sample("ab", "c")] * 6)(SAMPLES)
     embeddings = llama.get_input_embeddings().weight.requires_grad_()
     score_completions(llama, batch).loss.sum().backward()
     context = tokenizer("c")["input_ids"]

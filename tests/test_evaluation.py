@@ -18,6 +18,7 @@ from hf_icm_lora import (
     LoraGeneratorConfig,
     LoraGeneratorModel,
     LoraZoo,
+    Sample,
     Task,
     TaskError,
     TaskVectorExtractor,
@@ -219,9 +220,9 @@ def test_further_rows(zoo, generator, tokenizer):
             evaluate_generator(generator, make_llama(), tokenizer, zoo, silent, more_rows=[row])
 
 
-def loss_of(model, tokenizer, task, context=""):
+def loss_of(model, tokenizer, task, **collation):
     with torch.no_grad():
-        scores = score_completions(model, CompletionCollator(tokenizer, context=context)(task.test))
+        scores = score_completions(model, CompletionCollator(tokenizer, **collation)(task.test))
     return (scores.loss.sum() / scores.num_tokens.sum()).item()
 
 
@@ -421,8 +422,7 @@ def test_everyone_is_given_the_same_examples(zoo, generator, tokenizer):
     tasks = make_tasks()[2:]
     report = evaluate_generator(generator, make_llama(), tokenizer, zoo, tasks, num_examples=5)
     for task, rows in zip(tasks, report["splits"].values(), strict=True):
-        prompt = "".join(f"- {sample.prompt}: {sample.completion}\n" for sample in task.demo[:5])
-        expected = loss_of(make_llama(), tokenizer, task, prompt)
+        expected = loss_of(make_llama(), tokenizer, task, examples=task.demo[:5])
         assert rows["few_shot_prompt"]["tasks"][task.name]["loss"] == pytest.approx(expected, rel=1e-4)
         model = generator.generate_adapter(
             make_llama(), processing_class=tokenizer, examples=task.demo[:5], fit_scale=False
@@ -456,12 +456,13 @@ def test_a_further_row_is_a_function_and_its_docstring(zoo, generator, tokenizer
     def answers_first(given):
         """The base model with nothing but the answers
         before every prompt."""
-        return " ".join(sample.completion for sample in given.examples)
+        return [Sample("", sample.completion) for sample in given.examples]
 
     monkeypatch.setitem(MORE_ROWS, "answers_first", answers_first)
     task = make_tasks()[3]
     report = evaluate_generator(generator, make_llama(), tokenizer, zoo, [task], more_rows=["answers_first"])
-    expected = loss_of(make_llama(), tokenizer, task, " ".join(sample.completion for sample in task.demo[:12]))
+    answers = [Sample("", sample.completion) for sample in task.demo[:12]]
+    expected = loss_of(make_llama(), tokenizer, task, examples=answers)
     row = report["splits"]["unseen"]["answers_first"]["tasks"][task.name]
     assert row["loss"] == pytest.approx(expected, rel=1e-4)
     assert "- `answers_first`: The base model with nothing but the answers before every prompt." in format_report(

@@ -655,7 +655,7 @@ def test_T5_prompts_longer_than_the_context(tokenizer, warned):
     extractor = TaskVectorExtractor(TaskVectorSpec(pooling="last", num_draws=2))
     found = extractor.vector(short_gpt2(), tokenizer, EXAMPLES * 3)
     assert warned == ["Prompts of more than 16 tokens lose their beginning."]
-    prompt = extractor.prompts([Sample(*pair) for pair in EXAMPLES * 3], None, "demonstrations")[0]
+    prompt = extractor.prompts(tokenizer, [Sample(*pair) for pair in EXAMPLES * 3], None, "demonstrations")[0]
     ids = tokenizer(prompt.text, return_tensors="pt")["input_ids"][:, -16:]
     with torch.no_grad():
         expected = short_gpt2()(input_ids=ids, output_hidden_states=True).hidden_states[-1][0, -1]

@@ -13,7 +13,7 @@ from conftest import make_llama
 from huggingface_hub import SpaceCard
 
 from hf_icm_lora import ArgumentError, IncompatibleAdapterError, LoraLayout, metrics
-from hf_icm_lora.completion import CompletionCollator, fill_template, score_completions
+from hf_icm_lora.completion import CompletionCollator, render, score_completions
 from hf_icm_lora.layout import LoraModule
 from hf_icm_lora.metrics import (
     BitsPerCharacter,
@@ -79,7 +79,7 @@ def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary(tokeniz
     torch.nn.init.zeros_(model.lm_head.weight)
     collate = CompletionCollator(tokenizer)
     loss, num_tokens, _ = score_completions(model, collate(tasks[0].test))
-    lengths = [len(fill_template(sample, collate.template)[1]) for sample in tasks[0].test]
+    lengths = [len(render(sample, collate.template, tokenizer)[1]) for sample in tasks[0].test]
     scores = BitsPerCharacter().compute(loss=loss.detach(), num_tokens=num_tokens, num_characters=lengths)
     # The tokenizer's tokens are characters, so that both figures tell the same.
     assert scores == pytest.approx({"perplexity": 128, "bits_per_character": 7}, rel=1e-5)

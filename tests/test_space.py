@@ -205,12 +205,12 @@ def test_what_is_known_is_said_in_words(generation, about, expected):
 
 
 def test_the_snippet_names_the_class_and_the_base_model(generation, models):
-    config = models[1].config
-    packaged = generation.write_snippet("smollm2", "8 o'clock", "- {prompt}: {completion}\n", config)
+    config, tokenizer = models[1].config, models[2]
+    packaged = generation.write_snippet("smollm2", tokenizer, "8 o'clock", "- {prompt}: {completion}\n", config)
     assert "name = smollm2_path()" in packaged
     ast.parse(packaged)
     config = type(config)(**config.to_dict() | {"is_encoder_decoder": True})
-    other = generation.write_snippet("user/base", "x", "{prompt} {completion}", config)
+    other = generation.write_snippet("user/base", tokenizer, "x", "{prompt} {completion}", config)
     assert "name = 'user/base'" in other
     assert "AutoModelForSeq2SeqLM.from_pretrained(name)" in other
     assert "stop_strings" not in other

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from hf_icm_lora import Sample, Task, TaskError, TaskVectorError, TaskVectorExtractor, TaskVectors, TaskVectorSpec
 from hf_icm_lora.adapter import adapter_state_dict, attach_adapter
 from hf_icm_lora.base_model import base_model_fingerprint
-from hf_icm_lora.completion import DEFAULT_TEMPLATE, fill_template
+from hf_icm_lora.completion import DEFAULT_TEMPLATE, render
 
 SPEC = TaskVectorSpec(num_demonstrations=5, min_demonstrations=2, num_draws=6, pooling=("prompts",))
 EXAMPLES = [("a", "b"), ("c", "dd"), ("e", "fff"), ("g", "h")]
@@ -103,7 +103,7 @@ def test_vector_is_the_last_hidden_state_of_its_prompt(any_model, tokenizer):
     task = make_tasks(1)[0]
     bank = extractor.extract(model, tokenizer, [task]).banks[task.name]
     for mode, vectors in bank.items():
-        prompts = extractor.prompts(task.demo, task.description, mode, task.name)
+        prompts = extractor.prompts(tokenizer, task.demo, task.description, mode, task.name)
         assert len(prompts) == len(vectors)
         for (text, *_), vector in zip(prompts, vectors, strict=True):
             expected = hidden_states(model, tokenizer, text)[[0, 1, -1], -1]
@@ -115,10 +115,10 @@ def test_prompts_pooling_averages_what_stands_before_each_answer(any_model, toke
     extractor = TaskVectorExtractor(SPEC)
     task = make_tasks(1)[0]
     bank = extractor.extract(model, tokenizer, [task]).banks[task.name]["demonstrations"]
-    prompts = extractor.prompts(task.demo, None, "demonstrations", task.name)
+    prompts = extractor.prompts(tokenizer, task.demo, None, "demonstrations", task.name)
     assert len(prompts[0].ends) == 4  # after 2, 3, 4 and 5 demonstrations
     assert len(prompts[-1].ends) == 1  # after the fewest
-    for (text, ends, _), vector in zip(prompts, bank, strict=True):
+    for (text, ends, _, _), vector in zip(prompts, bank, strict=True):
         states = hidden_states(model, tokenizer, text).reshape(-1, *hidden_states(model, tokenizer, text).shape[1:])[
             -1
         ]
@@ -131,7 +131,7 @@ def test_prompts_pooling_averages_what_stands_before_each_answer(any_model, toke
 def test_plain_text_is_read_to_the_end_of_each_text(llama, tokenizer):
     spec = TaskVectorSpec(num_draws=1, min_demonstrations=1)
     (prompt,) = TaskVectorExtractor(spec).prompts(
-        [Sample("", t) for t in ("one", "two", "three")], None, "demonstrations"
+        tokenizer, [Sample("", t) for t in ("one", "two", "three")], None, "demonstrations"
     )
     assert [prompt.text[:end] for end in prompt.ends][-1] == prompt.text
     assert len(prompt.ends) == 2
@@ -140,7 +140,7 @@ def test_plain_text_is_read_to_the_end_of_each_text(llama, tokenizer):
 def test_cut_prompts_average_what_is_left(llama, tokenizer):
     spec = TaskVectorSpec(num_draws=1, min_demonstrations=1, max_length=12, pooling="prompts")
     extractor = TaskVectorExtractor(spec)
-    ((text, *_),) = extractor.prompts([Sample(*e) for e in EXAMPLES], None, "demonstrations")
+    ((text, *_),) = extractor.prompts(tokenizer, [Sample(*e) for e in EXAMPLES], None, "demonstrations")
     kept = text[-12:]
     colons = [i for i, character in enumerate(kept) if character == ":"]
     expected = hidden_states(llama, tokenizer, kept)[-1][colons].mean(0)
@@ -153,8 +153,8 @@ def test_completions_pooling_averages_the_answers_that_are_shown(any_model, toke
     extractor = TaskVectorExtractor(spec)
     of_each_mode = extractor.vector(model, tokenizer, EXAMPLES, "Do it.").unflatten(0, (3, 2))
     bank = of_each_mode[1]  # (2, 4, 32): poolings, then layers
-    prompts = extractor.prompts([Sample(*e) for e in EXAMPLES], "Do it.", "both")
-    for (text, _, answers), vector in zip(prompts, bank, strict=True):
+    prompts = extractor.prompts(tokenizer, [Sample(*e) for e in EXAMPLES], "Do it.", "both")
+    for (text, _, answers, _), vector in zip(prompts, bank, strict=True):
         assert {text[start:end] for start, end in answers} <= {completion for _, completion in EXAMPLES}
         tokens = [i for start, end in answers for i in range(start, end)]  # one token per character
         states = hidden_states(model, tokenizer, text)
@@ -165,7 +165,7 @@ def test_completions_pooling_averages_the_answers_that_are_shown(any_model, toke
 def test_starts_and_ends_pooling_take_one_token_of_each_answer(llama, tokenizer):
     spec = TaskVectorSpec(num_draws=1, min_demonstrations=2, pooling=("starts", "ends"))
     extractor = TaskVectorExtractor(spec)
-    ((text, _, answers),) = extractor.prompts([Sample(*e) for e in EXAMPLES], None, "demonstrations")
+    ((text, _, answers, _),) = extractor.prompts(tokenizer, [Sample(*e) for e in EXAMPLES], None, "demonstrations")
     states = hidden_states(llama, tokenizer, text)[-1]  # one token per character
     starts, ends = ([answer[0] for answer in answers], [answer[1] - 1 for answer in answers])
     assert starts != ends
@@ -183,14 +183,14 @@ def test_completions_of_a_description_are_its_own_tokens(llama, tokenizer):
 
 def test_mean_pooling_averages_the_prompt(llama, tokenizer):
     extractor = TaskVectorExtractor(TaskVectorSpec(num_draws=1, pooling="mean"))
-    ((text, *_),) = extractor.prompts([Sample(*e) for e in EXAMPLES], None, "demonstrations")
+    ((text, *_),) = extractor.prompts(tokenizer, [Sample(*e) for e in EXAMPLES], None, "demonstrations")
     expected = hidden_states(llama, tokenizer, text)[-1].mean(0)
     torch.testing.assert_close(extractor.vector(llama, tokenizer, EXAMPLES)[0, 0], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_long_prompts_lose_their_beginning(llama, tokenizer):
     extractor = TaskVectorExtractor(TaskVectorSpec(num_draws=1, max_length=7, pooling="last"))
-    ((text, *_),) = extractor.prompts([Sample(*e) for e in EXAMPLES], None, "demonstrations")
+    ((text, *_),) = extractor.prompts(tokenizer, [Sample(*e) for e in EXAMPLES], None, "demonstrations")
     expected = hidden_states(llama, tokenizer, text[-7:])[-1, -1]
     torch.testing.assert_close(extractor.vector(llama, tokenizer, EXAMPLES)[0, 0], expected, atol=1e-4, rtol=1e-4)
 
@@ -206,9 +206,9 @@ def test_only_the_modes_that_were_asked_for(llama, tokenizer):
 # Prompts
 
 
-def test_prompts_hold_demonstrations_and_one_open_query():
+def test_prompts_hold_demonstrations_and_one_open_query(tokenizer):
     demo = make_tasks(1)[0].demo
-    prompts = TaskVectorExtractor(SPEC).prompts(demo, "Do it.", "both", "name")
+    prompts = TaskVectorExtractor(SPEC).prompts(tokenizer, demo, "Do it.", "both", "name")
     counts = []
     for text, *_ in prompts:
         heading, *blocks = text.split("- ")
@@ -223,16 +223,18 @@ def test_prompts_hold_demonstrations_and_one_open_query():
     assert (counts[0], counts[-1]) == (5, 2)
 
 
-def test_draws_depend_on_the_name_of_the_task():
+def test_draws_depend_on_the_name_of_the_task(tokenizer):
     demo = make_tasks(1)[0].demo
-    one, same, other = (TaskVectorExtractor(SPEC).prompts(demo, None, "demonstrations", name) for name in "aab")
+    one, same, other = (
+        TaskVectorExtractor(SPEC).prompts(tokenizer, demo, None, "demonstrations", name) for name in "aab"
+    )
     assert one == same
     assert one != other
 
 
-def test_description_alone_is_one_prompt_without_samples():
+def test_description_alone_is_one_prompt_without_samples(tokenizer):
     demo = make_tasks(1)[0].demo
-    ((text, ends, answers),) = TaskVectorExtractor(SPEC).prompts(demo, "Do it.", "description", "name")
+    ((text, ends, answers, _),) = TaskVectorExtractor(SPEC).prompts(tokenizer, demo, "Do it.", "description", "name")
     assert ends == (len(text),)
     assert [text[start:end] for start, end in answers] == ["Do it."]
     assert text.startswith("Do it.\n")
@@ -296,7 +298,7 @@ def test_from_examples_and_a_description_there_are_draws_of_every_mode(llama, to
 
 def test_one_example_is_demonstration_and_query(llama, tokenizer):
     vector = TaskVectorExtractor(SPEC).vector(llama, tokenizer, [("a", "b")])
-    text = "".join(fill_template(Sample("a", "b"), DEFAULT_TEMPLATE)) + "- a:"
+    text = "".join(render(Sample("a", "b"), DEFAULT_TEMPLATE, tokenizer)) + "- a:"
     torch.testing.assert_close(vector[0, 0], hidden_states(llama, tokenizer, text)[-1, -1], atol=1e-5, rtol=1e-5)
 
 

@@ -13,7 +13,7 @@ import torch
 from bench import SPLITS, Bench, options_of, write
 from page import cost
 
-from hf_icm_lora.completion import encode_prompt, fill_template
+from hf_icm_lora.completion import encode_prompt, render
 
 
 @dataclass
@@ -34,8 +34,7 @@ def main() -> None:
     for name in SPLITS["validation"]:
         task = bench.suite[name]
         examples = task.demo[: options.num_examples]
-        shown = "".join("".join(fill_template(sample, template)) for sample in examples)
-        prompts = [fill_template(sample, template)[0] for sample in task.test[: options.num_queries]]
+        queries = task.test[: options.num_queries]
         given = {"processing_class": tokenizer, "examples": examples}
         for fit_scale, seconds in making.items():
             start = time.perf_counter()
@@ -44,9 +43,11 @@ def main() -> None:
             base = model.unload()
         model = generator.generate_adapter(base, **given)
         merged = copy.deepcopy(model).merge_and_unload()  # unmerging in bf16 would not give the base back exactly
-        for prompt in prompts:
+        for query in queries:
+            prompt, _ = render(query, template, tokenizer)
+            with_examples, _ = render(query, template, tokenizer, examples)
             with model.disable_adapter():
-                _read(model, tokenizer, shown + prompt, rows["few_shot_prompt"])
+                _read(model, tokenizer, with_examples, rows["few_shot_prompt"])
             _read(model, tokenizer, prompt, rows["adapter"])
             _read(merged, tokenizer, prompt, rows["merged_adapter"])
         base = model.unload()

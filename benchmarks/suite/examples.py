@@ -13,7 +13,6 @@ from page import examples
 from tqdm import tqdm
 
 from hf_icm_lora import CompletionCollator, Sample
-from hf_icm_lora.completion import fill_template
 
 
 @dataclass
@@ -48,9 +47,8 @@ def main() -> None:
             for num_examples, num_wrong in settings:
                 shown = mislabelled(given, num_wrong, others) if num_wrong else given[:num_examples]
                 generated = bench.generator.decode_task_vector(bench.vector(shown))
-                context = "".join("".join(fill_template(sample, bench.zoo.template)) for sample in shown)
-                # Samples with so long a context share no rows.
-                collate = CompletionCollator(bench.tokenizer, False, bench.zoo.template, context, max_length=1024)
+                # Samples with so much before them share no rows.
+                collate = CompletionCollator(bench.tokenizer, False, bench.zoo.template, shown, max_length=1024)
                 own = {
                     "generated": bench.gain(generated, name),
                     "few_shot_prompt": bench.gain(no_adapter, name, collate(task.test)),

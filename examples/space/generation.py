@@ -15,7 +15,7 @@ from typing import NamedTuple
 from hf_icm_lora import GenerationRecord, Sample, TaskError, save_adapter_card
 from hf_icm_lora.base_model import load_base_model
 from hf_icm_lora.cli import load_generator
-from hf_icm_lora.completion import fill_template
+from hf_icm_lora.completion import CHAT, render
 
 # Names as on the command line: a folder, a Hub id, or "smollm2" for what comes with the package.
 GENERATOR = os.environ.get("GENERATOR") or "smollm2"
@@ -89,7 +89,7 @@ def generate(description: str, examples: str, query: str, folder: str | Path) ->
         finally:
             model.unload()
     archive = shutil.make_archive(str(Path(folder) / "adapter"), "zip", root_dir=folder, base_dir="adapter")
-    snippet = write_snippet(base_model_name(generator), query, generator.config.template, base.config)
+    snippet = write_snippet(base_model_name(generator), tokenizer, query, generator.config.template, base.config)
     return Result(before, after, in_words(about), Path(archive), snippet)
 
 
@@ -110,8 +110,8 @@ def read_examples(text: str) -> list[Sample]:
 
 def answer(model, tokenizer, query: str, template: str) -> str:
     """Let a model complete a query, greedily, up to where the template ends."""
-    text, end = prompt_and_end(query, template)
-    inputs = tokenizer(text, return_tensors="pt").to(model.device)
+    text, end = prompt_and_end(tokenizer, query, template)
+    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=template != CHAT).to(model.device)
     stop = {"stop_strings": [end], "tokenizer": tokenizer} if end else {}
     output = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, **stop)[0]
     written = output if model.config.is_encoder_decoder else output[inputs["input_ids"].shape[1] :]
@@ -119,9 +119,10 @@ def answer(model, tokenizer, query: str, template: str) -> str:
     return (written.split(end)[0] if end else written).strip()
 
 
-def prompt_and_end(query: str, template: str) -> tuple[str, str]:
+def prompt_and_end(tokenizer, query: str, template: str) -> tuple[str, str]:
     """Return what the model reads of a query, and the text with which its answer ends."""
-    return fill_template(Sample(query, "x"), template)[0], template.partition("{completion}")[2]
+    read, scored = render(Sample(query, "an answer"), template, tokenizer)
+    return read, scored.partition("an answer")[2]
 
 
 def in_words(about: GenerationRecord) -> str:
@@ -141,9 +142,10 @@ def in_words(about: GenerationRecord) -> str:
     return f"**Gain on examples {gain:.2f}:** {worth}"
 
 
-def write_snippet(base_model: str, query: str, template: str, config) -> str:
+def write_snippet(base_model: str, tokenizer, query: str, template: str, config) -> str:
     """Write the Python that loads the adapter with PEFT and answers the query."""
-    text, end = prompt_and_end(query, template)
+    text, end = prompt_and_end(tokenizer, query, template)
+    whole = ", add_special_tokens=False" if template == CHAT else ""  # a chat has them already
     auto_class = "AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM"
     stop = f"    stop_strings=[{end!r}],\n    tokenizer=tokenizer,\n" if end else ""
     name = f"name = {base_model!r}"
@@ -157,7 +159,7 @@ tokenizer = AutoTokenizer.from_pretrained(name)
 base = {auto_class}.from_pretrained(name)
 model = PeftModel.from_pretrained(base, "adapter")  # the unpacked folder
 
-inputs = tokenizer({text!r}, return_tensors="pt")
+inputs = tokenizer({text!r}, return_tensors="pt"{whole})
 output = model.generate(
     **inputs,
     max_new_tokens={MAX_NEW_TOKENS},
