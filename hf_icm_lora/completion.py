@@ -61,7 +61,7 @@ def render(
         >>> render(Sample("France", "Paris"), "- {prompt}: {completion}\\n", None)
         ('- France:', ' Paris\\n')
         >>> render(Sample("France", "Paris"), "chat", tokenizer)  # doctest: +SKIP
-        ('<|im_start|>user\\nFrance<|im_end|>\\n<|im_start|>assistant\\n', 'Paris<|im_end|>\\n')
+        ('<|im_start|>user\\nFrance<|im_end|>\\n<|im_start|>assistant\\n', 'Paris<|im_end|>')
     """
     if template == CHAT and any(one.prompt for one in (*examples, sample)):
         return _render_chat(sample, processing_class, examples, description)
@@ -116,7 +116,9 @@ def _render_chat(
                 f"{message['content']!r:.200} is not in {whole!r:.500}. Use a template with {{prompt}} and "
                 "{completion}, or another chat_template."
             )
-    return read, scored
+    # Some templates go on with blanks after the token that ends a turn, which no model writes any more.
+    ended = scored.rstrip()
+    return read, ended if ended.endswith(tuple(processing_class.all_special_tokens)) else scored
 
 
 def _chat_text(processing_class, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:

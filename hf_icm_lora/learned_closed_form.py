@@ -21,28 +21,10 @@ from transformers import PreTrainedModel
 
 from .behaviour import batched_lora
 from .closed_form import Block, hidden_of, hook, residual_blocks
+from .completion import encode_prompt, is_chat, render
 from .errors import IncompatibleAdapterError, TaskError
 from .layout import LoraLayout
 from .tasks import Sample
-
-def render(sample, template, processing_class, examples=(), description=None):
-    if template != "chat":
-        head, rest = template.split("{prompt}")
-        mid, end = rest.split("{completion}")
-        before = (description + "\n" if description else "") + "".join(
-            head + s.prompt + mid + s.completion + end for s in examples
-        )
-        stripped = mid.rstrip(" ")
-        return before + head + sample.prompt + stripped, mid[len(stripped) :] + sample.completion + end
-    messages = [{"role": "system", "content": description}] if description else []
-    for one in examples:
-        messages += [{"role": "user", "content": one.prompt}, {"role": "assistant", "content": one.completion}]
-    messages.append({"role": "user", "content": sample.prompt})
-    read = processing_class.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    messages.append({"role": "assistant", "content": sample.completion})
-    whole = processing_class.apply_chat_template(messages, tokenize=False)
-    return read, whole[len(read) :].rstrip()
-
 
 KINDS = 4  # of positions: what predicts an answer's first token, its second, its last, and any other
 MAX_EXAMPLES = 32  # that the reader reads one after another; more are read in turns
@@ -159,7 +141,11 @@ def _encode(
     for index, sample in enumerate(samples):
         read, scored = render(sample, template, processing_class, samples[:index], description)
         prompt = read[len(done) :]
-        pieces.append(tuple(processing_class(text, add_special_tokens=False)["input_ids"] for text in (prompt, scored)))
+        if index or is_chat(sample, template):
+            prompt_ids = processing_class(prompt, add_special_tokens=False)["input_ids"]
+        else:
+            prompt_ids = encode_prompt(processing_class, prompt)
+        pieces.append((prompt_ids, processing_class(scored, add_special_tokens=False)["input_ids"]))
         done = read + scored
     return pieces
 
