@@ -58,7 +58,9 @@ def test_size_and_names(tasks):
 
 
 def test_no_sample_ever_changes(tasks):
-    assert hashlib.sha256(repr([task.__dict__ for task in tasks]).encode()).hexdigest() == DIGEST
+    fields = ("name", "train", "demo", "test", "description", "family")
+    told = [{field: getattr(task, field) for field in fields} for task in tasks]
+    assert hashlib.sha256(repr(told).encode()).hexdigest() == DIGEST
 
 
 def test_the_benchmark_has_a_use_for_every_task(tasks):

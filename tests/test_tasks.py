@@ -1,5 +1,6 @@
 """Tasks: every accepted form of a sample, what is refused, and files that give the same tasks back."""
 
+import gzip
 import json
 
 import pytest
@@ -122,22 +123,93 @@ words = st.text(min_size=1, max_size=12).filter(str.strip) | st.sampled_from(LIN
 samples = st.tuples(words, words)
 tasks_strategy = st.lists(
     st.builds(
-        lambda name, train, demo, description, family: Task(
+        lambda name, train, demo, labels, metadata, **texts: Task(
             name, train=[("train" + p, c) for p, c in train], demo=[("demo" + p, c) for p, c in demo],
-            description=description, family=family,
+            labels={c for _, c in train + demo} if labels else None,
+            metadata={"x" + key: value for key, value in metadata.items()}, **texts,
         ),
-        words, st.lists(samples, min_size=1, max_size=3), st.lists(samples, max_size=2),
-        st.none() | words, st.none() | words,
+        words, st.lists(samples, min_size=1, max_size=3), st.lists(samples, max_size=2), st.booleans(),
+        st.dictionaries(words, words | st.integers() | st.booleans() | st.lists(words) | st.none(), max_size=2),
+        descriptions=st.lists(words, max_size=3),
+        **{field: st.none() | words for field in ("description", "family", "dataset", "license")},
     ),
     max_size=4, unique_by=lambda task: task.name,
 )  # fmt: skip
 
 
-@given(tasks=tasks_strategy)
-def test_files_give_the_same_tasks_back(tmp_path_factory, tasks):
-    path = tmp_path_factory.mktemp("tasks") / "tasks.jsonl"
+@given(tasks=tasks_strategy, name=st.sampled_from(["tasks.jsonl", "tasks.jsonl.gz"]))
+def test_files_give_the_same_tasks_back(tmp_path_factory, tasks, name):
+    path = tmp_path_factory.mktemp("tasks") / name
     save_tasks(tasks, path)
     assert load_tasks(path) == tasks
+
+
+def test_compressed_files_are_read_and_are_equal_for_equal_tasks(tmp_path):
+    line = '{"name": "a", "train": [["p", "c"]]}\n'
+    (tmp_path / "other.jsonl.gz").write_bytes(gzip.compress(line.encode()))
+    tasks = load_tasks(tmp_path / "other.jsonl.gz")
+    assert tasks == [Task("a", train=[("p", "c")])]
+    for name in ("1.jsonl.gz", "2.jsonl.gz"):
+        save_tasks(tasks, tmp_path / name)
+    assert gzip.decompress((tmp_path / "1.jsonl.gz").read_bytes()).decode() == line
+    assert (tmp_path / "1.jsonl.gz").read_bytes() == (tmp_path / "2.jsonl.gz").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.jsonl.gz", b"{}"), ("a.jsonl.gz", gzip.compress(b"{}" * 99)[:-9]), ("a.jsonl", b'{"name": "\xff"}'),
+     ("a.jsonl", gzip.compress(b"{}"))],
+)  # fmt: skip
+def test_file_that_is_no_text_is_named(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(TaskError, match=rf"{name}: expected JSON Lines in UTF-8, by gzip if it ends in \.gz"):
+        load_tasks(tmp_path / name)
+
+
+REAL = {  # a line as the real tasks have it
+    "name": "reviews/tone", "description": "Is it good?", "descriptions": ["Good or bad?", "Tone."],
+    "family": "sentiment", "dataset": "reviews", "license": "MIT", "source": "a site", "kind_in_train": True,
+    "labels": ["bad", "good"], "variant": "letters", "train": [["nice", "good"]], "demo": [["poor", "bad"]],
+    "test": [["fine", "good"]],
+}  # fmt: skip
+
+
+def test_what_else_is_known_of_a_task_is_kept(tmp_path):
+    (tmp_path / "real.jsonl").write_text(json.dumps(REAL) + "\n", encoding="utf-8")
+    (task,) = load_tasks(tmp_path / "real.jsonl")
+    assert (task.descriptions, task.labels) == (("Good or bad?", "Tone."), ("bad", "good"))
+    assert (task.dataset, task.license) == ("reviews", "MIT")
+    assert task.metadata == {"source": "a site", "kind_in_train": True, "variant": "letters"}
+    save_tasks([task], tmp_path / "again.jsonl")
+    assert json.loads((tmp_path / "again.jsonl").read_text(encoding="utf-8")) == REAL
+    assert hash(task) == hash(load_tasks(tmp_path / "again.jsonl")[0])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"description": 3}, "description: expected text, found 3"),
+        ({"license": ["MIT"]}, "license: expected text"),
+        ({"descriptions": "Reverse."}, "descriptions: expected a sequence of texts, found 'Reverse.'"),
+        ({"descriptions": None}, "descriptions: expected a sequence"),
+        ({"descriptions": ["Reverse.", " "]}, "descriptions: expected texts, found ' '"),
+        ({"labels": ["b", 3]}, "labels: expected texts, found 3"),
+        ({"labels": "b"}, "labels: expected a sequence"),
+        ({"labels": ["b", "b"]}, "labels: expected every class once"),
+        ({"labels": ["c", "d"]}, r"train\[0\]: 'b' is none of its labels \('c', 'd'\)"),
+        ({"metadata": ["b"]}, "metadata: expected a mapping"),
+        ({"metadata": {"train": []}}, "metadata: train are fields of the task itself"),
+    ],
+)
+def test_further_fields_are_checked(fields, message):
+    with pytest.raises(TaskError, match=f"Task 't', {message}"):
+        Task("t", train=[("a", "b")], **fields)
+
+
+def test_metadata_that_is_no_json_is_refused(tmp_path):
+    with pytest.raises(TaskError, match="'t', metadata: expected JSON values"):
+        save_tasks([Task("t", demo=["x"], metadata={"set": {1}})], tmp_path / "tasks.jsonl")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("end", LINE_ENDS)
@@ -161,7 +233,7 @@ def test_files_of_other_programs_are_read(tmp_path):
         ("[1]", "line 2: expected one task"),
         ("3", "line 2: expected one task"),
         ('{"train": [["p", "c"]]}', "line 2: .*name"),
-        ('{"name": "b", "train": [["p", "c"]], "colour": 1}', "line 2: .*colour"),
+        ('{"name": "b", "train": [["p", "c"]], "labels": 1}', "line 2: .*labels: expected a sequence of texts"),
         ('{"name": "b", "train": [["p", ""]]}', r"line 2: .*train\[0\] to have a completion"),
         ('{"name": "b", "train": null}', "line 2: .*train.* sequence of samples"),
         ('{"name": "a", "train": [["p", "c"]]}', "Two tasks are named 'a'"),
@@ -187,8 +259,9 @@ def test_dataset_dict_becomes_a_task():
         train=Dataset.from_dict({"prompt": ["a", "b"], "completion": ["x", "y"]}),
         test=Dataset.from_dict({"text": ["t"]}),
     )
-    task = task_from_dataset("name", dataset, description="What.", family="f")
-    assert task == Task("name", train=[("a", "x"), ("b", "y")], test=["t"], description="What.", family="f")
+    known = {"description": "What.", "family": "f", "dataset": "d", "labels": ["x", "y", "t"]}
+    task = task_from_dataset("name", dataset, **known)
+    assert task == Task("name", train=[("a", "x"), ("b", "y")], test=["t"], **known)
 
 
 @pytest.mark.parametrize(
