@@ -1,0 +1,67 @@
+"""Score the arms of bench.py on real tasks: `python -m benchmarks.real.run --tasks DATA/real`.
+
+What the output has is kept, and only what it lacks is added, task by task: an interrupted call goes on. `--arms` and
+`--splits` choose some. While anything is still being chosen, score `validation` only.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from benchmarks.real.bench import ARMS, Given, score
+from hf_icm_lora import LoraGeneratorModel, Task, load_tasks, smollm2_generator_path
+from hf_icm_lora.base_model import load_base_model
+from hf_icm_lora.files import read_json, write_json
+from hf_icm_lora.provenance import run_metadata
+
+
+@dataclass
+class RunOptions:
+    tasks: str = field(metadata={"help": "Folder with validation.jsonl.gz and test_unseen.jsonl.gz."})
+    splits: list[str] = field(default_factory=lambda: ["validation"], metadata={"help": "validation, test_unseen."})
+    arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": f"Of {', '.join(ARMS)}."})
+    per_kind: int = field(default=1, metadata={"help": "Tasks of each kind: some kinds have many."})
+    num_examples: int = field(default=12, metadata={"help": "Examples that each arm is given."})
+    num_test: int = field(default=32, metadata={"help": "Test samples of each task."})
+    generator: str | None = field(default=None, metadata={"help": "A folder; by default the shipped one."})
+    output: str = field(default="benchmarks/results/real.json", metadata={"help": "Where the scores go."})
+
+
+def chosen(tasks: list[Task], per_kind: int) -> list[Task]:
+    """Return some tasks of each kind, the first ones of the file."""
+    counts: dict[str | None, int] = {}
+    kept = []
+    for task in tasks:
+        counts[task.family] = counts.get(task.family, 0) + 1
+        if counts[task.family] <= per_kind:
+            kept.append(task)
+    return kept
+
+
+def main() -> None:
+    (options,) = HfArgumentParser(RunOptions).parse_args_into_dataclasses()
+    base, tokenizer = load_base_model("smollm2")
+    generator = LoraGeneratorModel.from_pretrained(options.generator or smollm2_generator_path())
+    output = Path(options.output)
+    report = read_json(output) if output.exists() else {"splits": {}}
+    for split in options.splits:
+        tasks = chosen(load_tasks(Path(options.tasks) / f"{split}.jsonl.gz"), options.per_kind)
+        arms = report["splits"].setdefault(split, {})
+        for index, task in enumerate(progress := tqdm(tasks, desc=split)):
+            wrong = tasks[(index + len(tasks) // 2) % len(tasks)]
+            given = Given(task, wrong, base, tokenizer, generator, num_examples=options.num_examples)
+            for name in options.arms:
+                progress.set_postfix_str(f"{task.name}, {name}")
+                known = arms.setdefault(name, {})
+                if task.name not in known:
+                    known[task.name] = score(given, ARMS[name], task.test[: options.num_test])
+            write_json(output, {**report, **run_metadata(seed=0), "num_examples": options.num_examples})
+        for name in options.arms:
+            right = [scores["exact_match"] for scores in arms[name].values()]
+            print(f"{split}, {name}: {sum(right) / len(right):.3f} of {len(right)} tasks")
+
+
+if __name__ == "__main__":
+    main()
