@@ -42,6 +42,9 @@ class LoraGeneratorConfig(PreTrainedConfig):
             versions, machine, seconds and last losses.
         template (`str`, *optional*): Text with `{prompt}` and `{completion}` that the adapters were trained on, or
             `"chat"` for the tokenizer's chat template.
+        closed_form (`dict`, *optional*): Sizes of the [`LearnedClosedForm`] that adapters for examples start from:
+            the `reader`'s layout as a dictionary, `state_rank` and `label_rank`. The network then writes what is
+            added to it.
         num_task_vectors (`int`, *optional*, defaults to 1): Rows of a task vector.
         task_vector_size (`int`, *optional*, defaults to 576): Columns, the base model's hidden size.
         condition_size (`int`, *optional*, defaults to 256): Principal directions of the training tasks' vectors that
@@ -88,6 +91,7 @@ class LoraGeneratorConfig(PreTrainedConfig):
     training_tasks: list[str] | None = None
     training_runs: list[dict] | None = None
     template: str = DEFAULT_TEMPLATE
+    closed_form: dict | None = None
     num_task_vectors: int = 1
     task_vector_size: int = 576
     condition_size: int = 256
@@ -119,6 +123,8 @@ class LoraGeneratorConfig(PreTrainedConfig):
             )
         if self.layout is not None:
             LoraLayout.from_dict(self.layout)  # or its error
+        if self.closed_form is not None:
+            self._check_closed_form()
         if self.lora_config is not None:
             check_plain_lora(self.lora_config)
         if self.task_vector_spec is not None:
@@ -126,6 +132,16 @@ class LoraGeneratorConfig(PreTrainedConfig):
                 TaskVectorSpec(**self.task_vector_spec)
             except (TypeError, AttributeError) as error:
                 raise TaskVectorError(f"task_vector_spec: not a TaskVectorSpec: {error}") from error
+
+    def _check_closed_form(self) -> None:
+        expected = ("label_rank", "reader", "state_rank")
+        if tuple(sorted(self.closed_form)) != expected:
+            raise IncompatibleAdapterError(f"closed_form: expected {expected}, found {tuple(sorted(self.closed_form))}.")
+        LoraLayout.from_dict(self.closed_form["reader"])  # or its error
+        for name in ("state_rank", "label_rank"):
+            rank = self.closed_form[name]
+            if not isinstance(rank, int) or not 1 <= rank <= 65536:
+                raise IncompatibleAdapterError(f"closed_form: {name}: expected a number from 1 to 65536, found {rank!r}.")
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:

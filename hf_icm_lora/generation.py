@@ -11,11 +11,12 @@ from peft import PeftModel
 from torch import nn
 
 from .adapter import attach_adapter
-from .base_model import require_bare
+from .base_model import frozen_base, require_bare
 from .behaviour import SCALES, ExampleLoss
 from .configuration_lora_generator import LoraGeneratorConfig
 from .errors import ArgumentError, TaskError, UnfamiliarTaskError
 from .layout import LoraLayout
+from .learned_closed_form import LearnedClosedForm, read_examples
 from .task_vectors import TaskVectorExtractor, TaskVectorSpec
 from .tasks import Sample, to_sample
 
@@ -68,6 +69,11 @@ class Generator(Protocol):
 
     config: LoraGeneratorConfig
     layout: LoraLayout
+    closed_form: LearnedClosedForm | None
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the network was trained."""
 
     @property
     def shared_weights(self) -> torch.Tensor:
@@ -91,6 +97,7 @@ def generate_adapter(
     examples: Sequence | None = None,
     description: str | Mapping[str, float] | None = None,
     processing_class=None,
+    template: str | None = None,
     adapter_name: str = "default",
     generator: torch.Generator | None = None,
     fit_scale: bool = True,
@@ -108,6 +115,9 @@ def generate_adapter(
         description (`str` or `Mapping[str, float]`, *optional*): The task in a sentence, with or without examples; or
             several sentences with weights, whose task vectors are averaged.
         processing_class (*optional*): The base model's tokenizer, needed for examples and descriptions.
+        template (`str`, *optional*): Of the prompts that the adapter is for: text with `{prompt}` and
+            `{completion}`, or `"chat"`. By default the generator's own; another one needs a generator with a closed
+            form.
         adapter_name (`str`, *optional*, defaults to `"default"`): Name of the adapter, which becomes active.
         generator (`torch.Generator`, *optional*): If given, the latent is drawn instead of being its mean.
         fit_scale (`bool`, *optional*, defaults to `True`): Whether to weaken the adapter to what suits the examples,
@@ -142,17 +152,22 @@ def generate_adapter(
     if made_from != "task_vector" and processing_class is None:
         raise TaskError("Examples and descriptions are read by the base model: pass its processing_class too.")
     _check_choices(samples, description, refine_steps, on_unfamiliar)
+    _check_template(lora_generator, template)
     if not isinstance(base_model, PeftModel):
         require_bare(base_model)
     if check_base_model:
         lora_generator.check_base_model(base_model)
 
+    template = template or lora_generator.config.template
     if task_vector is None:
-        task_vector = _read(lora_generator, base_model, processing_class, samples, description)
-    lora_weights = lora_generator.decode_task_vector(task_vector, generator)
+        lora_weights = write_adapter(
+            lora_generator, base_model, processing_class, samples, description, template, generator
+        )
+    else:
+        lora_weights = lora_generator.decode_task_vector(task_vector, generator)
     record = GenerationRecord(
         generator=_source(lora_generator.config),
-        template=lora_generator.config.template,
+        template=template,
         made_from=made_from,
         seed=None if generator is None else generator.initial_seed(),
         refine_steps=refine_steps,
@@ -163,9 +178,7 @@ def generate_adapter(
     layout, shared_weights = lora_generator.layout, lora_generator.shared_weights
     judges = fit_scale or on_unfamiliar != "generate"
     if samples and (judges or refine_steps):
-        example_loss = ExampleLoss(
-            base_model, processing_class, layout, shared_weights, samples, lora_generator.config.template
-        )
+        example_loss = ExampleLoss(base_model, processing_class, layout, shared_weights, samples, template)
         if judges:
             losses = example_loss.at_scales(lora_weights, SCALES if fit_scale else (0.0, 1.0))
             record = _judged(record, losses, fit_scale, on_unfamiliar)
@@ -206,17 +219,55 @@ def _check_choices(samples: Sequence[Sample], description, refine_steps: int, on
         raise TaskError("Only examples tell whether an adapter does harm: pass examples too.")
 
 
-def _read(
-    lora_generator: Generator, base_model: nn.Module, processing_class, samples: Sequence[Sample], description
+def _check_template(lora_generator: Generator, template: str | None) -> None:
+    own = lora_generator.config.template
+    if template not in (None, own) and lora_generator.closed_form is None:
+        raise ArgumentError(
+            f"template: expected that of the generator, {own!r}, found {template!r}. Only a generator with a closed "
+            "form reads examples in any template."
+        )
+
+
+@torch.no_grad()
+def write_adapter(
+    lora_generator: Generator,
+    base_model: nn.Module,
+    processing_class,
+    examples: Sequence[Sample],
+    description: str | Mapping[str, float] | None = None,
+    template: str | None = None,
+    generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """Return the task vector of what a user gave, as [`TaskVectorExtractor.vector`] does."""
-    extractor = TaskVectorExtractor(TaskVectorSpec(**(lora_generator.config.task_vector_spec or {})))
-    if not isinstance(description, Mapping):
-        return extractor.vector(base_model, processing_class, samples, description)
+    """Write an adapter for what is known of a task: the closed form of its examples, and what the network adds to it.
+
+    Args:
+        lora_generator (`LoraGeneratorModel`): Its closed form, if any, moves to the base model's device.
+        base_model, processing_class, examples, description, template, generator: As in [`generate_adapter`].
+
+    Returns:
+        `torch.Tensor` of shape `(num_weights,)`, fp32, on the CPU.
+
+    Raises:
+        NotFittedError: if there are no examples, and the network was not trained.
+    """
+    template = template or lora_generator.config.template
+    texts = description if isinstance(description, Mapping) else {description: 1.0}
+    closed_form, written = lora_generator.closed_form, torch.zeros(())
+    if closed_form is not None and examples:
+        with frozen_base(base_model) as base:
+            closed_form.to(next(base.parameters()).device)
+            for text, weight in texts.items():
+                reading = read_examples(processing_class, examples, template, text)
+                written = written + weight / sum(texts.values()) * closed_form(base, reading).cpu()
+        if not lora_generator.is_fitted:
+            return written
+    spec = dataclasses.replace(TaskVectorSpec(**(lora_generator.config.task_vector_spec or {})), template=template)
+    extractor = TaskVectorExtractor(spec)
     # The condition is linear in the task vector: this is a point between the descriptions' conditions.
-    vectors = [extractor.vector(base_model, processing_class, samples, text) for text in description]
-    weighted = [weight * vector for weight, vector in zip(description.values(), vectors, strict=True)]
-    return sum(weighted[1:], weighted[0]) / sum(description.values())
+    vectors = [extractor.vector(base_model, processing_class, examples, text) for text in texts]
+    weighted = [weight * vector for weight, vector in zip(texts.values(), vectors, strict=True)]
+    vector = sum(weighted[1:], weighted[0]) / sum(texts.values())
+    return written + lora_generator.decode_task_vector(vector, generator).cpu()
 
 
 def _judged(

@@ -9,6 +9,7 @@ comes next. The result is a plain LoRA, written layer by layer in two passes, wi
 Shapes: `n` examples with answers of up to `a` tokens, `r` the rank, `d` the base model's hidden size.
 """
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,14 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
+from transformers import initialization as init
 
 from .behaviour import batched_lora
 from .closed_form import Block, hidden_of, hook, residual_blocks
 from .completion import encode_prompt, is_chat, render
+from .configuration_lora_generator import LoraGeneratorConfig
 from .errors import IncompatibleAdapterError, TaskError
 from .layout import LoraLayout
 from .tasks import Sample
 
+MATRICES = ("keys", "constant", "state_in", "state_out", "label_in", "label_out")
 KINDS = 4  # of positions: what predicts an answer's first token, its second, its last, and any other
 MAX_EXAMPLES = 32  # that the reader reads one after another; more are read in turns
 MAX_LENGTH = 2048  # tokens that the reader reads in one go
@@ -150,6 +154,14 @@ def _encode(
     return pieces
 
 
+class Matrices(nn.Module):
+    """One matrix per layer, `(layers, rows, columns)`, which a generator in 8 bits rounds."""
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape))
+
+
 class LearnedClosedForm(nn.Module):
     """All that is learned of the closed form. Before training it is the plain one: the base itself reads.
 
@@ -171,31 +183,63 @@ class LearnedClosedForm(nn.Module):
         (keys,), (values,) = layout.shared_blocks, layout.blocks
         self.layout, self.reader_layout = layout, reader
         count, rank, size = values.count, values.rank, values.width
-        self.keys = nn.Parameter(torch.empty(count, rank, keys.width))  # A
-        self.constant = nn.Parameter(torch.empty(count, rank, size))  # the part of B that all tasks have
+        self.keys = Matrices(count, rank, keys.width)  # A
+        self.constant = Matrices(count, rank, size)  # the part of B that all tasks have
         self.log_penalty = nn.Parameter(torch.empty(count))
         self.gain = nn.Parameter(torch.empty(count, size))
         self.log_kind = nn.Parameter(torch.empty(count, KINDS))
         self.log_index = nn.Parameter(torch.empty(MAX_EXAMPLES))
-        self.state_in = nn.Parameter(torch.empty(count, size, state_rank))
-        self.state_out = nn.Parameter(torch.empty(count, state_rank, size))
-        self.label_in = nn.Parameter(torch.empty(count, size, label_rank))
-        self.label_out = nn.Parameter(torch.empty(count, label_rank, size))
-        self.reader = nn.ParameterList(
-            torch.empty(block.count, block.rank, block.width) for block in reader.blocks
-        )
+        self.state_in = Matrices(count, size, state_rank)
+        self.state_out = Matrices(count, state_rank, size)
+        self.label_in = Matrices(count, size, label_rank)
+        self.label_out = Matrices(count, label_rank, size)
+        self.reader = nn.ModuleList(Matrices(block.count, block.rank, block.width) for block in reader.blocks)
         self.register_buffer("key_scale", torch.ones(count))
         self.register_buffer("scale", torch.ones(count))
+
+    @classmethod
+    def from_config(cls, config: LoraGeneratorConfig) -> "LearnedClosedForm":
+        """Make the one that a generator's configuration describes."""
+        sizes = dict(config.closed_form or {})
+        reader = LoraLayout.from_dict(sizes.pop("reader"))
+        return cls(config.lora_layout, reader, **sizes)
+
+    def reset_parameters(self) -> None:
+        """Become the plain closed form, with random keys: the base itself reads, and values are differences."""
+        for matrices in (self.constant, self.state_out, self.label_out):
+            init.zeros_(matrices.weight)
+        for matrices in (self.state_in, self.label_in):
+            init.normal_(matrices.weight, std=matrices.weight.shape[1] ** -0.5)
+        init.normal_(self.keys.weight, std=self.keys.weight.shape[2] ** -0.5)
+        for block, matrices in zip(self.reader_layout.blocks, self.reader, strict=True):
+            if block.factor == "lora_A":
+                init.normal_(matrices.weight, std=block.width**-0.5)
+            else:
+                init.zeros_(matrices.weight)
+        init.constant_(self.log_penalty, math.log(0.3))
+        init.ones_(self.gain)
+        init.zeros_(self.log_kind)
+        before = torch.arange(MAX_EXAMPLES)
+        init.copy_(self.log_index, ((before + 0.2) / (before + 2)).log())
+        init.ones_(self.key_scale)
+        init.ones_(self.scale)
+
+    def layers(self) -> list[dict[str, torch.Tensor]]:
+        """Return what is learned of each layer, fp32, without the reader."""
+        matrices = {name: getattr(self, name).weight for name in MATRICES}  # which 8 bits compute anew at every use
+        stacks = matrices | {name: getattr(self, name) for name in ("log_penalty", "gain", "log_kind", "key_scale", "scale")}
+        rows = zip(*(stack.float().unbind(0) for stack in stacks.values()), strict=True)
+        return [dict(zip(stacks, row, strict=True)) for row in rows]
 
     @property
     def shared_weights(self) -> torch.Tensor:
         """A, as all adapters have it: `(num_shared_weights,)`."""
-        return (self.keys * self.key_scale[:, None, None]).flatten()
+        return (self.keys.weight * self.key_scale[:, None, None]).flatten()
 
     @property
     def reader_weights(self) -> torch.Tensor:
         """The reader's LoRA, `(num_weights,)` of its layout."""
-        return torch.cat([matrix.flatten() for matrix in self.reader])
+        return torch.cat([matrices.weight.flatten() for matrices in self.reader])
 
     def forward(self, base_model: PreTrainedModel, reading: Reading) -> torch.Tensor:
         """Write an adapter from what was read of a task.
@@ -250,21 +294,22 @@ class LearnedClosedForm(nn.Module):
         following = F.rms_norm(embedded, embedded.shape[-1:])  # (n, a, d)
         rows = torch.arange(len(ids), device=device)[:, None]
         adapter: list[torch.Tensor] = []
+        layers = self.layers()
 
         with ExitStack() as stack:
-            for index, block in enumerate(blocks):
+            for index, (block, own) in enumerate(zip(blocks, layers, strict=True)):
                 inputs: list[torch.Tensor] = []
 
                 def keep(_module, args, inputs=inputs):
                     inputs.append(args[0].reshape(*ids.shape, -1))
 
-                def update(_module, _args, output, inputs=inputs, index=index):
+                def update(_module, _args, output, inputs=inputs, index=index, own=own):
                     hidden, u = hidden_of(output), inputs.pop()
-                    lora_a = self.keys[index] * self.key_scale[index]
-                    features = u @ lora_a.to(u.dtype).T
-                    constant = self.constant[index] * self.scale[index]
+                    features = u @ (own["keys"] * own["key_scale"]).to(u.dtype).T
+                    constant = own["constant"] * own["scale"]
                     hidden = hidden + features @ constant.to(u.dtype)
-                    b = self._solve(index, features[rows, at].float(), hidden[rows, at].float(), following, kind, states)
+                    read = [(one.layers[index], one.mask, one.order) for one in states]
+                    b = self._solve(own, features[rows, at].float(), hidden[rows, at].float(), following, kind, read)
                     adapter.append(b + constant)
                     hidden = hidden + features @ b.to(u.dtype)
                     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
@@ -276,35 +321,32 @@ class LearnedClosedForm(nn.Module):
 
     def _solve(
         self,
-        index: int,
+        own: dict[str, torch.Tensor],
         features: torch.Tensor,
         hidden: torch.Tensor,
         following: torch.Tensor,
         kind: torch.Tensor,
-        states: Sequence["States"],
+        read: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
     ) -> torch.Tensor:
         """Return one layer's B `(r, d)`: the weighted ridge regression of values on features, over all that was read.
 
         Args:
-            index (`int`): Of the layer.
+            own (`dict[str, torch.Tensor]`): What is learned of the layer.
             features (`(n, a, r)`), hidden (`(n, a, d)`): Of the examples alone, at their answers.
             following (`(n, a, d)`): The tokens that come next. kind (`(n, a)`): Of `KINDS`.
-            states: What the reader read.
+            read: Per conversation what the reader read: its states, where they are, and of which examples.
         """
-        a, y, w = [], [], []
-        for one in states:
-            state, order = one.layers[index], one.order
+        regressed = []
+        for state, mask, order in read:
             longest = state.shape[1]
-            from_state = F.rms_norm(state, state.shape[-1:]) @ self.state_in[index] @ self.state_out[index]
-            from_label = following[order, :longest] @ self.label_in[index] @ self.label_out[index]
+            from_state = F.rms_norm(state, state.shape[-1:]) @ own["state_in"] @ own["state_out"]
+            from_label = following[order, :longest] @ own["label_in"] @ own["label_out"]
             change = state - hidden[order, :longest]
-            values = self.gain[index] * change + self.scale[index] * (from_state + from_label)
-            place = self.log_index[: len(order), None]  # an example that was read after few others says little
-            weight = (self.log_kind[index][kind[order, :longest]] + place).exp()
-            a.append(features[order, :longest][one.mask])
-            y.append(values[one.mask])
-            w.append(weight[one.mask])
-        return weighted_ridge(torch.cat(a), torch.cat(y), torch.cat(w), self.log_penalty[index].exp())
+            values = own["gain"] * change + own["scale"] * (from_state + from_label)
+            place = self.log_index[: len(order), None].float()  # an example that was read after few says little
+            weight = (own["log_kind"][kind[order, :longest]] + place).exp()
+            regressed.append((features[order, :longest][mask], values[mask], weight[mask]))
+        return weighted_ridge(*map(torch.cat, zip(*regressed, strict=True)), own["log_penalty"].exp())
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ from .files import commit_files
 from .generation import generate_adapter
 from .hub import CARD_FILE, files_below, push_files, require_hub_id
 from .layout import LoraLayout
+from .learned_closed_form import LearnedClosedForm, Matrices
 from .lora_config import canonical_lora_config
 from .model_card import generator_card
 from .networks import NETWORKS, Conv1dCVAE, Int8, Prior, TokenwiseLinear, TransformerCVAE
@@ -94,6 +95,8 @@ def check_size(config: LoraGeneratorConfig) -> None:
         with torch.device("meta"):
             network = NETWORKS[config.architecture](config)
             parts = nn.ModuleDict({"statistics": ZooNormalizer(config), "network": network, "prior": Prior(config)})
+            if config.closed_form is not None:
+                parts["closed_form"] = LearnedClosedForm.from_config(config)
     except RuntimeError as error:
         raise IncompatibleAdapterError(f"Expected sizes of tensors that can be counted: {error}") from error
     sizes = {name: tensor.numel() for name, tensor in parts.state_dict().items()}
@@ -121,12 +124,13 @@ class LoraGeneratorModel(PreTrainedModel):
     zoo_normalizer: ZooNormalizer
     network: TransformerCVAE | Conv1dCVAE
     prior: Prior | None
+    closed_form: LearnedClosedForm | None
     config_class = LoraGeneratorConfig
     base_model_prefix = "generator"
     main_input_name = "task_vector"
     model_tags = ["hf_icm_lora"]
     accepts_loss_kwargs = False
-    _keep_in_fp32_modules_strict = ["zoo_normalizer"]
+    _keep_in_fp32_modules_strict = ["zoo_normalizer", "closed_form"]
 
     def __init__(self, config: LoraGeneratorConfig):
         if config.layout is None:
@@ -136,6 +140,7 @@ class LoraGeneratorModel(PreTrainedModel):
         self.zoo_normalizer = ZooNormalizer(config)
         self.network = NETWORKS[config.architecture](config)
         self.prior = Prior(config) if config.prior == "learned" else None
+        self.closed_form = LearnedClosedForm.from_config(config) if config.closed_form is not None else None
         self.layout: LoraLayout = config.lora_layout
         if config.weight_format == "int8":
             self._round_weights()
@@ -148,9 +153,13 @@ class LoraGeneratorModel(PreTrainedModel):
         elif isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):  # N(0, 0.02) would fade out over 24 layers
             init.kaiming_normal_(module.weight, nonlinearity="leaky_relu")
             init.zeros_(cast(torch.Tensor, module.bias))
+        elif isinstance(module, TokenwiseLinear) and module.bias is None:  # a basis of what is added to a closed form
+            init.zeros_(module.weight)
         elif isinstance(module, TokenwiseLinear):
             init.normal_(module.weight, std=0.02)
             init.zeros_(module.bias)
+        elif isinstance(module, LearnedClosedForm):
+            module.reset_parameters()
         elif isinstance(module, ZooNormalizer):
             # Or a checkpoint without statistics would come up with garbage.
             for name, buffer in module.named_buffers():
@@ -161,7 +170,12 @@ class LoraGeneratorModel(PreTrainedModel):
     @property
     def shared_weights(self) -> torch.Tensor:
         """What all adapters of this generator share, `(num_shared_weights,)`, fp32."""
-        return self.zoo_normalizer.shared_weights
+        return self.zoo_normalizer.shared_weights if self.closed_form is None else self.closed_form.shared_weights
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the network has statistics of training data, without which it writes nothing."""
+        return bool(self.zoo_normalizer.is_fitted)
 
     def fit_normalizer(
         self, dataset: LoraZooDataset, behavioural_dataset: BehaviouralDataset | None = None, batch_size: int = 32
@@ -181,9 +195,9 @@ class LoraGeneratorModel(PreTrainedModel):
             TaskVectorError: if the task vectors are not of this generator's shape.
         """
         normalizer = self.zoo_normalizer
-        if tuple(dataset.shared_weights.shape) != tuple(normalizer.shared_weights.shape):
+        if tuple(dataset.shared_weights.shape) != (self.layout.num_shared_weights,):
             raise IncompatibleAdapterError(
-                f"Expected {normalizer.shared_weights.numel()} shared weights, found "
+                f"Expected {self.layout.num_shared_weights} shared weights, found "
                 f"{tuple(dataset.shared_weights.shape)}: the dataset comes from a zoo of another layout."
             )
         vectors = torch.cat([d.task_vectors for d in (dataset, behavioural_dataset) if d is not None])
@@ -332,7 +346,7 @@ class LoraGeneratorModel(PreTrainedModel):
 
     def _round_weights(self) -> None:
         for module in list(self.modules()):
-            if isinstance(module, (nn.Linear, TokenwiseLinear)):
+            if isinstance(module, (nn.Linear, TokenwiseLinear, Matrices)):
                 module.weight.requires_grad_(False)
                 parametrize.register_parametrization(module, "weight", Int8())
         parametrize.register_parametrization(self.zoo_normalizer, "vector_directions", Int8())
@@ -537,7 +551,7 @@ class LoraGeneratorModel(PreTrainedModel):
         return zeros, zeros
 
     def _condition(self, task_vector: torch.Tensor) -> torch.Tensor:
-        if not self.zoo_normalizer.is_fitted:
+        if not self.is_fitted:
             raise NotFittedError(
                 "This generator has no statistics yet: call fit_normalizer(train_dataset) or train it."
             )

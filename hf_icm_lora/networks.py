@@ -49,12 +49,14 @@ class Block(nn.Module):
 class TokenwiseLinear(nn.Module):
     """A linear layer of its own for each token, `(batch, num_tokens, in) -> (batch, num_tokens, out)`."""
 
-    def __init__(self, num_tokens: int, in_features: int, out_features: int):
+    def __init__(self, num_tokens: int, in_features: int, out_features: int, bias: bool = True):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_tokens, in_features, out_features))
-        self.bias = nn.Parameter(torch.empty(num_tokens, out_features))
+        self.bias = nn.Parameter(torch.empty(num_tokens, out_features)) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.bias is None:
+            return torch.bmm(x.transpose(0, 1), self.weight).transpose(0, 1)
         return torch.baddbmm(self.bias[:, None], x.transpose(0, 1), self.weight).transpose(0, 1)
 
 
@@ -64,7 +66,8 @@ class WeightTokens(nn.Module):
     On the way in, matrices of one kind share one projection; what tells them apart is an embedding of their position,
     number by number of the module's path, and of their rank component. On the way out, each has a basis of its own,
     in which its token says where the weights lie: fine-tuning leaves the directions of different layers unrelated, so
-    a projection that they share would need a width of tasks times layers to reach all of them.
+    a projection that they share would need a width of tasks times layers to reach all of them. What is added to a closed
+    form, which has the mean adapter in it, starts at 0.
     """
 
     def __init__(self, config: LoraGeneratorConfig):
@@ -77,7 +80,7 @@ class WeightTokens(nn.Module):
         self.coordinate_proj = nn.Linear(config.hidden_size, config.basis_size)
         self.coordinate_norm = nn.LayerNorm(config.basis_size)  # of unit size, so that the bases learn at once
         self.bases = nn.ModuleList(
-            TokenwiseLinear(block.count * n, config.basis_size, width)
+            TokenwiseLinear(block.count * n, config.basis_size, width, bias=config.closed_form is None)
             for block, n, width in zip(self.blocks, self.per_matrix, widths, strict=True)
         )
         # A number outside a module's path (paths differ in depth) is 0, a present one is itself + 1.

@@ -13,7 +13,7 @@ class ZooNormalizer(nn.Module):
     """Statistics of the training data, in fp32: what one unit of weight and of task vector means.
 
     Of the zoo: the elementwise mean adapter, one scale per matrix, since B is small beside A and layers differ, and
-    the weights that all adapters share. Of the task vectors: mean and scale of every entry, and the principal
+    the weights that all adapters share; a generator with a closed form has both of them there. Of the task vectors: mean and scale of every entry, and the principal
     directions, which turn a vector into a condition.
 
     A condition is half whitened: each direction is divided by the fourth root of its variance. A few directions hold
@@ -21,9 +21,9 @@ class ZooNormalizer(nn.Module):
     descent would come to it last. Full whitening, on the other hand, would make noise as loud as what matters.
     """
 
-    weight_mean: torch.Tensor  # (num_weights,)
+    weight_mean: torch.Tensor  # (num_weights,), unless there is a closed form
     weight_scale: torch.Tensor  # (num_matrices,)
-    shared_weights: torch.Tensor  # (num_shared_weights,)
+    shared_weights: torch.Tensor  # (num_shared_weights,), unless there is a closed form
     product_scale: torch.Tensor  # (num_modules,), where products are compared
     vector_mean: torch.Tensor  # (num_task_vectors, task_vector_size)
     vector_scale: torch.Tensor  # the same
@@ -35,9 +35,11 @@ class ZooNormalizer(nn.Module):
         layout = config.lora_layout
         self.layout, self.sizes = layout, [b.rank * b.width for b in layout.blocks for _ in b.modules]
         vector = (config.num_task_vectors, config.task_vector_size)
-        self.register_buffer("weight_mean", torch.zeros(layout.num_weights))
+        self.corrects = config.closed_form is not None  # a closed form, which has the mean adapter and A in it
+        if not self.corrects:
+            self.register_buffer("weight_mean", torch.zeros(layout.num_weights))
+            self.register_buffer("shared_weights", torch.zeros(layout.num_shared_weights))
         self.register_buffer("weight_scale", torch.ones(len(self.sizes)))
-        self.register_buffer("shared_weights", torch.zeros(layout.num_shared_weights))
         self.compares_products = config.reconstruction == "products"
         if self.compares_products:
             self.register_buffer("product_scale", torch.ones(len(layout.modules)))
@@ -47,7 +49,7 @@ class ZooNormalizer(nn.Module):
         self.register_buffer("is_fitted", torch.zeros(1))
 
     def fit_weights(self, batches: Iterable[torch.Tensor], shared_weights: torch.Tensor) -> None:
-        """Fit to adapters, batches of `(batch, num_weights)`."""
+        """Fit to adapters, batches of `(batch, num_weights)`; or to what is to be added to those of a closed form."""
         count, mean, squares, products = 0, torch.zeros(()), torch.zeros(()), torch.zeros(())
         for batch in batches:  # Welford's update, batch by batch (Chan, Golub, LeVeque 1983)
             own = batch.double().mean(0)
@@ -56,11 +58,13 @@ class ZooNormalizer(nn.Module):
             mean, count = mean + shift * (len(batch) / total), total
             if self.compares_products:
                 products = products + self._product_errors(batch, shared_weights).sum(0)
-        scale = torch.stack([v.mean().sqrt() for v in (squares / count).split(self.sizes)])
-        self.weight_mean.copy_(mean)
+        mean_squares = squares / count + mean**2 if self.corrects else squares / count
+        scale = torch.stack([v.mean().sqrt() for v in mean_squares.split(self.sizes)])
+        if not self.corrects:
+            self.weight_mean.copy_(mean)
+            self.shared_weights.copy_(shared_weights)
         # A matrix that never varies has scale 0: the floor makes it come out as its mean, instead of as NaN.
         self.weight_scale.copy_(scale.clamp(min=max(1e-3 * scale.median().item(), 1e-8)))
-        self.shared_weights.copy_(shared_weights)
         if self.compares_products:
             usual = products / count
             self.product_scale.copy_(usual.clamp(min=max(1e-6 * usual.median().item(), 1e-16)))
@@ -80,10 +84,12 @@ class ZooNormalizer(nn.Module):
         self.vector_directions[:known] = directions[:known] / (deviations.sqrt() * unit)[:, None]
 
     def normalize(self, lora_weights: torch.Tensor) -> torch.Tensor:
-        return (lora_weights.float() - self.weight_mean) / self._scale_of_each_weight()
+        centred = lora_weights.float() if self.corrects else lora_weights.float() - self.weight_mean
+        return centred / self._scale_of_each_weight()
 
     def denormalize(self, normalized: torch.Tensor) -> torch.Tensor:
-        return normalized.float() * self._scale_of_each_weight() + self.weight_mean
+        scaled = normalized.float() * self._scale_of_each_weight()
+        return scaled if self.corrects else scaled + self.weight_mean
 
     def error(self, lora_weights: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Return what reconstruction minimizes, `(batch,)`, of two batches of weights `(batch, num_weights)`."""

@@ -1,13 +1,16 @@
-"""From a writer that train.py made to the tensors of a generator's learned closed form."""
+"""From a writer that train.py made to a generator: the same closed form, in the package's own terms."""
 
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
+from hf_icm_lora import LoraGeneratorConfig, LoraGeneratorModel
+from hf_icm_lora.base_model import base_model_fingerprint
 from hf_icm_lora.layout import LoraLayout, LoraModule
-from hf_icm_lora.learned_closed_form import LearnedClosedForm
+from hf_icm_lora.learned_closed_form import MATRICES
 
+BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PARTS = {"qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "o": ("self_attn.o_proj",),
          "gate_up": ("mlp.gate_proj", "mlp.up_proj"), "down": ("mlp.down_proj",)}  # fmt: skip
 
@@ -19,30 +22,48 @@ def load_writer(path: str | Path) -> dict[str, torch.Tensor]:
     return {name: t * scales[f"{name}.row_scale"] if t.dtype == torch.int8 else t for name, t in stored.items()}
 
 
-def closed_form_of(path: str | Path, base_model: torch.nn.Module) -> LearnedClosedForm:
-    """Return the learned closed form that computes what a writer computes."""
+def generator_of(path: str | Path, base_model: torch.nn.Module, **sizes) -> LoraGeneratorModel:
+    """Return a generator whose closed form computes what a writer computes. Its network was not trained yet.
+
+    Args:
+        path (`str` or `Path`): A writer.safetensors of train.py.
+        base_model (`PreTrainedModel`): The base that it was trained for.
+        sizes: Further fields of the configuration, of the network for instance.
+    """
     stored = load_writer(path)
     linear = {name: module for name, module in base_model.named_modules() if isinstance(module, torch.nn.Linear)}
 
     def module(name: str, rank: int) -> LoraModule:
         return LoraModule(name, linear[name].in_features, linear[name].out_features, rank)
 
-    layers, rank = stored["keys"].shape[:2]
+    count, rank = stored["keys"].shape[:2]
     reader_rank = stored["reader_a.down"].shape[1]
-    names = [f"model.layers.{index}." for index in range(layers)]
-    layout = LoraLayout(tuple(module(f"{name}mlp.down_proj", rank) for name in names), "frozen_a")
-    own = tuple(module(name + part, reader_rank) for name in names for parts in PARTS.values() for part in parts)
-    reader = LoraLayout(own, "free")
-    model = LearnedClosedForm(layout, reader, stored["state_in"].shape[2], stored["label_in"].shape[2])
+    layers = [f"model.layers.{index}." for index in range(count)]
+    layout = LoraLayout(tuple(module(f"{layer}mlp.down_proj", rank) for layer in layers), "frozen_a")
+    read = tuple(module(layer + part, reader_rank) for layer in layers for parts in PARTS.values() for part in parts)
+    reader = LoraLayout(read, "free")
+    closed_form = {
+        "reader": reader.to_dict(),
+        "state_rank": stored["state_in"].shape[2],
+        "label_rank": stored["label_in"].shape[2],
+    }
+    config = LoraGeneratorConfig(
+        layout=layout.to_dict(),
+        lora_config={"r": rank, "lora_alpha": rank, "target_modules": ["down_proj"], "task_type": "CAUSAL_LM"},
+        base_model_name_or_path=BASE_MODEL,
+        base_model_fingerprint=base_model_fingerprint(base_model),
+        closed_form=closed_form,
+        **sizes,
+    )
+    generator = LoraGeneratorModel(config)
 
     factors: dict[tuple[str, str], torch.Tensor] = {}
     for joined, parts in PARTS.items():
-        outs = [linear[f"model.layers.0.{part}"].out_features for part in parts]
+        outs = [linear[f"{layers[0]}{part}"].out_features for part in parts]
         for part, b in zip(parts, stored[f"reader_b.{joined}"].split(outs, dim=1), strict=True):
             factors[f"model.layers.*.{part}", "lora_A"] = stored[f"reader_a.{joined}"]
             factors[f"model.layers.*.{part}", "lora_B"] = b.mT
-    state = {name: tensor for name, tensor in stored.items() if not name.startswith("reader_")}
-    for index, block in enumerate(reader.blocks):
-        state[f"reader.{index}"] = factors[block.kind, block.factor]
-    model.load_state_dict(state)
-    return model.requires_grad_(False)
+    matrices = {f"{name}.weight" if name in MATRICES else name: t for name, t in stored.items() if "reader_" not in name}
+    matrices |= {f"reader.{i}.weight": factors[block.kind, block.factor] for i, block in enumerate(reader.blocks)}
+    generator.closed_form.load_state_dict(matrices)
+    return generator.eval()
