@@ -20,13 +20,16 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.pytorch_utils import Conv1D
 
+from .base_model import base_model_fingerprint
 from .behaviour import batched_lora
 from .closed_form import Block, hidden_of, hook, residual_blocks
 from .completion import encode_prompt, is_chat, render
 from .configuration_lora_generator import LoraGeneratorConfig
 from .errors import IncompatibleAdapterError, TaskError
-from .layout import LoraLayout
+from .layout import LoraLayout, LoraModule
+from .lora_config import shortest_target_modules
 from .tasks import Sample
 
 MATRICES = ("keys", "constant", "state_in", "state_out", "label_in", "label_out")
@@ -251,10 +254,12 @@ class LearnedClosedForm(nn.Module):
         Returns:
             `torch.Tensor` of shape `(num_weights,)`, fp32.
         """
-        blocks = residual_blocks(base_model)
-        names = [block.writer_name for block in blocks]
-        if names != [module.name for module in self.layout.modules]:
-            raise IncompatibleAdapterError(f"Expected a base model that adds {names[0]} ... to its hidden states.")
+        blocks, own = residual_blocks(base_model), [module.name for module in self.layout.modules]
+        if (found := [block.writer_name for block in blocks]) != own:
+            raise IncompatibleAdapterError(
+                f"Expected a base model whose {len(own)} layers end with {own[0]} and its like, found {len(found)} "
+                f"layers that end with {found[0]} and its like."
+            )
         states = self.states(base_model, reading, blocks)
         return self.write(base_model, reading, blocks, states)
 
@@ -349,6 +354,59 @@ class LearnedClosedForm(nn.Module):
         return weighted_ridge(*map(torch.cat, zip(*regressed, strict=True)), own["log_penalty"].exp())
 
 
+def closed_form_config(
+    base_model: PreTrainedModel,
+    *,
+    rank: int = 64,
+    reader_rank: int = 16,
+    state_rank: int = 32,
+    label_rank: int = 64,
+    **fields,
+) -> LoraGeneratorConfig:
+    """Make the configuration of a generator with a closed form, for a base model.
+
+    Args:
+        base_model (`PreTrainedModel`): A decoder-only model without adapters.
+        rank (`int`, *optional*, defaults to 64): Of the adapters.
+        reader_rank (`int`, *optional*, defaults to 16): Of the LoRA, on all linear layers, with which the base reads.
+        state_rank (`int`, *optional*, defaults to 32), label_rank (`int`, *optional*, defaults to 64): As in
+            [`LearnedClosedForm`].
+        fields: Further fields of the configuration.
+
+    Raises:
+        IncompatibleAdapterError: if the base's layers do not end with a linear map.
+
+    Example:
+        >>> generator = LoraGeneratorModel(closed_form_config(base))  # doctest: +SKIP
+    """
+    blocks = residual_blocks(base_model)
+    written = tuple(_lora_module(block.writer_name, block.writer, rank) for block in blocks)
+    paths = {module: name for name, module in base_model.named_modules()}
+    linear = [m for block in blocks for m in block.module.modules() if isinstance(m, (nn.Linear, Conv1D))]
+    read = tuple(_lora_module(paths[module], module, reader_rank) for module in linear)
+    lora_config = {
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": shortest_target_modules([module.name for module in written], base_model),
+        "task_type": "CAUSAL_LM",
+        "fan_in_fan_out": isinstance(blocks[0].writer, Conv1D),
+    }
+    reader = LoraLayout(read, "free").to_dict()
+    of_base = {
+        "layout": LoraLayout(written, "frozen_a").to_dict(),
+        "lora_config": lora_config,
+        "base_model_name_or_path": base_model.config._name_or_path or None,
+        "base_model_fingerprint": base_model_fingerprint(base_model),
+        "closed_form": {"reader": reader, "state_rank": state_rank, "label_rank": label_rank},
+    }
+    return LoraGeneratorConfig(**of_base | fields)
+
+
+def _lora_module(name: str, linear: nn.Module, rank: int) -> LoraModule:
+    outs, ins = linear.weight.T.shape if isinstance(linear, Conv1D) else linear.weight.shape
+    return LoraModule(name, ins, outs, rank)
+
+
 @dataclass(frozen=True)
 class States:
     """The reader's hidden states at the answers of a conversation.
@@ -373,10 +431,11 @@ def weighted_ridge(
         features (`torch.Tensor` of shape `(tokens, r)`), values (`(tokens, d)`), weight (`(tokens,)`): fp32.
         penalty (`torch.Tensor`): In units of the features' mean square.
     """
-    weighted = features * weight[:, None]
-    strength = penalty * (weighted * features).sum() / weight.sum().clamp_min(1e-6) + 1e-6
-    matrix = weighted.T @ features + strength * torch.eye(features.shape[1], device=features.device)
-    return torch.cholesky_solve(weighted.T @ values, torch.linalg.cholesky(matrix))
+    wide = features.double()  # with fewer tokens than features, the penalty alone keeps the matrix from being singular
+    weighted = wide * weight[:, None]
+    strength = penalty * (weighted * wide).sum() / weight.sum().clamp_min(1e-6) + 1e-6
+    matrix = weighted.T @ wide + strength * torch.eye(wide.shape[1], device=wide.device)
+    return torch.cholesky_solve(weighted.T @ values.double(), torch.linalg.cholesky(matrix)).float()
 
 
 def _positions(starts: Sequence[int], answers: Sequence[Sequence[int]], device) -> tuple[torch.Tensor, torch.Tensor]:

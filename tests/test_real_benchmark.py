@@ -32,13 +32,19 @@ def real_line(number: int, labels: bool) -> dict:
     }  # fmt: skip
 
 
+def with_chat(tokenizer):
+    """A copy of a tokenizer with the chat template, and with the token that ends a turn."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    return tokenizer
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory, tokenizer):
     """A folder of prepare.py: six tasks in three files, and a tiny Llama in fp32."""
     folder = tmp_path_factory.mktemp("prepared")
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = TEMPLATE
-    templates = prepare.Templates(tokenizer)
+    templates = prepare.Templates(with_chat(tokenizer))
     for split, numbers in {"train": (0, 1, 2), "suite": (3,), "validation": (4, 5)}.items():
         path = folder / f"{split}.jsonl.gz"
         with gzip.open(path, "wt") as lines:

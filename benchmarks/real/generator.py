@@ -19,7 +19,6 @@ from transformers import HfArgumentParser
 from benchmarks.real.prepare import suite_tasks
 from benchmarks.real.run import chosen
 from hf_icm_lora import (
-    LoraGeneratorConfig,
     LoraGeneratorModel,
     LoraGeneratorTrainer,
     LoraGeneratorTrainingArguments,
@@ -28,10 +27,9 @@ from hf_icm_lora import (
     TaskVectorSpec,
     load_tasks,
 )
-from hf_icm_lora.base_model import base_model_fingerprint, frozen_base, load_base_model
+from hf_icm_lora.base_model import frozen_base, load_base_model
 from hf_icm_lora.files import sha256_of
-from hf_icm_lora.layout import LoraLayout, LoraModule
-from hf_icm_lora.learned_closed_form import MATRICES, read_examples
+from hf_icm_lora.learned_closed_form import MATRICES, closed_form_config, read_examples
 
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SPEC = TaskVectorSpec(num_draws=2, layers=(14, 22, 30))
@@ -55,41 +53,28 @@ def generator_of(path: str | Path, base_model: torch.nn.Module, **sizes) -> Lora
         sizes: Further fields of the configuration, of the network for instance.
     """
     stored = load_writer(path)
-    linear = {name: module for name, module in base_model.named_modules() if isinstance(module, torch.nn.Linear)}
-
-    def module(name: str, rank: int) -> LoraModule:
-        return LoraModule(name, linear[name].in_features, linear[name].out_features, rank)
-
-    count, rank = stored["keys"].shape[:2]
-    reader_rank = stored["reader_a.down"].shape[1]
-    layers = [f"model.layers.{index}." for index in range(count)]
-    layout = LoraLayout(tuple(module(f"{layer}mlp.down_proj", rank) for layer in layers), "frozen_a")
-    read = tuple(module(layer + part, reader_rank) for layer in layers for parts in PARTS.values() for part in parts)
-    reader = LoraLayout(read, "free")
-    closed_form = {
-        "reader": reader.to_dict(),
-        "state_rank": stored["state_in"].shape[2],
-        "label_rank": stored["label_in"].shape[2],
-    }
-    config = LoraGeneratorConfig(
-        layout=layout.to_dict(),
-        lora_config={"r": rank, "lora_alpha": rank, "target_modules": ["down_proj"], "task_type": "CAUSAL_LM"},
+    config = closed_form_config(
+        base_model,
+        rank=stored["keys"].shape[1],
+        reader_rank=stored["reader_a.down"].shape[1],
+        state_rank=stored["state_in"].shape[2],
+        label_rank=stored["label_in"].shape[2],
         base_model_name_or_path=BASE_MODEL,
-        base_model_fingerprint=base_model_fingerprint(base_model),
-        closed_form=closed_form,
         **sizes,
     )
     generator = LoraGeneratorModel(config)
+    closed_form = generator.closed_form
+    outs = {module.name.split(".", 3)[3]: module.out_features for module in closed_form.reader_layout.modules}
 
     factors: dict[tuple[str, str], torch.Tensor] = {}
     for joined, parts in PARTS.items():
-        outs = [linear[f"{layers[0]}{part}"].out_features for part in parts]
-        for part, b in zip(parts, stored[f"reader_b.{joined}"].split(outs, dim=1), strict=True):
+        sizes_of_parts = [outs[part] for part in parts]
+        for part, b in zip(parts, stored[f"reader_b.{joined}"].split(sizes_of_parts, dim=1), strict=True):
             factors[f"model.layers.*.{part}", "lora_A"] = stored[f"reader_a.{joined}"]
             factors[f"model.layers.*.{part}", "lora_B"] = b.mT
     matrices = {f"{name}.weight" if name in MATRICES else name: t for name, t in stored.items() if "reader_" not in name}
-    matrices |= {f"reader.{i}.weight": factors[block.kind, block.factor] for i, block in enumerate(reader.blocks)}
-    generator.closed_form.load_state_dict(matrices)
+    matrices |= {f"reader.{i}.weight": factors[block.kind, block.factor] for i, block in enumerate(closed_form.reader_layout.blocks)}
+    closed_form.load_state_dict(matrices)
     return generator.eval()
 
 

@@ -1,0 +1,169 @@
+"""The learned closed form: examples become a LoRA by a regression whose parts were trained."""
+
+import pytest
+import torch
+
+from benchmarks.real.episodes import Episodes
+from benchmarks.real.generator import generator_of
+from benchmarks.real.writer import Base, MetaClosedForm, Writer
+from hf_icm_lora import IncompatibleAdapterError, LoraGeneratorModel, NotFittedError, TaskError
+from hf_icm_lora.base_model import frozen_base
+from hf_icm_lora.behaviour import batched_lora
+from hf_icm_lora.completion import DEFAULT_TEMPLATE, CompletionCollator
+from hf_icm_lora.generation import write_adapter
+from hf_icm_lora.learned_closed_form import closed_form_config, read_examples
+from hf_icm_lora.tasks import to_sample
+from tests.conftest import make_gpt2, make_llama
+from tests.test_real_benchmark import disturb, prepared, real_line, with_chat  # noqa: F401  # a fixture
+
+EXAMPLES = [("ab", "bc"), ("cd", "de"), ("fg", "gh"), ("xy", "yz"), ("mn", "no")]
+SAMPLES = [to_sample(example) for example in EXAMPLES]
+SIZES = {"rank": 8, "reader_rank": 2, "state_rank": 2, "label_rank": 2}
+NETWORK = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "basis_size": 2, "latent_size": 2}
+
+
+def make_generator(base, **fields) -> LoraGeneratorModel:
+    """A generator with a closed form whose parameters all have values of their own, as after training."""
+    generator = LoraGeneratorModel(closed_form_config(base, **SIZES | NETWORK | fields)).eval()
+    drawn = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in generator.closed_form.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=drawn)
+    return generator
+
+
+@pytest.fixture(params=[make_llama, make_gpt2])
+def base(request):
+    return request.param()
+
+
+def logits_alone(model, tokenizer, sample, examples=()) -> torch.Tensor:
+    batch = CompletionCollator(tokenizer, examples=examples, max_length=2048)([sample])
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        return model(**batch).logits[0, :-1][labels[0, 1:] != -100]
+
+
+def test_untrained_and_without_penalty_it_says_what_the_base_says_after_the_examples_before(base, tokenizer):
+    """Before training the base itself reads. Every example then comes out as after those that were read before it."""
+    generator = LoraGeneratorModel(closed_form_config(base, **SIZES | {"rank": 64} | NETWORK)).eval()
+    generator.closed_form.log_penalty.data.fill_(-23.0)
+    prompted = [logits_alone(base, tokenizer, sample, SAMPLES[:index]) for index, sample in enumerate(SAMPLES)]
+    bare = [logits_alone(base, tokenizer, sample) for sample in SAMPLES]
+    model = generator.generate_adapter(base, processing_class=tokenizer, examples=EXAMPLES, fit_scale=False)
+    for sample, expected, without in zip(SAMPLES, prompted, bare, strict=True):
+        torch.testing.assert_close(logits_alone(model, tokenizer, sample), expected, atol=0.05, rtol=0.05)
+    assert (prompted[-1] - bare[-1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("template", ["plain", "chat"])
+def test_it_writes_what_the_training_script_writes(prepared, tokenizer, template):  # noqa: F811
+    """The script has a Llama of its own, which a GPU runs fast. Both must turn the same tokens into the same B."""
+    torch.manual_seed(0)
+    base = Base(prepared, "cpu", torch.float32)
+    writer = Writer(base, rank=8, reader_rank=2, state_rank=2, label_rank=2)
+    torch.nn.init.normal_(writer.keys, std=0.2)
+    disturb(writer)
+    writer.save(prepared / "writer.safetensors")
+    writer.load(prepared / "writer.safetensors")  # in 8 bits
+    batch = Episodes(prepared, {"validation": 1.0}).held_out([0], demos=6, queries=1, template=template)
+    with torch.no_grad():
+        model = MetaClosedForm(base, writer)
+        states, _ = model.read(batch["reader_ids"], batch["reader_at"])
+        _, expected = model.write(batch, states)
+
+    llama = make_llama()
+    generator = generator_of(prepared / "writer.safetensors", llama, **NETWORK)
+    demo = [to_sample(raw) for raw in real_line(4, labels=True)["demo"][:6]]
+    written = write_adapter(generator, llama, with_chat(tokenizer), demo, template="chat" if template == "chat" else None)
+    expected = torch.stack([b[0] for b in expected])
+    torch.testing.assert_close(written.view_as(expected), expected, atol=2e-3, rtol=2e-3)
+
+
+def test_the_adapter_in_peft_computes_what_it_was_written_for(base, tokenizer):
+    generator = make_generator(base)
+    weights = write_adapter(generator, base, tokenizer, SAMPLES)
+    with batched_lora(base, generator.layout, weights[None], generator.shared_weights.detach()):
+        expected = logits_alone(base, tokenizer, SAMPLES[0])
+    model = generator.generate_adapter(base, processing_class=tokenizer, examples=EXAMPLES, fit_scale=False)
+    torch.testing.assert_close(logits_alone(model, tokenizer, SAMPLES[0]), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_everything_in_it_can_be_trained_through_the_base(base, tokenizer):
+    generator = make_generator(base)
+    with frozen_base(base) as frozen, torch.enable_grad():
+        weights = generator.closed_form(frozen, read_examples(tokenizer, SAMPLES, DEFAULT_TEMPLATE))
+    weights.square().sum().backward()
+    for name, parameter in generator.closed_form.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_eight_bits_and_a_saved_copy_write_the_same(base, tokenizer, tmp_path):
+    generator = make_generator(base)
+    whole = write_adapter(generator, base, tokenizer, SAMPLES)
+    small = generator.without_encoder().to_int8()
+    rounded = write_adapter(small, base, tokenizer, SAMPLES)
+    assert (rounded - whole).norm() < 0.05 * whole.norm()
+    small.save_pretrained(tmp_path / "generator")
+    again = LoraGeneratorModel.from_pretrained(tmp_path / "generator")
+    assert torch.equal(write_adapter(again, base, tokenizer, SAMPLES), rounded)
+
+
+def test_what_the_network_adds_is_nothing_before_it_is_trained(base, tokenizer):
+    generator = make_generator(base, num_task_vectors=2, task_vector_size=base.config.hidden_size)
+    alone = write_adapter(generator, base, tokenizer, SAMPLES)
+    generator.zoo_normalizer.is_fitted.fill_(1)
+    assert torch.equal(write_adapter(generator, base, tokenizer, SAMPLES), alone)
+    assert not write_adapter(generator, base, tokenizer, [], "Next letters.").any()
+
+
+def test_a_description_is_read_before_the_examples_and_alone_needs_a_trained_network(base, tokenizer):
+    generator = make_generator(base)
+    without, described = (write_adapter(generator, base, tokenizer, SAMPLES, text) for text in (None, "Next letters."))
+    assert (without - described).norm() > 0.01 * without.norm()
+    mixed = write_adapter(generator, base, tokenizer, SAMPLES, {"Next letters.": 3.0, "Letters.": 1.0})
+    other = write_adapter(generator, base, tokenizer, SAMPLES, "Letters.")
+    torch.testing.assert_close(mixed, 0.75 * described + 0.25 * other)
+    with pytest.raises(NotFittedError):
+        generator.generate_adapter(base, processing_class=tokenizer, description="Next letters.")
+
+
+def test_examples_are_read_in_several_orders_and_in_parts(tokenizer):
+    reading = read_examples(tokenizer, SAMPLES, DEFAULT_TEMPLATE, "Next letters.", num_orders=3)
+    assert [conversation.order for conversation in reading.conversations] == [
+        [0, 1, 2, 3, 4], [4, 3, 2, 1, 0], [2, 3, 4, 0, 1],
+    ]  # fmt: skip
+    for conversation in reading.conversations:
+        text = "Next letters.\n" + "".join(f"- {EXAMPLES[i][0]}: {EXAMPLES[i][1]}\n" for i in conversation.order)
+        assert tokenizer.decode(conversation.ids, skip_special_tokens=True) == text
+        for index, start in zip(conversation.order, conversation.starts, strict=True):
+            answer = reading.answers[index]
+            assert conversation.ids[start + 1 : start + 1 + len(answer)] == answer
+    for row, start, answer in zip(reading.rows, reading.starts, reading.answers, strict=True):
+        assert row[start + 1 :] == answer
+    longest = max(map(len, reading.rows)) * 2
+    parts = read_examples(tokenizer, SAMPLES, DEFAULT_TEMPLATE, max_length=longest).conversations
+    assert [index for part in parts for index in part.order] == [0, 1, 2, 3, 4]
+    assert len(parts) > 1
+    assert all(len(part.ids) <= longest for part in parts)
+
+
+def test_more_examples_than_are_read_at_once_are_all_used(base, tokenizer):
+    generator = make_generator(base)
+    many = [to_sample((f"{i}", f"{i + 1}")) for i in range(40)]
+    weights = write_adapter(generator, base, tokenizer, many)
+    assert weights.isfinite().all()
+    assert (weights - write_adapter(generator, base, tokenizer, many[:32])).norm() > 1e-3 * weights.norm()
+
+
+def test_what_cannot_be_read_is_refused(base, tokenizer):
+    with pytest.raises(TaskError, match="at least one example"):
+        read_examples(tokenizer, [], DEFAULT_TEMPLATE)
+    with pytest.raises(TaskError, match=r"examples\[1\] has \d+ tokens, and 30 at most"):
+        read_examples(tokenizer, [SAMPLES[0], to_sample(("word " * 40, "x"))], DEFAULT_TEMPLATE, max_length=30)
+    generator = make_generator(make_gpt2() if "Llama" in type(base).__name__ else make_llama())
+    with pytest.raises(IncompatibleAdapterError, match="made for"):
+        generator.generate_adapter(base, processing_class=tokenizer, examples=EXAMPLES)
+    with pytest.raises(IncompatibleAdapterError, match="layers end with"):
+        write_adapter(generator, base, tokenizer, SAMPLES)
