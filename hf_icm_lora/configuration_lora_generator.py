@@ -42,9 +42,8 @@ class LoraGeneratorConfig(PreTrainedConfig):
             versions, machine, seconds and last losses.
         template (`str`, *optional*): Text with `{prompt}` and `{completion}` that the adapters were trained on, or
             `"chat"` for the tokenizer's chat template.
-        closed_form (`dict`, *optional*): Sizes of the [`LearnedClosedForm`] that adapters for examples start from:
-            the `reader`'s layout as a dictionary, `state_rank` and `label_rank`. The network then writes what is
-            added to it.
+        closed_form (`dict`, *optional*): Sizes of the [`LearnedClosedForm`] that writes from examples: the `reader`'s
+            layout as a dictionary, `state_rank` and `label_rank`. The network then writes from descriptions alone.
         num_task_vectors (`int`, *optional*, defaults to 1): Rows of a task vector.
         task_vector_size (`int`, *optional*, defaults to 576): Columns, the base model's hidden size.
         condition_size (`int`, *optional*, defaults to 256): Principal directions of the training tasks' vectors that
@@ -136,12 +135,16 @@ class LoraGeneratorConfig(PreTrainedConfig):
     def _check_closed_form(self) -> None:
         expected = ("label_rank", "reader", "state_rank")
         if tuple(sorted(self.closed_form)) != expected:
-            raise IncompatibleAdapterError(f"closed_form: expected {expected}, found {tuple(sorted(self.closed_form))}.")
+            raise IncompatibleAdapterError(
+                f"closed_form: expected {expected}, found {tuple(sorted(self.closed_form))}."
+            )
         LoraLayout.from_dict(self.closed_form["reader"])  # or its error
         for name in ("state_rank", "label_rank"):
             rank = self.closed_form[name]
             if not isinstance(rank, int) or not 1 <= rank <= 65536:
-                raise IncompatibleAdapterError(f"closed_form: {name}: expected a number from 1 to 65536, found {rank!r}.")
+                raise IncompatibleAdapterError(
+                    f"closed_form: {name}: expected a number from 1 to 65536, found {rank!r}."
+                )
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:

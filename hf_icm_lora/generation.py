@@ -1,7 +1,7 @@
 """From what a user has of a task, examples or a description, to an adapter in the model, and what is known of it."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +21,7 @@ from .task_vectors import TaskVectorExtractor, TaskVectorSpec
 from .tasks import Sample, to_sample
 
 FALLBACKS = ("generate", "base", "raise")
+NUM_ORDERS = 2  # in which a closed form reads the examples: forwards and backwards
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,6 @@ class Generator(Protocol):
     config: LoraGeneratorConfig
     layout: LoraLayout
     closed_form: LearnedClosedForm | None
-
-    @property
-    def is_fitted(self) -> bool:
-        """Whether the network was trained."""
 
     @property
     def shared_weights(self) -> torch.Tensor:
@@ -238,7 +235,8 @@ def write_adapter(
     template: str | None = None,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """Write an adapter for what is known of a task: the closed form of its examples, and what the network adds to it.
+    """Write an adapter for what is known of a task: in closed form from examples, if the generator has one, else by
+    the network.
 
     Args:
         lora_generator (`LoraGeneratorModel`): Its closed form, if any, moves to the base model's device.
@@ -248,26 +246,27 @@ def write_adapter(
         `torch.Tensor` of shape `(num_weights,)`, fp32, on the CPU.
 
     Raises:
-        NotFittedError: if there are no examples, and the network was not trained.
+        NotFittedError: if it is the network's part, and the network was not trained.
     """
     template = template or lora_generator.config.template
     texts = description if isinstance(description, Mapping) else {description: 1.0}
-    closed_form, written = lora_generator.closed_form, torch.zeros(())
-    if closed_form is not None and examples:
+    shares = {text: weight / sum(texts.values()) for text, weight in texts.items()}
+    if lora_generator.closed_form is not None and examples:
         with frozen_base(base_model) as base:
-            closed_form.to(next(base.parameters()).device)
-            for text, weight in texts.items():
-                reading = read_examples(processing_class, examples, template, text)
-                written = written + weight / sum(texts.values()) * closed_form(base, reading).cpu()
-        if not lora_generator.is_fitted:
-            return written
-    spec = dataclasses.replace(TaskVectorSpec(**(lora_generator.config.task_vector_spec or {})), template=template)
-    extractor = TaskVectorExtractor(spec)
+            closed_form = lora_generator.closed_form.to(next(base.parameters()).device)
+            readings = [read_examples(processing_class, examples, template, text, NUM_ORDERS) for text in shares]
+            written = [closed_form(base, reading).cpu() for reading in readings]
+        return _mean(written, shares.values())
+    spec = TaskVectorSpec(**(lora_generator.config.task_vector_spec or {}))
+    extractor = TaskVectorExtractor(dataclasses.replace(spec, template=template))
+    vectors = [extractor.vector(base_model, processing_class, examples, text) for text in shares]
     # The condition is linear in the task vector: this is a point between the descriptions' conditions.
-    vectors = [extractor.vector(base_model, processing_class, examples, text) for text in texts]
-    weighted = [weight * vector for weight, vector in zip(texts.values(), vectors, strict=True)]
-    vector = sum(weighted[1:], weighted[0]) / sum(texts.values())
-    return written + lora_generator.decode_task_vector(vector, generator).cpu()
+    return lora_generator.decode_task_vector(_mean(vectors, shares.values()), generator).cpu()
+
+
+def _mean(tensors: Sequence[torch.Tensor], shares: Iterable[float]) -> torch.Tensor:
+    weighted = [share * tensor for share, tensor in zip(shares, tensors, strict=True)]
+    return sum(weighted[1:], weighted[0])
 
 
 def _judged(

@@ -230,7 +230,9 @@ class LearnedClosedForm(nn.Module):
     def layers(self) -> list[dict[str, torch.Tensor]]:
         """Return what is learned of each layer, fp32, without the reader."""
         matrices = {name: getattr(self, name).weight for name in MATRICES}  # which 8 bits compute anew at every use
-        stacks = matrices | {name: getattr(self, name) for name in ("log_penalty", "gain", "log_kind", "key_scale", "scale")}
+        stacks = matrices | {
+            name: getattr(self, name) for name in ("log_penalty", "gain", "log_kind", "key_scale", "scale")
+        }
         rows = zip(*(stack.float().unbind(0) for stack in stacks.values()), strict=True)
         return [dict(zip(stacks, row, strict=True)) for row in rows]
 
@@ -321,7 +323,9 @@ class LearnedClosedForm(nn.Module):
 
                 stack.enter_context(hook(block.writer.register_forward_pre_hook(keep)))
                 stack.enter_context(hook(block.module.register_forward_hook(update)))
-            base_model.base_model(input_ids=ids, use_cache=False)  # causal: what pads a row on its right changes nothing
+            base_model.base_model(
+                input_ids=ids, use_cache=False
+            )  # causal: what pads a row on its right changes nothing
         return torch.stack(adapter).flatten()
 
     def _solve(

@@ -153,7 +153,7 @@ class LoraGeneratorModel(PreTrainedModel):
         elif isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):  # N(0, 0.02) would fade out over 24 layers
             init.kaiming_normal_(module.weight, nonlinearity="leaky_relu")
             init.zeros_(cast(torch.Tensor, module.bias))
-        elif isinstance(module, TokenwiseLinear) and module.bias is None:  # a basis of what is added to a closed form
+        elif isinstance(module, TokenwiseLinear) and module.bias is None:  # beside a closed form
             init.zeros_(module.weight)
         elif isinstance(module, TokenwiseLinear):
             init.normal_(module.weight, std=0.02)
@@ -171,11 +171,6 @@ class LoraGeneratorModel(PreTrainedModel):
     def shared_weights(self) -> torch.Tensor:
         """What all adapters of this generator share, `(num_shared_weights,)`, fp32."""
         return self.zoo_normalizer.shared_weights if self.closed_form is None else self.closed_form.shared_weights
-
-    @property
-    def is_fitted(self) -> bool:
-        """Whether the network has statistics of training data, without which it writes nothing."""
-        return bool(self.zoo_normalizer.is_fitted)
 
     def fit_normalizer(
         self, dataset: LoraZooDataset, behavioural_dataset: BehaviouralDataset | None = None, batch_size: int = 32
@@ -551,7 +546,7 @@ class LoraGeneratorModel(PreTrainedModel):
         return zeros, zeros
 
     def _condition(self, task_vector: torch.Tensor) -> torch.Tensor:
-        if not self.is_fitted:
+        if not self.zoo_normalizer.is_fitted:
             raise NotFittedError(
                 "This generator has no statistics yet: call fit_normalizer(train_dataset) or train it."
             )

@@ -66,8 +66,8 @@ class WeightTokens(nn.Module):
     On the way in, matrices of one kind share one projection; what tells them apart is an embedding of their position,
     number by number of the module's path, and of their rank component. On the way out, each has a basis of its own,
     in which its token says where the weights lie: fine-tuning leaves the directions of different layers unrelated, so
-    a projection that they share would need a width of tasks times layers to reach all of them. What is added to a closed
-    form, which has the mean adapter in it, starts at 0.
+    a projection that they share would need a width of tasks times layers to reach all of them. Beside a
+    closed form the bases have no mean adapter, and start at 0.
     """
 
     def __init__(self, config: LoraGeneratorConfig):

@@ -13,7 +13,7 @@ class ZooNormalizer(nn.Module):
     """Statistics of the training data, in fp32: what one unit of weight and of task vector means.
 
     Of the zoo: the elementwise mean adapter, one scale per matrix, since B is small beside A and layers differ, and
-    the weights that all adapters share; a generator with a closed form has both of them there. Of the task vectors: mean and scale of every entry, and the principal
+    the weights that all adapters share; with a closed form, neither: A is there, and there is no mean. Of the task vectors: mean and scale of every entry, and the principal
     directions, which turn a vector into a condition.
 
     A condition is half whitened: each direction is divided by the fourth root of its variance. A few directions hold
@@ -35,8 +35,8 @@ class ZooNormalizer(nn.Module):
         layout = config.lora_layout
         self.layout, self.sizes = layout, [b.rank * b.width for b in layout.blocks for _ in b.modules]
         vector = (config.num_task_vectors, config.task_vector_size)
-        self.corrects = config.closed_form is not None  # a closed form, which has the mean adapter and A in it
-        if not self.corrects:
+        self.centred = config.closed_form is None  # A is in the closed form, and its network starts from nothing
+        if self.centred:
             self.register_buffer("weight_mean", torch.zeros(layout.num_weights))
             self.register_buffer("shared_weights", torch.zeros(layout.num_shared_weights))
         self.register_buffer("weight_scale", torch.ones(len(self.sizes)))
@@ -49,7 +49,7 @@ class ZooNormalizer(nn.Module):
         self.register_buffer("is_fitted", torch.zeros(1))
 
     def fit_weights(self, batches: Iterable[torch.Tensor], shared_weights: torch.Tensor) -> None:
-        """Fit to adapters, batches of `(batch, num_weights)`; or to what is to be added to those of a closed form."""
+        """Fit to adapters, batches of `(batch, num_weights)`."""
         count, mean, squares, products = 0, torch.zeros(()), torch.zeros(()), torch.zeros(())
         for batch in batches:  # Welford's update, batch by batch (Chan, Golub, LeVeque 1983)
             own = batch.double().mean(0)
@@ -58,9 +58,9 @@ class ZooNormalizer(nn.Module):
             mean, count = mean + shift * (len(batch) / total), total
             if self.compares_products:
                 products = products + self._product_errors(batch, shared_weights).sum(0)
-        mean_squares = squares / count + mean**2 if self.corrects else squares / count
+        mean_squares = squares / count if self.centred else squares / count + mean**2
         scale = torch.stack([v.mean().sqrt() for v in mean_squares.split(self.sizes)])
-        if not self.corrects:
+        if self.centred:
             self.weight_mean.copy_(mean)
             self.shared_weights.copy_(shared_weights)
         # A matrix that never varies has scale 0: the floor makes it come out as its mean, instead of as NaN.
@@ -84,12 +84,12 @@ class ZooNormalizer(nn.Module):
         self.vector_directions[:known] = directions[:known] / (deviations.sqrt() * unit)[:, None]
 
     def normalize(self, lora_weights: torch.Tensor) -> torch.Tensor:
-        centred = lora_weights.float() if self.corrects else lora_weights.float() - self.weight_mean
+        centred = lora_weights.float() - self.weight_mean if self.centred else lora_weights.float()
         return centred / self._scale_of_each_weight()
 
     def denormalize(self, normalized: torch.Tensor) -> torch.Tensor:
         scaled = normalized.float() * self._scale_of_each_weight()
-        return scaled if self.corrects else scaled + self.weight_mean
+        return scaled + self.weight_mean if self.centred else scaled
 
     def error(self, lora_weights: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Return what reconstruction minimizes, `(batch,)`, of two batches of weights `(batch, num_weights)`."""

@@ -7,6 +7,7 @@ from benchmarks.real.episodes import Episodes
 from benchmarks.real.generator import generator_of
 from benchmarks.real.writer import Base, MetaClosedForm, Writer
 from hf_icm_lora import IncompatibleAdapterError, LoraGeneratorModel, NotFittedError, TaskError
+from hf_icm_lora.adapter import attach_adapter
 from hf_icm_lora.base_model import frozen_base
 from hf_icm_lora.behaviour import batched_lora
 from hf_icm_lora.completion import DEFAULT_TEMPLATE, CompletionCollator
@@ -50,7 +51,12 @@ def test_untrained_and_without_penalty_it_says_what_the_base_says_after_the_exam
     generator.closed_form.log_penalty.data.fill_(-23.0)
     prompted = [logits_alone(base, tokenizer, sample, SAMPLES[:index]) for index, sample in enumerate(SAMPLES)]
     bare = [logits_alone(base, tokenizer, sample) for sample in SAMPLES]
-    model = generator.generate_adapter(base, processing_class=tokenizer, examples=EXAMPLES, fit_scale=False)
+    reading = read_examples(tokenizer, SAMPLES, DEFAULT_TEMPLATE)
+    with frozen_base(base) as frozen:
+        weights = generator.closed_form(frozen, reading)
+    model = attach_adapter(
+        base, generator.adapter_config(), generator.layout.unpack(weights, generator.shared_weights)
+    )
     for sample, expected, without in zip(SAMPLES, prompted, bare, strict=True):
         torch.testing.assert_close(logits_alone(model, tokenizer, sample), expected, atol=0.05, rtol=0.05)
     assert (prompted[-1] - bare[-1]).abs().max() > 0.1
@@ -75,7 +81,9 @@ def test_it_writes_what_the_training_script_writes(prepared, tokenizer, template
     llama = make_llama()
     generator = generator_of(prepared / "writer.safetensors", llama, **NETWORK)
     demo = [to_sample(raw) for raw in real_line(4, labels=True)["demo"][:6]]
-    written = write_adapter(generator, llama, with_chat(tokenizer), demo, template="chat" if template == "chat" else None)
+    reading = read_examples(with_chat(tokenizer), demo, "chat" if template == "chat" else DEFAULT_TEMPLATE)
+    with frozen_base(llama) as frozen:
+        written = generator.closed_form(frozen, reading)
     expected = torch.stack([b[0] for b in expected])
     torch.testing.assert_close(written.view_as(expected), expected, atol=2e-3, rtol=2e-3)
 
@@ -110,12 +118,17 @@ def test_eight_bits_and_a_saved_copy_write_the_same(base, tokenizer, tmp_path):
     assert torch.equal(write_adapter(again, base, tokenizer, SAMPLES), rounded)
 
 
-def test_what_the_network_adds_is_nothing_before_it_is_trained(base, tokenizer):
+def test_with_examples_the_closed_form_writes_and_without_the_network(base, tokenizer):
     generator = make_generator(base, num_task_vectors=2, task_vector_size=base.config.hidden_size)
-    alone = write_adapter(generator, base, tokenizer, SAMPLES)
+    from_examples = write_adapter(generator, base, tokenizer, SAMPLES)
     generator.zoo_normalizer.is_fitted.fill_(1)
-    assert torch.equal(write_adapter(generator, base, tokenizer, SAMPLES), alone)
-    assert not write_adapter(generator, base, tokenizer, [], "Next letters.").any()
+    generator.zoo_normalizer.vector_directions.normal_(generator=torch.Generator().manual_seed(0))
+    assert not write_adapter(generator, base, tokenizer, [], "Next letters.").any()  # before it was trained
+    with torch.no_grad():
+        for basis in generator.network.tokens.bases:
+            basis.weight.fill_(0.1)
+    assert write_adapter(generator, base, tokenizer, [], "Next letters.").any()
+    assert torch.equal(write_adapter(generator, base, tokenizer, SAMPLES), from_examples)
 
 
 def test_a_description_is_read_before_the_examples_and_alone_needs_a_trained_network(base, tokenizer):

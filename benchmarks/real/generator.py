@@ -1,9 +1,8 @@
 """From a writer that train.py made to the generator that ships: `python -m benchmarks.real.generator --tasks DATA/real`.
 
-The closed form is the writer's, in the package's own terms. The network on top of it, the conditional VAE, is trained
-here, on adapters that the closed form writes from many samples of training tasks: from a task's description it learns
-to write the whole adapter, and from twelve examples what their closed form lacks. The adapters are kept, so that an
-interrupted call goes on.
+The closed form is the writer's, in the package's own terms. The network, the conditional VAE, which writes where there
+are no examples, is trained here: on adapters that the closed form wrote for training tasks, and on vectors of their
+descriptions. The adapters are kept, so that an interrupted call goes on.
 """
 
 from collections.abc import Iterator
@@ -27,12 +26,13 @@ from hf_icm_lora import (
     TaskVectorSpec,
     load_tasks,
 )
-from hf_icm_lora.base_model import frozen_base, load_base_model
+from hf_icm_lora.base_model import load_base_model
 from hf_icm_lora.files import sha256_of
-from hf_icm_lora.learned_closed_form import MATRICES, closed_form_config, read_examples
+from hf_icm_lora.generation import write_adapter
+from hf_icm_lora.learned_closed_form import MATRICES, closed_form_config
 
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-SPEC = TaskVectorSpec(num_draws=2, layers=(14, 22, 30))
+SPEC = TaskVectorSpec(layers=(14, 22, 30))
 PARTS = {"qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "o": ("self_attn.o_proj",),
          "gate_up": ("mlp.gate_proj", "mlp.up_proj"), "down": ("mlp.down_proj",)}  # fmt: skip
 
@@ -72,8 +72,13 @@ def generator_of(path: str | Path, base_model: torch.nn.Module, **sizes) -> Lora
         for part, b in zip(parts, stored[f"reader_b.{joined}"].split(sizes_of_parts, dim=1), strict=True):
             factors[f"model.layers.*.{part}", "lora_A"] = stored[f"reader_a.{joined}"]
             factors[f"model.layers.*.{part}", "lora_B"] = b.mT
-    matrices = {f"{name}.weight" if name in MATRICES else name: t for name, t in stored.items() if "reader_" not in name}
-    matrices |= {f"reader.{i}.weight": factors[block.kind, block.factor] for i, block in enumerate(closed_form.reader_layout.blocks)}
+    matrices = {
+        f"{name}.weight" if name in MATRICES else name: t for name, t in stored.items() if "reader_" not in name
+    }
+    matrices |= {
+        f"reader.{i}.weight": factors[block.kind, block.factor]
+        for i, block in enumerate(closed_form.reader_layout.blocks)
+    }
     closed_form.load_state_dict(matrices)
     return generator.eval()
 
@@ -83,61 +88,53 @@ class GeneratorOptions:
     tasks: str = field(metadata={"help": "Folder with train.jsonl.gz."})
     writer: str = field(default="benchmarks/real/runs/h200-8min.safetensors", metadata={"help": "Of train.py."})
     per_kind: int = field(default=2, metadata={"help": "Training tasks of each kind."})
-    num_samples: int = field(default=16, metadata={"help": "Samples of each for the adapter to be learned."})
-    num_examples: int = field(default=12, metadata={"help": "Examples for the adapter to be corrected."})
+    most: int = field(default=60, metadata={"help": "Characters of a sample, on average; longer tasks are left out."})
+    num_samples: int = field(default=16, metadata={"help": "Samples that each adapter is written from."})
     steps: int = field(default=1000, metadata={"help": "Of the network's training."})
     learning_rate: float = field(default=3e-3, metadata={"help": "Of the network's training."})
     adapters: str = field(default="build/real/adapters", metadata={"help": "Where the adapters are kept."})
     output_dir: str = field(default="build/real/generator", metadata={"help": "Where the generator goes."})
 
 
-class Corrections(Dataset):
-    """Task vectors, each with what the network is to add to the closed form.
+class DescribedAdapters(Dataset):
+    """Adapters, each with the vectors of its task's descriptions.
 
     Args:
-        parts: Per task: `whole` and `few` `(num_weights,)`, adapters from many samples and from few;
-            `described` and `shown` `(draws, num_task_vectors, task_vector_size)`, vectors of descriptions and examples.
-        shared_weights (`torch.Tensor`): A.
+        parts: Per task: `adapter` `(num_weights,)`, and `described` `(draws, num_task_vectors, task_vector_size)`.
+        shared_weights (`torch.Tensor` of shape `(num_shared_weights,)`): A.
     """
 
     def __init__(self, parts: list[dict[str, torch.Tensor]], shared_weights: torch.Tensor):
         self.parts, self.shared_weights = parts, shared_weights
-        self.pairs = [(task, kind, draw) for task, part in enumerate(parts) for kind in ("described", "shown")
-                      for draw in range(len(part[kind]))]  # fmt: skip
-        self.task_vectors = torch.cat([part[kind] for part in parts for kind in ("described", "shown")])
+        self.task_vectors = torch.cat([part["described"] for part in parts])
+        self.owners = [task for task, part in enumerate(parts) for _ in part["described"]]
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self.owners)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        task, kind, draw = self.pairs[index]
-        part = self.parts[task]
-        return {"lora_weights": self._target(part, kind), "task_vector": part[kind][draw]}
+        return {"lora_weights": self._adapter(self.owners[index]), "task_vector": self.task_vectors[index]}
 
     def each_adapter(self) -> Iterator[torch.Tensor]:
-        """Yield every target once."""
-        for part in self.parts:
-            yield from (self._target(part, kind) for kind in ("described", "shown"))
+        """Yield every adapter once, `(num_weights,)`."""
+        yield from map(self._adapter, range(len(self.parts)))
 
-    def _target(self, part: dict[str, torch.Tensor], kind: str) -> torch.Tensor:
-        whole = part["whole"].float()
-        return whole if kind == "described" else whole - part["few"].float()
+    def _adapter(self, task: int) -> torch.Tensor:
+        return self.parts[task]["adapter"].float()
 
 
 @torch.no_grad()
-def adapters_of(task: Task, generator: LoraGeneratorModel, base, tokenizer, options: GeneratorOptions) -> dict:
-    """Return what [`Corrections`] needs of a task."""
-    few = task.demo[: options.num_examples]
+def adapter_of(task: Task, generator: LoraGeneratorModel, base, tokenizer, num_samples: int) -> dict:
+    """Return what [`DescribedAdapters`] needs of a task."""
     extractor, descriptions = TaskVectorExtractor(SPEC), (task.description, *task.descriptions)
-    parts = {
-        "shown": extractor.vector(base, tokenizer, few),
-        "described": torch.cat([extractor.vector(base, tokenizer, None, text) for text in descriptions]),
-    }
-    with frozen_base(base) as model:
-        for name, samples in (("whole", task.train[: options.num_samples]), ("few", few)):
-            reading = read_examples(tokenizer, samples, generator.config.template)
-            parts[name] = generator.closed_form(model, reading).bfloat16()
-    return parts
+    weights = write_adapter(generator, base, tokenizer, task.train[:num_samples])
+    vectors = [extractor.vector(base, tokenizer, None, text) for text in descriptions]
+    return {"adapter": weights.bfloat16(), "described": torch.cat(vectors)}
+
+
+def short(tasks: list[Task], most: int) -> list[Task]:
+    """Return the tasks whose samples are short: reading is what takes the time."""
+    return [t for t in tasks if sum(len(s.prompt + s.completion) for s in t.train[:16]) <= 16 * most]
 
 
 def main() -> None:
@@ -152,17 +149,17 @@ def main() -> None:
     folder = Path(options.adapters)
     folder.mkdir(parents=True, exist_ok=True)
     parts = []
-    for task in tqdm(chosen(tasks, options.per_kind), desc="Writing adapters"):
+    for task in tqdm(chosen(short(tasks, options.most), options.per_kind), desc="Writing adapters"):
         path = folder / f"{sha256_of(task.name)[:16]}.safetensors"
         if not path.exists():
-            save_file(adapters_of(task, generator, base, tokenizer, options), path)
+            save_file(adapter_of(task, generator, base, tokenizer, options.num_samples), path)
         parts.append(load_file(path))
     generator.closed_form.requires_grad_(False)
     args = LoraGeneratorTrainingArguments(
         options.output_dir, max_steps=options.steps, learning_rate=options.learning_rate,
         per_device_train_batch_size=32, report_to="none", save_strategy="no", logging_steps=20,
     )  # fmt: skip
-    LoraGeneratorTrainer(generator, args, train_dataset=Corrections(parts, generator.shared_weights)).train()
+    LoraGeneratorTrainer(generator, args, train_dataset=DescribedAdapters(parts, generator.shared_weights)).train()
     generator.without_encoder().to_int8().save_pretrained(options.output_dir)
 
 
