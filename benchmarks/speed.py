@@ -244,7 +244,7 @@ def collection(rounds: int, steps: int = 16) -> dict:
     """The same number of steps on the same tasks, by one process with all threads and by two with half of them."""
     names = ["country_facts/capital", "country_facts/continent"]
     tokenizer, losses, work = load_tokenizer(), {}, {}
-    texts = ["".join(render(sample, TEMPLATE, Workers.tokenizer)) for name in names for sample in task_of(name).train]
+    texts = ["".join(render(sample, TEMPLATE, tokenizer)) for name in names for sample in task_of(name).train]
     tokens = sum(map(len, tokenizer(texts)["input_ids"])) / len(texts) * BATCH_SIZE * steps * len(names)
     for processes in (1, 2):
         workers = Workers(processes)
@@ -278,7 +278,7 @@ def vectors(rounds: int) -> dict:
         p.text
         for t in tasks
         for mode in MODES
-        for p in batched.prompts(Workers.tokenizer, t.demo, t.description, mode, t.name)
+        for p in batched.prompts(tokenizer, t.demo, t.description, mode, t.name)
     ]
     seconds = by_turns(
         {

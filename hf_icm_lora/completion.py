@@ -156,7 +156,7 @@ class CompletionCollator:
         samples, `position_ids`, each `(rows, length)` int64.
 
     Raises:
-        TaskError: if the template is none, see [`~completion.render`].
+        TaskError: if the template is none, see `completion.render`.
 
     Example:
         >>> collate = CompletionCollator(tokenizer, is_encoder_decoder=False)  # doctest: +SKIP

@@ -64,7 +64,7 @@ def generator_card(
         auto_class=_auto_class(config.lora_config),
         rank=layout.max_rank,
         target_modules=_target_modules(config.lora_config),
-        template=_visible(config.template),
+        template=_form(config.template),
         fingerprint=(config.base_model_fingerprint or "")[:12],
         num_weights=f"{layout.num_weights:,}",
         architecture="the paper's convolutions" if config.architecture == "conv1d" else "a transformer over matrices",
@@ -183,7 +183,7 @@ def adapter_card(
         auto_class=_auto_class(lora_config).replace("AutoModel", "AutoPeftModel"),
         generator=generator,
         after=", then refined by gradient steps on the examples" if about.get("refine_steps") else "",
-        template=_visible(about["template"]),
+        template=_form(about["template"]),
         adapters=[
             (
                 f"Adapter `{name}`",
@@ -218,7 +218,7 @@ def zoo_card(zoo, *, repo_id: str, base_model_name_or_path: str, license: str | 
         base_link=_link(base),
         rank=zoo.layout.max_rank,
         target_modules=_target_modules(lora_config),
-        template=_visible(zoo.template),
+        template=_form(zoo.template),
         fingerprint=zoo.base_model_fingerprint[:12],
         layout=zoo.layout.fingerprint[:12],
         num_weights=f"{zoo.layout.num_weights:,}",
@@ -259,8 +259,12 @@ def _target_modules(lora_config: Mapping[str, Any]) -> str:
     return f"`{modules}`" if isinstance(modules, str) else ", ".join(f"`{name}`" for name in modules)
 
 
-def _visible(template: str) -> str:
-    return template.replace("\n", "\\n")
+def _form(template: str) -> str:
+    """Say of what form prompts are: "of the form ..."."""
+    if template == "chat":
+        return "that the chat template of the base model's tokenizer gives"
+    visible = template.replace("\n", "\\n")
+    return f"`{visible}`"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -278,7 +278,7 @@ class TaskVectorExtractor:
             name (`str`, *optional*): The task's name, which together with the seed fixes the draws.
 
         Raises:
-            TaskError: if the template is a chat's and cannot be used, see [`~completion.render`].
+            TaskError: if the template is a chat's and cannot be used, see `completion.render`.
         """
         if mode == "demonstrations":
             description = None

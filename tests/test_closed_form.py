@@ -48,14 +48,16 @@ def logits_at_answers(model, tokenizer, sample, examples=(), template=DEFAULT_TE
     return model(**batch).logits[mask]
 
 
-def test_without_penalty_the_adapter_says_what_the_base_says_after_the_other_examples(base, tokenizer):
-    reference = copy.deepcopy(base)
-    model = in_context_adapter(base, tokenizer, EXAMPLES, rank=32, penalty=1e-9)
+@pytest.mark.parametrize("template", [DEFAULT_TEMPLATE, "chat"])
+def test_without_penalty_the_adapter_says_what_the_base_says_after_the_other_examples(base, chat_tokenizer, template):
+    reference, tokenizer = copy.deepcopy(base), chat_tokenizer
+    model = in_context_adapter(base, tokenizer, EXAMPLES, template=template, rank=32, penalty=1e-9)
     for index, sample in enumerate(EXAMPLES):
         others = EXAMPLES[:index] + EXAMPLES[index + 1 :]
-        prompted = logits_at_answers(reference, tokenizer, sample, others)
-        torch.testing.assert_close(logits_at_answers(model, tokenizer, sample), prompted, atol=0.02, rtol=0.02)
-        assert (logits_at_answers(reference, tokenizer, sample) - prompted).abs().max() > 0.1
+        prompted = logits_at_answers(reference, tokenizer, sample, others, template)
+        alone, without = (logits_at_answers(each, tokenizer, sample, (), template) for each in (model, reference))
+        torch.testing.assert_close(alone, prompted, atol=0.02, rtol=0.02)
+        assert (without - prompted).abs().max() > 0.1
 
 
 def test_the_result_is_an_ordinary_adapter_and_the_base_is_as_it_was(base, tokenizer, tmp_path):

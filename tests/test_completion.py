@@ -1,12 +1,14 @@
 """Completions: the loss is transformers' own, computed where it counts and nowhere else."""
 
 import copy
+from itertools import product
 
 import pytest
 import torch
 from conftest import make_gpt2, make_llama, make_t5, make_tasks
+from tokenizers import normalizers
 
-from hf_icm_lora import Sample, TaskError
+from hf_icm_lora import Sample, TaskError, built_in_tasks
 from hf_icm_lora.completion import (
     DEFAULT_TEMPLATE,
     IGNORED,
@@ -133,6 +135,159 @@ def test_tokenizer_that_begins_texts_with_a_token_begins_prompts_and_plain_text_
     batch = CompletionCollator(with_bos)([Sample("", "text")])
     assert batch["input_ids"].tolist() == [[1, *tokenizer("text")["input_ids"]]]
     assert batch["labels"].tolist() == [[IGNORED, *tokenizer("text")["input_ids"]]]
+
+
+def test_plain_text_is_cut_into_tokens_where_it_always_was(tokenizer, chat_tokenizer):
+    """Generators that are out there were trained on these tokens."""
+    for task in built_in_tasks()[::100]:
+        shown, context = task.demo[:3], f"{task.description}\n"
+        context += "".join(f"- {prompt}: {completion}\n" for prompt, completion in shown)
+        for one, row_length in product(
+            (tokenizer, chat_tokenizer), (None, 64)
+        ):  # the latter begins texts with a token
+            collate = CompletionCollator(
+                one, examples=shown, description=task.description, max_length=1024, row_length=row_length
+            )
+            for prompt, completion in task.test[:4]:
+                batch = collate([Sample(prompt, completion)])
+                read = one(f"{context}- {prompt}:")["input_ids"]
+                scored = one(f" {completion}\n", add_special_tokens=False)["input_ids"]
+                assert batch["input_ids"].tolist() == [read + scored]
+                assert batch["labels"].tolist() == [[IGNORED] * len(read) + scored]
+
+
+# Chats
+
+
+def turns(sample, examples=(), description=None):
+    """The messages of a chat, written by hand."""
+    system = [{"role": "system", "content": description}] if description else []
+    pairs = [
+        ({"role": "user", "content": prompt}, {"role": "assistant", "content": completion})
+        for prompt, completion in (*examples, sample)
+    ]
+    return [*system, *(message for pair in pairs for message in pair)]
+
+
+def ids_of(tokenizer, messages, **options):
+    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **options)
+
+
+BEFORE = [
+    {},
+    {"description": "Do it."},
+    {"examples": [Sample("x", "y"), Sample("longer", "than x")]},
+    {"examples": [Sample("x", "y")], "description": "Do it."},
+]
+
+
+@pytest.mark.parametrize("before", BEFORE)
+def test_chat_is_what_the_chat_template_writes(chat_tokenizer, before):
+    sample = Sample("ab", "c d")
+    messages = turns(sample, **before)
+    read, scored = render(sample, "chat", chat_tokenizer, **before)
+    assert read == chat_tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+    assert read + scored == chat_tokenizer.apply_chat_template(messages, tokenize=False)
+    assert scored == "c d<|im_end|>\n"
+    assert ("Be helpful." in read) == ("description" not in before)  # the template's own system prompt
+
+    batch = CompletionCollator(chat_tokenizer, template="chat", **before)([sample])
+    whole = ids_of(chat_tokenizer, messages)
+    asked = ids_of(chat_tokenizer, messages[:-1], add_generation_prompt=True)
+    assert batch["input_ids"].tolist() == [whole]
+    assert batch["labels"].tolist() == [[IGNORED] * len(asked) + whole[len(asked) :]]
+
+
+def test_chats_share_a_row(chat_tokenizer):
+    batch = CompletionCollator(chat_tokenizer, template="chat", row_length=200)(SAMPLES[:2])
+    chats = [ids_of(chat_tokenizer, turns(sample)) for sample in SAMPLES[:2]]
+    assert batch["input_ids"].tolist() == [chats[0] + chats[1]]
+    assert batch["position_ids"].tolist() == [[*range(len(chats[0])), *range(len(chats[1]))]]
+
+
+def test_chat_of_an_encoder_decoder_is_asked_in_one_and_answered_in_the_other(chat_tokenizer):
+    collate = CompletionCollator(chat_tokenizer, is_encoder_decoder=True, template="chat")
+    batch = collate([Sample("ab", "cd")])
+    asked = ids_of(chat_tokenizer, turns(Sample("ab", "cd"))[:-1], add_generation_prompt=True)
+    assert batch["input_ids"].tolist() == [asked]
+    answer = chat_tokenizer("cd<|im_end|>\n", add_special_tokens=False)["input_ids"]
+    assert batch["labels"].tolist() == [[*answer, chat_tokenizer.eos_token_id]]
+    assert score(make_t5(), batch).loss.isfinite().all()
+
+
+def test_loss_of_a_chat_is_that_of_transformers(llama, chat_tokenizer):
+    batch = CompletionCollator(chat_tokenizer, template="chat")([Sample("ab", "cd")])
+    with torch.no_grad():
+        expected = llama(**batch).loss * 4  # c, d, the end of the turn, and the line break
+    torch.testing.assert_close(score(llama, batch).loss[0], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("before", [{}, {"examples": [Sample("", "more")], "description": "Do it."}])
+def test_plain_text_is_no_chat(chat_tokenizer, before):
+    sample = Sample("", "text")
+    chat, plain = (
+        CompletionCollator(chat_tokenizer, template=t, **before)([sample]) for t in ("chat", DEFAULT_TEMPLATE)
+    )
+    assert all(torch.equal(chat[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize("samples", [(Sample("a", "b"), Sample("", "text")), (Sample("", "text"), Sample("a", "b"))])
+def test_chat_refuses_plain_text_among_its_turns(chat_tokenizer, samples):
+    example, sample = samples
+    with pytest.raises(TaskError, match="Expected a prompt in every sample of a chat, found plain text"):
+        render(sample, "chat", chat_tokenizer, [example])
+    CompletionCollator(chat_tokenizer, template="chat")(samples)  # each alone is what it is
+
+
+def test_answer_is_cut_into_the_tokens_that_it_has_in_the_chat(chat_tokenizer):
+    """As Llama 2's, which begins each text that it is given with a space."""
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Prepend(" ")
+    sample = Sample("ab", "cd")
+    alone = tokenizer("cd<|im_end|>\n", add_special_tokens=False)["input_ids"]
+    assert alone[0] == tokenizer.convert_tokens_to_ids(" ")
+    batch = CompletionCollator(tokenizer, template="chat")([sample])
+    assert batch["input_ids"].tolist() == [ids_of(tokenizer, turns(sample))]
+
+
+@pytest.mark.parametrize("is_encoder_decoder", [False, True])
+def test_chat_needs_a_chat_template(tokenizer, is_encoder_decoder):
+    message = r"'chat' needs a tokenizer with a chat template, and \w+ has none. .* set its chat_template, or choose"
+    with pytest.raises(TaskError, match=message):
+        CompletionCollator(tokenizer, is_encoder_decoder, "chat")
+    with pytest.raises(TaskError, match=message):
+        render(Sample("a", "b"), "chat", tokenizer)
+
+
+ANY_ROLE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("chat_template", "message"),
+    [
+        # as Gemma 2
+        ("{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + ANY_ROLE,
+         "refuses a chat of system, user: no system role"),
+        ("{{ messages[0].parts[0].text }}", "refuses a chat of system, user: .*parts"),
+        # asks otherwise than it answers
+        (ANY_ROLE + "{% if add_generation_prompt %}assistant:\n{% endif %}", "changes the text before an answer"),
+        ("{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}", "what the system says: 'Do it.'"),
+        ("{% for m in messages if m.role != 'assistant' %}{{ m.content }}{% endfor %}", "what the assistant says"),
+        ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "what the system says: 'Do it.' is not in 'DO"),
+    ],
+)  # fmt: skip
+def test_chat_template_that_cannot_do_it_is_refused(chat_tokenizer, chat_template, message):
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    tokenizer.chat_template = chat_template
+    with pytest.raises(TaskError, match=message):
+        render(Sample("a", "b"), "chat", tokenizer, description="Do it.")
+
+
+def test_chat_template_may_strip_what_it_is_given(chat_tokenizer):
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    tokenizer.chat_template = chat_tokenizer.chat_template.replace("message.content", "message.content | trim")
+    sample, stripped = Sample(" a\n", " b "), Sample("a", "b")
+    assert render(sample, "chat", tokenizer) == render(stripped, "chat", chat_tokenizer)
 
 
 # Scores

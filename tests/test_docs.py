@@ -60,7 +60,7 @@ def quick():
 
 
 @pytest.fixture(scope="module")
-def stand_ins(tmp_path_factory, tokenizer):
+def stand_ins(tmp_path_factory, chat_tokenizer):
     """A folder with a base model, an encoder-decoder and a generator, each as small as can be."""
     from conftest import make_llama, make_t5, make_tasks
     from peft import LoraConfig
@@ -68,7 +68,7 @@ def stand_ins(tmp_path_factory, tokenizer):
     from transformers import AutoModelForCausalLM
 
     folder = tmp_path_factory.mktemp("stand-ins")
-    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer = copy.deepcopy(chat_tokenizer)
     tokenizer.backend_tokenizer.decoder = decoders.Fuse()  # what `stop_strings` needs: no spaces between tokens
     tokenizer.pad_token = tokenizer.eos_token
     for name, model in (("base", make_llama()), ("t5", make_t5())):

@@ -10,6 +10,24 @@ from hf_icm_lora import LoraGeneratorModel, TaskVectorSpec, smollm2_generator_pa
 
 SPLITS = Path(__file__).parent.parent / "benchmarks" / "suite" / "splits.json"
 
+# The tokens of a task's first test sample, in the template that the shipped generator was trained in.
+EXPECTED_IDS = {
+    "country_names/german": "29 7235 37440 42 7235 37440 198",
+    "language_names/basque": "29 3432 42 275 6169 266 81 198",
+    "calendar/swahili": "29 4451 216 40 42 216 40 16765 100 20545 198",
+    "clock/vietnamese_twelve_hour": "29 216 32 32 42 37 36 42 216 33 34 42 37 36 24488 235 22069 93 198",
+    "number_transforms/plus_99": "29 216 41 36 38 42 216 33 32 36 37 198",
+    "string_transforms/starred_vowels": "29 26975 42 278 26 91 26 198",
+    "country_translations/turkish_to_english": "29 7235 37440 42 7235 37440 198",
+    "calendar_translations/spanish_to_english": "29 216 40 367 14530 611 257 42 4451 216 40 198",
+    "relative_times/turkish": "29 216 34 35 929 3156 42 216 34 35 329 20335 92 5549 131 1118 198",
+    "number_lists/joined": "29 216 37 41 28 216 40 36 28 216 39 34 28 216 38 36 42 216 37 41 40 36 39 34 38 36 198",
+    "number_steps/double_german": (
+        "29 216 41 36 38 42 297 591 15763 486 554 373 5941 14499 42205 1145 662 419 30183 198"
+    ),
+    "phrases/sentence": "29 12913 11637 42 378 11637 314 12913 30 198",
+}
+
 
 @pytest.fixture(scope="module")
 def shipped():
@@ -42,6 +60,26 @@ def test_it_writes_adapters(shipped):
     weights = shipped.generate_state_dict(vector)
     assert all(tensor.isfinite().all() for tensor in weights.values())
     assert len(weights) == 2 * 2 * 30  # A and B of two modules in each of 30 layers
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_the_real_tokenizer_cuts_samples_as_in_training_and_chats_as_its_template(shipped):
+    from transformers import AutoTokenizer
+
+    from hf_icm_lora import built_in_tasks, smollm2_path
+    from hf_icm_lora.completion import CompletionCollator
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_path())
+    plain, chat = (CompletionCollator(tokenizer, template=name) for name in (shipped.config.template, "chat"))
+    suite = {task.name: task for task in built_in_tasks()}
+    found = {}
+    for name in EXPECTED_IDS:
+        (sample, *_) = suite[name].test
+        found[name] = " ".join(map(str, plain([sample])["input_ids"][0].tolist()))
+        messages = [{"role": "user", "content": sample.prompt}, {"role": "assistant", "content": sample.completion}]
+        assert chat([sample])["input_ids"].tolist() == [tokenizer.apply_chat_template(messages, return_dict=False)]
+    assert found == EXPECTED_IDS
 
 
 @pytest.mark.slow

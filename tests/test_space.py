@@ -217,6 +217,16 @@ def test_the_snippet_names_the_class_and_the_base_model(generation, models):
     ast.parse(other)
 
 
+def test_a_query_can_be_a_turn_of_a_chat(generation, chat_tokenizer):
+    read, end = generation.prompt_and_end(chat_tokenizer, "an answer", "chat")
+    chat = [{"role": "user", "content": "an answer"}]
+    assert read == chat_tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert end == "<|im_end|>\n"
+    snippet = generation.write_snippet("user/base", chat_tokenizer, "x", "chat", make_llama().config)
+    assert 'return_tensors="pt", add_special_tokens=False)' in snippet  # it has them already
+    ast.parse(snippet)
+
+
 def test_the_base_model_is_that_of_the_generator_unless_another_is_named(generation, models, monkeypatch):
     generator = models[0]
     assert generation.base_model_name(generator) == str(models[3])

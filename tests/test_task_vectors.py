@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import pickle
+import re
 
 import pytest
 import torch
@@ -239,6 +240,107 @@ def test_description_alone_is_one_prompt_without_samples(tokenizer):
     assert [text[start:end] for start, end in answers] == ["Do it."]
     assert text.startswith("Do it.\n")
     assert not any(sample.prompt in text.removeprefix("Do it.") for sample in demo)
+
+
+CHAT = TaskVectorSpec(
+    template="chat",
+    num_demonstrations=4,
+    min_demonstrations=2,
+    num_draws=2,
+    pooling=("last", "prompts", "completions"),
+)
+
+
+def chat_of(pairs, description=None):
+    """The messages of a chat, written by hand: the last pair is asked and not answered."""
+    messages = [{"role": "system", "content": description}] if description else []
+    for prompt, completion in pairs:
+        messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+    return messages[:-1]
+
+
+@pytest.mark.parametrize("description", [None, "Do it."])
+def test_demonstrations_of_a_chat_are_earlier_turns(llama, chat_tokenizer, description):
+    extractor, of = TaskVectorExtractor(CHAT), dict(EXAMPLES)
+    samples = [Sample(*example) for example in EXAMPLES]
+    mode = "both" if description else "demonstrations"
+    prompts = extractor.prompts(chat_tokenizer, samples, description, mode)
+    vectors = extractor.vector(llama, chat_tokenizer, EXAMPLES, description)
+    vectors = vectors.unflatten(0, (3, 2))[1] if description else vectors
+    header = chat_tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
+    for prompt, vector in zip(prompts, vectors, strict=True):
+        asked = re.findall(r"<\|im_start\|>user\n(.*)<\|im_end\|>", prompt.text)
+        messages = chat_of([(question, of[question]) for question in asked], description)
+        options = {"tokenize": False, "add_generation_prompt": True}
+        assert prompt.text == chat_tokenizer.apply_chat_template(messages, **options)
+        assert [prompt.text[begin:end] for begin, end in prompt.answers] == [of[question] for question in asked[:-1]]
+        assert all(prompt.text[:end].endswith("<|im_start|>assistant\n") for end in prompt.ends)
+
+        ids = chat_tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        before = [i + len(header) - 1 for i in range(len(ids)) if ids[i : i + len(header)] == header]
+        answers = [
+            first + 1 + i
+            for first, question in zip(before, asked[:-1], strict=False)
+            for i in range(len(of[question]))
+        ]  # one token per character
+        with torch.no_grad():
+            states = llama(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0]
+        expected = [states[-1], states[before[2:]].mean(0), states[answers].mean(0)]
+        torch.testing.assert_close(vector, torch.stack(expected), atol=1e-4, rtol=1e-4)
+
+
+def test_description_of_a_chat_is_its_system_prompt(chat_tokenizer):
+    ((text, ends, answers, in_chat),) = TaskVectorExtractor(CHAT).prompts(chat_tokenizer, (), "Do it.", "description")
+    messages = chat_of([("...", "")], "Do it.")
+    assert text == chat_tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert ends == (len(text),)
+    assert [text[begin:end] for begin, end in answers] == ["Do it."]
+    assert in_chat
+
+
+def test_plain_text_makes_the_same_vector_in_a_chat(llama, chat_tokenizer):
+    texts = ["one", "two", "three"]
+    plain = TaskVectorSpec(**CHAT.to_dict() | {"template": DEFAULT_TEMPLATE})
+    one, other = (TaskVectorExtractor(spec).vector(llama, chat_tokenizer, texts) for spec in (CHAT, plain))
+    assert torch.equal(one, other)
+
+
+def test_answers_that_a_chat_template_strips_are_found(chat_tokenizer):
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    tokenizer.chat_template = chat_tokenizer.chat_template.replace("message.content", "message.content | trim")
+    samples = [Sample(prompt, f" {completion}\n") for prompt, completion in EXAMPLES]
+    for prompt in TaskVectorExtractor(CHAT).prompts(tokenizer, samples, None, "demonstrations"):
+        assert {prompt.text[begin:end] for begin, end in prompt.answers} <= {completion for _, completion in EXAMPLES}
+
+
+def test_thoughts_before_the_last_answer_alone_do_no_harm(chat_tokenizer):
+    """As Qwen 3 writes it: earlier turns lose what stood before their answers."""
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    thought = "{% if loop.last and message.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+    tokenizer.chat_template = chat_tokenizer.chat_template.replace(
+        "{{ message.content }}", thought + "{{ message.content }}"
+    )
+    assert render(Sample("a", "b"), "chat", tokenizer)[1] == "<think>\n\n</think>\n\nb<|im_end|>\n"
+    samples = [Sample(*example) for example in EXAMPLES]
+    found, expected = (
+        TaskVectorExtractor(CHAT).prompts(each, samples, "Do it.", "both") for each in (tokenizer, chat_tokenizer)
+    )
+    assert found == expected
+
+
+def test_chat_template_that_rewrites_earlier_turns_is_refused(chat_tokenizer):
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    tokenizer.chat_template = (
+        "{{ messages | selectattr('role', 'eq', 'user') | list | length }} questions\n"
+        "{% for message in messages %}{{ message.content }}\n{% endfor %}"
+    )
+    with pytest.raises(TaskError, match="writes earlier turns otherwise once later ones follow"):
+        TaskVectorExtractor(CHAT).vector(make_llama(), tokenizer, EXAMPLES)
+
+
+def test_chat_needs_a_chat_template(llama, tokenizer):
+    with pytest.raises(TaskError, match="needs a tokenizer with a chat template"):
+        TaskVectorExtractor(CHAT).vector(llama, tokenizer, EXAMPLES)
 
 
 def test_test_and_train_samples_are_never_read(extracted, tokenizer):
