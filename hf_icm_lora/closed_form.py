@@ -1,8 +1,9 @@
 """The closed form: what reading examples does to the base model, written into the weights of a LoRA without training.
 
-The base reads each example after all the others, and then alone. Layer by layer, a ridge regression finds the update
-of the last linear map that carries the hidden states of the second reading to those of the first, at the positions
-that predict the answer. The layers above go on with the update in, so each corrects what the ones below it left.
+The base reads the examples one after another, forwards and backwards, and then each alone. Layer by layer, a ridge
+regression finds the update of the last linear map that carries the hidden states of the last reading to those of the
+first two, at the positions that predict the answer. The layers above go on with the update in, so each corrects what
+the ones below it left.
 
 Closed-form edits of this map are known from ROME (arXiv 2202.05262) and MEMIT (arXiv 2210.07229), which store facts.
 Here the target is a hidden state that the same model has with examples in its prompt.
@@ -10,6 +11,7 @@ Here the target is a hidden state that the same model has with examples in its p
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -28,9 +30,10 @@ from .completion import DEFAULT_TEMPLATE, IGNORED, CompletionCollator, logits_on
 from .errors import IncompatibleAdapterError, TaskError
 from .layout import PREFIX
 from .lora_config import shortest_target_modules
+from .reading import Reading, longest_reading, positions, read_examples
 from .tasks import Sample, to_sample
 
-MAX_LENGTH = 2048  # tokens of one example with all the others before it
+NUM_ORDERS = 2  # in which examples are read: each then comes after about half of the others, for a twelfth of the time
 
 
 class Block(NamedTuple):
@@ -86,8 +89,14 @@ def in_context_adapter(
     with frozen_base(base_model) as base:
         blocks = residual_blocks(base)
         check_additive(base, blocks[0], _batch(base, processing_class, samples[:1], template))
-        targets = states_in_context(base, processing_class, samples, description, template, blocks)
-        factors = fit(base, _batch(base, processing_class, samples, template), blocks, targets, rank, penalty)
+        batch = _batch(base, processing_class, samples, template)
+        if base.config.is_encoder_decoder:  # which answers one prompt at a time
+            targets, weights = states_in_context(base, processing_class, samples, description, template, blocks), None
+        else:
+            most = longest_reading(base, processing_class)
+            reading = read_examples(processing_class, samples, template, description, NUM_ORDERS, most)
+            targets, weights = mean_states(states_in_conversations(base, reading, blocks), len(samples))
+        factors = fit(base, batch, blocks, targets, weights, rank, penalty)
         names = [block.writer_name for block in blocks]
         lora_config: dict[str, Any] = {
             "r": rank,
@@ -125,6 +134,7 @@ def residual_blocks(base_model: PreTrainedModel) -> list[Block]:
 
 
 def base_layer(module: nn.Module) -> nn.Module:
+    """Return a module, or the one of the base model that PEFT put a LoRA around."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
@@ -163,6 +173,69 @@ def check_additive(base_model: PreTrainedModel, block: Block, batch: dict[str, t
         )
 
 
+@dataclass(frozen=True)
+class States:
+    """Hidden states at the answers of a conversation.
+
+    Args:
+        layers (`list[torch.Tensor]`): Per layer `(examples, a, hidden_size)`, fp32, where `a` is the longest answer.
+        mask (`torch.Tensor` of shape `(examples, a)`): Where answers have tokens.
+        order (`torch.Tensor` of shape `(examples,)`): Which examples these are.
+    """
+
+    layers: list[torch.Tensor]
+    mask: torch.Tensor
+    order: torch.Tensor
+
+
+def states_in_conversations(base_model: PreTrainedModel, reading: Reading, blocks: Sequence[Block]) -> list[States]:
+    """Return the hidden states after each layer at the answers of each conversation."""
+    device = next(base_model.parameters()).device
+    found = []
+    for conversation in reading.conversations:
+        at, mask = positions(conversation.starts, [reading.answers[index] for index in conversation.order], device)
+        layers: list[torch.Tensor] = []
+        with ExitStack() as stack:
+            for block in blocks:
+
+                def keep(_module, _inputs, output, at=at, layers=layers):
+                    layers.append(hidden_of(output)[0, at].float())
+
+                stack.enter_context(hook(block.module.register_forward_hook(keep)))
+            base_model.base_model(input_ids=torch.tensor([conversation.ids], device=device), use_cache=False)
+        found.append(States(layers, mask, torch.tensor(conversation.order, device=device)))
+    return found
+
+
+def weight_of_place(place: torch.Tensor) -> torch.Tensor:
+    """Return how much the reading of an example counts that so many others were read before: about its share of what
+    reading more of them would tell."""
+    return (place + 0.2) / (place + 2)
+
+
+def mean_states(states: Sequence[States], num_examples: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Return each example's hidden states, averaged over the conversations that it stands in.
+
+    Returns:
+        `tuple`: per layer `(num_answer_tokens, hidden_size)`, examples in order, and how much each token counts,
+        `(num_answer_tokens,)`, 1 on average.
+    """
+    device = states[0].mask.device
+    longest = max(one.mask.shape[1] for one in states)
+    mask = torch.zeros(num_examples, longest, dtype=torch.bool, device=device)
+    weights = torch.zeros(num_examples, device=device)
+    sums = [torch.zeros(num_examples, longest, layer.shape[-1], device=device) for layer in states[0].layers]
+    for one in states:
+        weight = weight_of_place(torch.arange(len(one.order), device=device))
+        weights[one.order] += weight
+        mask[one.order, : one.mask.shape[1]] |= one.mask
+        for total, layer in zip(sums, one.layers, strict=True):
+            total[one.order, : layer.shape[1]] += weight[:, None, None] * layer
+    means = [(total / weights[:, None, None])[mask] for total in sums]
+    of_tokens = weights[:, None].expand(mask.shape)[mask]
+    return means, of_tokens / of_tokens.mean()
+
+
 def states_in_context(
     base_model: PreTrainedModel,
     processing_class,
@@ -171,7 +244,7 @@ def states_in_context(
     template: str,
     blocks: Sequence[Block],
 ) -> list[torch.Tensor]:
-    """Return the hidden states after each layer at the answers, each example read after all the others.
+    """Return the hidden states after each layer of a decoder at the answers, each example read after all the others.
 
     Returns:
         `list[torch.Tensor]`: one of shape `(num_answer_tokens, hidden_size)` per layer, fp32, examples in order.
@@ -198,6 +271,7 @@ def fit(
     batch: dict[str, torch.Tensor],
     blocks: Sequence[Block],
     targets: Sequence[torch.Tensor],
+    weights: torch.Tensor | None,
     rank: int,
     penalty: float,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -207,7 +281,7 @@ def fit(
         base_model (`PreTrainedModel`): Without adapters; it is the same afterwards.
         batch (`dict[str, torch.Tensor]`): The examples alone, as from [`CompletionCollator`], one a row.
         blocks (`Sequence[Block]`): As from [`residual_blocks`].
-        targets (`Sequence[torch.Tensor]`): As from [`states_in_context`].
+        targets (`Sequence[torch.Tensor]`), weights (`torch.Tensor`, *optional*): As from [`mean_states`].
         rank, penalty: As in [`in_context_adapter`].
     """
     mask = answer_positions(base_model, batch)
@@ -221,7 +295,10 @@ def fit(
 
             def update(_module, _args, output, inputs=inputs, target=target):
                 hidden, u = hidden_of(output), inputs.pop()
-                lora_a, lora_b = low_rank_ridge(u[mask].float(), target - hidden[mask].float(), rank, penalty)
+                read, change = u[mask].float(), target - hidden[mask].float()
+                if weights is not None:
+                    read, change = read * weights.sqrt()[:, None], change * weights.sqrt()[:, None]
+                lora_a, lora_b = low_rank_ridge(read, change, rank, penalty)
                 factors.append((lora_a, lora_b))
                 hidden = hidden + (u @ lora_a.to(u.dtype).T) @ lora_b.to(u.dtype).T
                 return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
@@ -277,7 +354,8 @@ def _batch(
     description: str | None = None,
 ) -> dict[str, torch.Tensor]:
     is_encoder_decoder = base_model.config.is_encoder_decoder
-    collate = CompletionCollator(processing_class, is_encoder_decoder, template, examples, description, MAX_LENGTH)
+    most = longest_reading(base_model, processing_class)
+    collate = CompletionCollator(processing_class, is_encoder_decoder, template, examples, description, most)
     device = next(base_model.parameters()).device
     return {name: tensor.to(device) for name, tensor in collate(samples).items()}
 
@@ -294,11 +372,13 @@ def run(base_model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> None:
 
 
 def hidden_of(output) -> torch.Tensor:
+    """Return the hidden states among what a layer returns."""
     return output[0] if isinstance(output, tuple) else output
 
 
 @contextmanager
 def hook(handle) -> Iterator[None]:
+    """Remove a hook after this context."""
     try:
         yield
     finally:

@@ -13,15 +13,16 @@ from torch import nn
 from .adapter import attach_adapter
 from .base_model import frozen_base, require_bare
 from .behaviour import SCALES, ExampleLoss
+from .closed_form import NUM_ORDERS
 from .configuration_lora_generator import LoraGeneratorConfig
 from .errors import ArgumentError, TaskError, UnfamiliarTaskError
 from .layout import LoraLayout
-from .learned_closed_form import LearnedClosedForm, read_examples
+from .learned_closed_form import LearnedClosedForm
+from .reading import longest_reading, read_examples
 from .task_vectors import TaskVectorExtractor, TaskVectorSpec
 from .tasks import Sample, to_sample
 
 FALLBACKS = ("generate", "base", "raise")
-NUM_ORDERS = 2  # in which a closed form reads the examples: forwards and backwards
 
 
 @dataclass(frozen=True)
@@ -254,8 +255,10 @@ def write_adapter(
     if lora_generator.closed_form is not None and examples:
         with frozen_base(base_model) as base:
             closed_form = lora_generator.closed_form.to(next(base.parameters()).device)
-            readings = [read_examples(processing_class, examples, template, text, NUM_ORDERS) for text in shares]
-            written = [closed_form(base, reading).cpu() for reading in readings]
+            most, written = longest_reading(base, processing_class), []
+            for text in shares:
+                reading = read_examples(processing_class, examples, template, text, NUM_ORDERS, most)
+                written.append(closed_form(base, reading).cpu())
         return _mean(written, shares.values())
     spec = TaskVectorSpec(**(lora_generator.config.task_vector_spec or {}))
     extractor = TaskVectorExtractor(dataclasses.replace(spec, template=template))

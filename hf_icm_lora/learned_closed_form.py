@@ -12,8 +12,6 @@ Shapes: `n` examples with answers of up to `a` tokens, `r` the rank, `d` the bas
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,137 +22,15 @@ from transformers.pytorch_utils import Conv1D
 
 from .base_model import base_model_fingerprint
 from .behaviour import batched_lora
-from .closed_form import Block, hidden_of, hook, residual_blocks
-from .completion import encode_prompt, is_chat, render
+from .closed_form import Block, States, hidden_of, hook, residual_blocks, states_in_conversations, weight_of_place
 from .configuration_lora_generator import LoraGeneratorConfig
-from .errors import IncompatibleAdapterError, TaskError
+from .errors import IncompatibleAdapterError
 from .layout import LoraLayout, LoraModule
 from .lora_config import shortest_target_modules
-from .tasks import Sample
+from .reading import MAX_EXAMPLES, Reading, positions
 
 MATRICES = ("keys", "constant", "state_in", "state_out", "label_in", "label_out")
 KINDS = 4  # of positions: what predicts an answer's first token, its second, its last, and any other
-MAX_EXAMPLES = 32  # that the reader reads one after another; more are read in turns
-MAX_LENGTH = 2048  # tokens that the reader reads in one go
-
-
-class Conversation(NamedTuple):
-    """Examples one after another, as the reader reads them.
-
-    Args:
-        ids (`list[int]`): All tokens.
-        order (`list[int]`): Which example comes when.
-        starts (`list[int]`): Where the token stands that predicts the first one of each answer.
-    """
-
-    ids: list[int]
-    order: list[int]
-    starts: list[int]
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What a generator reads of a task.
-
-    Args:
-        conversations (`list[Conversation]`): The examples in their context, each in one of them or in more.
-        rows (`list[list[int]]`): Each example alone: prompt and answer.
-        starts (`list[int]`): As in [`Conversation`], of the rows.
-        answers (`list[list[int]]`): The tokens of each answer, with what ends it.
-    """
-
-    conversations: list[Conversation]
-    rows: list[list[int]]
-    starts: list[int]
-    answers: list[list[int]]
-
-
-def read_examples(
-    processing_class,
-    samples: Sequence[Sample],
-    template: str,
-    description: str | None = None,
-    num_orders: int = 1,
-    max_length: int = MAX_LENGTH,
-) -> Reading:
-    """Tokenize examples as a generator reads them: one after another, and each alone.
-
-    Args:
-        processing_class: The base model's tokenizer.
-        samples (`Sequence[Sample]`): At least one.
-        template (`str`): As in [`CompletionCollator`].
-        description (`str`, *optional*): Read before the examples.
-        num_orders (`int`, *optional*, defaults to 1): In how many orders the examples are read: as they are given,
-            backwards, and then rotated.
-        max_length (`int`, *optional*, defaults to 2048): Tokens of a conversation. What is longer becomes several.
-
-    Raises:
-        TaskError: if there is no example, or one is longer than that alone.
-    """
-    if not samples:
-        raise TaskError("Expected at least one example to read, found none.")
-    alone = [_encode(processing_class, [sample], template)[0] for sample in samples]
-    for index, (prompt, answer) in enumerate(alone):
-        if len(prompt) + len(answer) > max_length:
-            raise TaskError(
-                f"examples[{index}] has {len(prompt) + len(answer)} tokens, and {max_length} at most can be read. "
-                "Shorten it."
-            )
-    conversations = []
-    for order in _orders(len(samples), num_orders):
-        for part in _parts(order, alone, max_length):
-            pieces = _encode(processing_class, [samples[index] for index in part], template, description)
-            ids: list[int] = []
-            starts = []
-            for prompt, answer in pieces:
-                starts.append(len(ids) + len(prompt) - 1)
-                ids += prompt + answer
-            conversations.append(Conversation(ids, part, starts))
-    return Reading(
-        conversations,
-        rows=[prompt + answer for prompt, answer in alone],
-        starts=[len(prompt) - 1 for prompt, _ in alone],
-        answers=[answer for _, answer in alone],
-    )
-
-
-def _orders(count: int, num_orders: int) -> list[list[int]]:
-    forwards = list(range(count))
-    orders = [forwards, forwards[::-1]]
-    for turn in range(2, num_orders):
-        shift = count * (turn - 1) // (num_orders - 1)
-        orders.append(forwards[shift:] + forwards[:shift])
-    return orders[:num_orders]
-
-
-def _parts(order: list[int], alone: list[tuple[list[int], list[int]]], max_length: int) -> list[list[int]]:
-    """Cut an order into conversations of about equal length that are not too long."""
-    lengths = [len(alone[index][0]) + len(alone[index][1]) for index in order]
-    count = max(-(-len(order) // MAX_EXAMPLES), -(-sum(lengths) // max_length))
-    while True:
-        size = -(-len(order) // count)
-        parts = [order[start : start + size] for start in range(0, len(order), size)]
-        longest = max(sum(lengths[start : start + size]) for start in range(0, len(order), size))
-        if longest <= max_length or size == 1:
-            return parts
-        count += 1
-
-
-def _encode(
-    processing_class, samples: Sequence[Sample], template: str, description: str | None = None
-) -> list[tuple[list[int], list[int]]]:
-    """Return, per sample, the tokens up to its answer, from the end of the answer before, and those of the answer."""
-    pieces, done = [], ""
-    for index, sample in enumerate(samples):
-        read, scored = render(sample, template, processing_class, samples[:index], description)
-        prompt = read[len(done) :]
-        if index or is_chat(sample, template):
-            prompt_ids = processing_class(prompt, add_special_tokens=False)["input_ids"]
-        else:
-            prompt_ids = encode_prompt(processing_class, prompt)
-        pieces.append((prompt_ids, processing_class(scored, add_special_tokens=False)["input_ids"]))
-        done = read + scored
-    return pieces
 
 
 class Matrices(nn.Module):
@@ -222,8 +98,7 @@ class LearnedClosedForm(nn.Module):
         init.constant_(self.log_penalty, math.log(0.3))
         init.ones_(self.gain)
         init.zeros_(self.log_kind)
-        before = torch.arange(MAX_EXAMPLES)
-        init.copy_(self.log_index, ((before + 0.2) / (before + 2)).log())
+        init.copy_(self.log_index, weight_of_place(torch.arange(MAX_EXAMPLES)).log())
         init.ones_(self.key_scale)
         init.ones_(self.scale)
 
@@ -265,41 +140,26 @@ class LearnedClosedForm(nn.Module):
         states = self.states(base_model, reading, blocks)
         return self.write(base_model, reading, blocks, states)
 
-    def states(self, base_model: PreTrainedModel, reading: Reading, blocks: Sequence[Block]) -> list["States"]:
-        """Return the reader's hidden states at the answers of each conversation, in its order."""
+    def states(self, base_model: PreTrainedModel, reading: Reading, blocks: Sequence[Block]) -> list[States]:
+        """Return the reader's hidden states at the answers of each conversation."""
         device = next(base_model.parameters()).device
-        found = []
         weights, nothing = self.reader_weights[None].to(device), torch.empty(0, device=device)
-        for conversation in reading.conversations:
-            answers = [reading.answers[index] for index in conversation.order]
-            at, mask = _positions(conversation.starts, answers, device)
-            layers: list[torch.Tensor] = []
-            with ExitStack() as stack:
-                stack.enter_context(batched_lora(base_model, self.reader_layout, weights, nothing))
-                for block in blocks:
-
-                    def keep(_module, _inputs, output, at=at, layers=layers):
-                        layers.append(hidden_of(output)[0, at].float())  # (examples, a, d)
-
-                    stack.enter_context(hook(block.module.register_forward_hook(keep)))
-                base_model.base_model(input_ids=torch.tensor([conversation.ids], device=device), use_cache=False)
-            found.append(States(layers, mask, torch.tensor(conversation.order, device=device)))
-        return found
+        with batched_lora(base_model, self.reader_layout, weights, nothing):
+            return states_in_conversations(base_model, reading, blocks)
 
     def write(
-        self, base_model: PreTrainedModel, reading: Reading, blocks: Sequence[Block], states: Sequence["States"]
+        self, base_model: PreTrainedModel, reading: Reading, blocks: Sequence[Block], states: Sequence[States]
     ) -> torch.Tensor:
         """Pass each example alone through the base, and write B layer by layer on the way."""
         device = next(base_model.parameters()).device
-        length = max(map(len, reading.rows))
-        ids = torch.tensor([row + [0] * (length - len(row)) for row in reading.rows], device=device)
-        at, mask = _positions(reading.starts, reading.answers, device)
+        batch = reading.batch(device)
+        at, mask = positions(reading.starts, reading.answers, device)
         kind = _kinds(mask)
         longest = mask.shape[1]
         targets = torch.tensor([answer + [0] * (longest - len(answer)) for answer in reading.answers], device=device)
         embedded = base_model.get_input_embeddings()(targets).float()
         following = F.rms_norm(embedded, embedded.shape[-1:])  # (n, a, d)
-        rows = torch.arange(len(ids), device=device)[:, None]
+        rows = torch.arange(len(reading.rows), device=device)[:, None]
         adapter: list[torch.Tensor] = []
         layers = self.layers()
 
@@ -308,7 +168,7 @@ class LearnedClosedForm(nn.Module):
                 inputs: list[torch.Tensor] = []
 
                 def keep(_module, args, inputs=inputs):
-                    inputs.append(args[0].reshape(*ids.shape, -1))
+                    inputs.append(args[0].reshape(*batch["input_ids"].shape, -1))
 
                 def update(_module, _args, output, inputs=inputs, index=index, own=own):
                     hidden, u = hidden_of(output), inputs.pop()
@@ -323,9 +183,7 @@ class LearnedClosedForm(nn.Module):
 
                 stack.enter_context(hook(block.writer.register_forward_pre_hook(keep)))
                 stack.enter_context(hook(block.module.register_forward_hook(update)))
-            base_model.base_model(
-                input_ids=ids, use_cache=False
-            )  # causal: what pads a row on its right changes nothing
+            base_model.base_model(**batch, use_cache=False)
         return torch.stack(adapter).flatten()
 
     def _solve(
@@ -411,21 +269,6 @@ def _lora_module(name: str, linear: nn.Module, rank: int) -> LoraModule:
     return LoraModule(name, ins, outs, rank)
 
 
-@dataclass(frozen=True)
-class States:
-    """The reader's hidden states at the answers of a conversation.
-
-    Args:
-        layers (`list[torch.Tensor]`): Per layer `(examples, a, d)`, fp32.
-        mask (`torch.Tensor` of shape `(examples, a)`): Where answers have tokens.
-        order (`torch.Tensor` of shape `(examples,)`): Which examples these are.
-    """
-
-    layers: list[torch.Tensor]
-    mask: torch.Tensor
-    order: torch.Tensor
-
-
 def weighted_ridge(
     features: torch.Tensor, values: torch.Tensor, weight: torch.Tensor, penalty: torch.Tensor
 ) -> torch.Tensor:
@@ -440,14 +283,6 @@ def weighted_ridge(
     strength = penalty * (weighted * wide).sum() / weight.sum().clamp_min(1e-6) + 1e-6
     matrix = weighted.T @ wide + strength * torch.eye(wide.shape[1], device=wide.device)
     return torch.cholesky_solve(weighted.T @ values.double(), torch.linalg.cholesky(matrix)).float()
-
-
-def _positions(starts: Sequence[int], answers: Sequence[Sequence[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return where the tokens of answers are predicted `(n, a)`, and which of these there are."""
-    lengths = torch.tensor([len(answer) for answer in answers], device=device)[:, None]
-    steps = torch.arange(int(lengths.max()), device=device)
-    mask = steps < lengths
-    return (torch.tensor(list(starts), device=device)[:, None] + steps) * mask, mask
 
 
 def _kinds(mask: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,5 @@
 """The closed form: examples become a LoRA without training, on every way to build a language model."""
 
-import copy
-
 import pytest
 import torch
 from peft import PeftModel
@@ -49,15 +47,48 @@ def logits_at_answers(model, tokenizer, sample, examples=(), template=DEFAULT_TE
 
 
 @pytest.mark.parametrize("template", [DEFAULT_TEMPLATE, "chat"])
-def test_without_penalty_the_adapter_says_what_the_base_says_after_the_other_examples(base, chat_tokenizer, template):
-    reference, tokenizer = copy.deepcopy(base), chat_tokenizer
-    model = in_context_adapter(base, tokenizer, EXAMPLES, template=template, rank=32, penalty=1e-9)
+def test_without_penalty_an_encoder_decoder_says_what_it_says_after_the_other_examples(chat_tokenizer, template):
+    reference, tokenizer = make_t5(), chat_tokenizer
+    model = in_context_adapter(make_t5(), tokenizer, EXAMPLES, template=template, rank=32, penalty=1e-9)
     for index, sample in enumerate(EXAMPLES):
         others = EXAMPLES[:index] + EXAMPLES[index + 1 :]
         prompted = logits_at_answers(reference, tokenizer, sample, others, template)
         alone, without = (logits_at_answers(each, tokenizer, sample, (), template) for each in (model, reference))
         torch.testing.assert_close(alone, prompted, atol=0.02, rtol=0.02)
         assert (without - prompted).abs().max() > 0.1
+
+
+@torch.no_grad()
+def last_states(model, tokenizer, template, sample, examples=()) -> torch.Tensor:
+    """What the last layer makes of an answer's tokens, before any norm."""
+    found = []
+    handle = residual_blocks(model)[-1].module.register_forward_hook(
+        lambda _module, _inputs, output: found.append(output[0] if isinstance(output, tuple) else output)
+    )
+    shown = [to_sample(one) for one in examples]
+    batch = CompletionCollator(tokenizer, template=template, examples=shown)([to_sample(sample)])
+    mask = answer_positions(model, batch)
+    batch.pop("labels")
+    model(**batch)
+    handle.remove()
+    return found[0][mask]
+
+
+@pytest.mark.parametrize("template", [DEFAULT_TEMPLATE, "chat"])
+@pytest.mark.parametrize("make", [make_llama, make_gpt2, make_qwen, make_opt])
+def test_without_penalty_states_are_the_mean_of_those_after_what_is_before_and_behind(make, chat_tokenizer, template):
+    reference, given = make(), (chat_tokenizer, template)
+    model = in_context_adapter(make(), chat_tokenizer, EXAMPLES, template=template, rank=64, penalty=1e-9)
+    model = model.get_base_model()
+    for index, sample in enumerate(EXAMPLES):
+        forwards = last_states(reference, *given, sample, EXAMPLES[:index])
+        backwards = last_states(reference, *given, sample, EXAMPLES[:index:-1])
+        before, behind = index, len(EXAMPLES) - 1 - index
+        weights = [(count + 0.2) / (count + 2) for count in (before, behind)]
+        expected = (weights[0] * forwards + weights[1] * backwards) / sum(weights)
+        found = last_states(model, *given, sample)
+        torch.testing.assert_close(found, expected, atol=0.02, rtol=0.02)
+        assert (last_states(reference, *given, sample) - expected).abs().max() > 0.1
 
 
 def test_the_result_is_an_ordinary_adapter_and_the_base_is_as_it_was(base, tokenizer, tmp_path):

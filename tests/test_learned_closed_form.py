@@ -12,7 +12,8 @@ from hf_icm_lora.base_model import frozen_base
 from hf_icm_lora.behaviour import batched_lora
 from hf_icm_lora.completion import DEFAULT_TEMPLATE, CompletionCollator
 from hf_icm_lora.generation import write_adapter
-from hf_icm_lora.learned_closed_form import closed_form_config, read_examples
+from hf_icm_lora.learned_closed_form import closed_form_config
+from hf_icm_lora.reading import read_examples
 from hf_icm_lora.tasks import to_sample
 from tests.conftest import make_gpt2, make_llama
 from tests.test_real_benchmark import disturb, prepared, real_line, with_chat  # noqa: F401  # a fixture
@@ -57,7 +58,7 @@ def test_untrained_and_without_penalty_it_says_what_the_base_says_after_the_exam
     model = attach_adapter(
         base, generator.adapter_config(), generator.layout.unpack(weights, generator.shared_weights)
     )
-    for sample, expected, without in zip(SAMPLES, prompted, bare, strict=True):
+    for sample, expected in zip(SAMPLES, prompted, strict=True):
         torch.testing.assert_close(logits_alone(model, tokenizer, sample), expected, atol=0.05, rtol=0.05)
     assert (prompted[-1] - bare[-1]).abs().max() > 0.1
 
@@ -173,7 +174,7 @@ def test_more_examples_than_are_read_at_once_are_all_used(base, tokenizer):
 def test_what_cannot_be_read_is_refused(base, tokenizer):
     with pytest.raises(TaskError, match="at least one example"):
         read_examples(tokenizer, [], DEFAULT_TEMPLATE)
-    with pytest.raises(TaskError, match=r"examples\[1\] has \d+ tokens, and 30 at most"):
+    with pytest.raises(TaskError, match=r"examples\[1\] has 206 tokens with what is read before it, and 30 at most"):
         read_examples(tokenizer, [SAMPLES[0], to_sample(("word " * 40, "x"))], DEFAULT_TEMPLATE, max_length=30)
     generator = make_generator(make_gpt2() if "Llama" in type(base).__name__ else make_llama())
     with pytest.raises(IncompatibleAdapterError, match="made for"):

@@ -1,4 +1,4 @@
-"""From a writer that train.py made to the generator that ships: `python -m benchmarks.real.generator --tasks DATA/real`.
+"""From what train.py made to the generator that ships: `python -m benchmarks.real.generator --tasks DATA/real`.
 
 The closed form is the writer's, in the package's own terms. The network, the conditional VAE, which writes where there
 are no examples, is trained here: on adapters that the closed form wrote for training tasks, and on vectors of their
