@@ -134,6 +134,7 @@ class EvaluateOptions(BaseOptions, TaskOptions, ZooOption):
     num_examples: int = field(default=12, metadata={"help": "Examples per task that everyone is given."})
     more_rows: list[str] = field(default_factory=list, metadata={"help": _FURTHER_ROWS})
     refine_steps: int = field(default=20, metadata={"help": "Of the rows refined and fine_tuned."})
+    by_family: bool = field(default=False, metadata={"help": "Means over families of equal weight, not over tasks."})
     plots: bool = field(default=False, metadata={"help": "Draw pictures (PNG) into output_dir; needs matplotlib."})
 
 
@@ -292,6 +293,7 @@ def evaluate(options: EvaluateOptions) -> Result:
         num_examples=options.num_examples,
         more_rows=options.more_rows,
         refine_steps=options.refine_steps,
+        by_family=options.by_family,
         output_dir=options.output_dir,
     )
     pictures = []

@@ -25,7 +25,7 @@ from transformers.utils import logging
 from .adapter import AdapterSlot
 from .base_model import frozen_base, require_bare, restored
 from .behaviour import SCALES, ExampleLoss
-from .completion import CompletionCollator, fill_template, score_completions
+from .completion import MOST_LABELS, CompletionCollator, fill_template, label_accuracy, score_completions
 from .errors import ArgumentError, IncompatibleAdapterError, TaskError, TaskVectorError, ZooError
 from .lora_config import canonical_lora_config
 from .modeling_lora_generator import LoraGeneratorModel
@@ -224,6 +224,7 @@ def evaluate_generator(
     more_rows: Sequence[str] = (),
     refine_steps: int = 20,
     other_generators: Mapping[str, LoraGeneratorModel] | None = None,
+    by_family: bool = False,
     batch_size: int = 32,
     output_dir: str | Path | None = None,
 ) -> dict[str, Any]:
@@ -244,6 +245,8 @@ def evaluate_generator(
         refine_steps (`int`, *optional*, defaults to 20): Gradient steps of the rows `refined` and `fine_tuned`.
         other_generators (`Mapping[str, LoraGeneratorModel]`, *optional*): More generators of the same layout and
             lora_A, scored on the same examples: row name -> generator.
+        by_family (`bool`, *optional*, defaults to `False`): Whether means are over families of equal weight, and not
+            over tasks: for tasks of which some families have many.
         batch_size (`int`, *optional*, defaults to 32): Samples per forward pass.
         output_dir (`str` or `Path`, *optional*): Where to write `evaluation.json` and `evaluation.md`.
 
@@ -259,8 +262,8 @@ def evaluate_generator(
 
     Example:
         >>> report = evaluate_generator(generator, base, tokenizer, zoo, tasks)  # doctest: +SKIP
-        >>> report["splits"]["unseen"]["generated"]["mean_recovered_gain"]  # doctest: +SKIP
-        0.7579
+        >>> report["splits"]["unseen"]["generated"]["mean_recovered_accuracy"]  # doctest: +SKIP
+        0.3106
     """
     started = time.perf_counter()
     others = dict(other_generators or {})
@@ -302,18 +305,20 @@ def evaluate_generator(
                     refine_steps=refine_steps,
                     seed=spec.seed,
                 )
-                for row, score in scorer(given, task.test).items():
+                for row, score in scorer(given, task).items():
                     scores[split][row][task.name] = score
             for row in rows:
                 of_all = gathered(scores[split][row])
                 scores[split][row] = {task.name: of_all[task.name] for task in members}
 
     fine_tuning = statistics.mean(zoo.records[task.name].get("seconds", 0.0) for task in tasks)
+    families = {task.name: task.family for task in tasks} if by_family else None
     report = {
         **run_metadata(spec.seed),
         "num_examples": num_examples,
+        "by_family": by_family,
         "rows": descriptions(rows),
-        "splits": {split: summarize(scores[split]) for split, members in splits.items() if members},
+        "splits": {split: summarize(scores[split], families) for split, members in splits.items() if members},
         "storage": storage(generator, len(rivals.names)),
         "seconds": {
             "task_vector": _median(vector_seconds),
@@ -418,18 +423,18 @@ class _Scorer:
         self.seconds: dict[str, list[float]] = {row: [] for row in rows}
         self.attachment_seconds: list[float] = []
 
-    def __call__(self, given: Given, test: Sequence[Sample]) -> dict[str, dict[str, float]]:
+    def __call__(self, given: Given, task: Task) -> dict[str, dict[str, float]]:
         scores = {}
         for row, make in self.rows.items():
             with _timed(self.seconds[row]):
                 made = make(given)
             if isinstance(made, str):
                 with frozen_base(self.slot.model) as bare:
-                    scores[row] = self._score(bare, given, test, made)
+                    scores[row] = self._score(bare, given, task, made)
             else:
                 with _timed(self.attachment_seconds):
                     self.slot.write(made)
-                scores[row] = self._score(self.slot.model, given, test)
+                scores[row] = self._score(self.slot.model, given, task)
                 scores[row]["nearest_seen_distance"] = given.rivals.distance(made, given.name)
         # With a frozen A, comparing weights compares B @ A up to the metric that A gives.
         own, target = given.generated, given.zoo.lora_weights(given.name)
@@ -439,17 +444,20 @@ class _Scorer:
         return scores
 
     @torch.no_grad()
-    def _score(self, model: nn.Module, given: Given, test: Sequence[Sample], context: str = "") -> dict[str, float]:
+    def _score(self, model: nn.Module, given: Given, task: Task, context: str = "") -> dict[str, float]:
         is_encoder_decoder, template = given.base_model.config.is_encoder_decoder, given.zoo.template
         collate = CompletionCollator(given.processing_class, is_encoder_decoder, template, context, MOST_TOKENS)
         loss, tokens, exact = 0.0, 0, 0
-        samples = sorted(test, key=lambda sample: len(sample.prompt + sample.completion))  # little padding
+        samples = sorted(task.test, key=lambda sample: len(sample.prompt + sample.completion))  # little padding
         for start in range(0, len(samples), self.batch_size):
             scores = score_completions(model, collate(samples[start : start + self.batch_size]))
             loss += scores.loss.sum().item()
             tokens += int(scores.num_tokens.sum())
             exact += int(scores.exact.sum())
-        return {"loss": loss / tokens, "exact_match": exact / len(test)}
+        found = {"loss": loss / tokens, "exact_match": exact / len(samples)}
+        if task.labels and 2 <= len(task.labels) <= MOST_LABELS:
+            found["label_accuracy"] = label_accuracy(model, collate, samples, task.labels, self.batch_size)
+        return found
 
 
 @contextmanager
