@@ -5,7 +5,7 @@ from .base_model import base_model_fingerprint, fast_dtype
 from .behaviour import ExampleLoss
 from .closed_form import in_context_adapter
 from .collection import CollectionArguments, collect_zoo
-from .completion import CompletionCollator
+from .completion import CompletionCollator, label_accuracy
 from .configuration_lora_generator import LoraGeneratorConfig
 from .errors import (
     AlreadyExistsError,
@@ -29,7 +29,7 @@ from .importing import import_zoo
 from .layout import LoraLayout
 from .model_card import add_evaluation, generator_card
 from .modeling_lora_generator import LoraGeneratorModel, LoraGeneratorOutput
-from .report import format_report, read_report, recovered_gain
+from .report import format_report, read_report, recovered_accuracy, recovered_gain
 from .serving import check_serving_compatibility, export_gguf, plain_adapter
 from .smollm2 import smollm2_generator_path, smollm2_path
 from .suite import built_in_tasks
@@ -88,11 +88,13 @@ __all__ = [
     "generator_card",
     "import_zoo",
     "in_context_adapter",
+    "label_accuracy",
     "load_adapter",
     "load_tasks",
     "plain_adapter",
     "push_adapter",
     "read_report",
+    "recovered_accuracy",
     "recovered_gain",
     "save_adapter",
     "save_adapter_card",

@@ -135,6 +135,7 @@ class EvaluateOptions(BaseOptions, TaskOptions, ZooOption):
     more_rows: list[str] = field(default_factory=list, metadata={"help": _FURTHER_ROWS})
     refine_steps: int = field(default=20, metadata={"help": "Of the rows refined and fine_tuned."})
     template: str | None = field(default=None, metadata={"help": "To score all rows in; by default the zoo's."})
+    by_family: bool = field(default=False, metadata={"help": "Means over families of equal weight, not over tasks."})
     plots: bool = field(default=False, metadata={"help": "Draw pictures (PNG) into output_dir; needs matplotlib."})
 
 
@@ -294,6 +295,7 @@ def evaluate(options: EvaluateOptions) -> Result:
         more_rows=options.more_rows,
         refine_steps=options.refine_steps,
         template=options.template,
+        by_family=options.by_family,
         output_dir=options.output_dir,
     )
     pictures = []

@@ -15,13 +15,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .errors import TaskError
+from .errors import ArgumentError, TaskError
 from .tasks import Sample
 
 logger = logging.get_logger(__name__)
 
 DEFAULT_TEMPLATE = "- {prompt}: {completion}\n"  # few tokens: every pass pays for them
 CHAT = "chat"  # in the place of a template: the tokenizer's own chat template
+MOST_LABELS = 16  # of a classification whose labels are all scored: each costs a pass over its prompt
 IGNORED = -100  # the label that no loss counts, as everywhere in transformers
 
 
@@ -267,7 +268,8 @@ def score_completions(model: nn.Module, batch: dict[str, torch.Tensor]) -> Compl
     """Score the labelled tokens of a batch.
 
     `exact` needs no generation: greedy decoding writes a completion exactly if each of its tokens is the most
-    probable one after the tokens before it.
+    probable one after the tokens before it. So it tells what generating, cutting at the template's end and stripping
+    would tell, and is never kinder: the same text in other tokens, or with other blanks at its ends, counts as wrong.
 
     Args:
         model: A language model with a head, causal or encoder-decoder, with or without adapters.
@@ -278,6 +280,50 @@ def score_completions(model: nn.Module, batch: dict[str, torch.Tensor]) -> Compl
     loss = zeros.index_add(0, rows, F.cross_entropy(logits, tokens, reduction="none"))
     mistakes = zeros.index_add(0, rows, (logits.argmax(-1) != tokens).float())
     return CompletionScores(loss, rows.bincount(minlength=len(zeros)), mistakes == 0)
+
+
+@torch.no_grad()
+def label_accuracy(
+    model: nn.Module,
+    collate: CompletionCollator,
+    samples: Sequence[Sample],
+    labels: Sequence[str],
+    batch_size: int = 32,
+) -> float:
+    """Return the share of samples whose completion is the most probable of all labels after their prompt.
+
+    The probability of a label is that of all its tokens, and of the template's end, which says that it ends there.
+
+    Args:
+        model: A language model with a head, causal or encoder-decoder, with or without adapters.
+        collate (`CompletionCollator`): Makes the batches, without `row_length`: one sample is one row.
+        samples (`Sequence[Sample]`): The samples; each completion is one of the labels.
+        labels (`Sequence[str]`): The classes, 2 to 16.
+        batch_size (`int`, *optional*, defaults to 32): Rows per forward pass, of which a prompt has one for each
+            label; a prompt with more labels than that makes a batch of its own.
+
+    Raises:
+        ArgumentError: if there are fewer labels or more, or no sample.
+        TaskError: if a completion is none of them.
+
+    Example:
+        >>> label_accuracy(model, CompletionCollator(tokenizer), task.test, task.labels)  # doctest: +SKIP
+        0.875
+    """
+    if not 2 <= len(labels) <= MOST_LABELS or not samples:
+        raise ArgumentError(
+            f"Expected samples and 2 to {MOST_LABELS} labels, found {len(samples)} samples and {len(labels)} labels."
+        )
+    if unknown := next((sample for sample in samples if sample.completion not in labels), None):
+        raise TaskError(f"Expected every completion to be one of the labels {tuple(labels)}, found {unknown}.")
+    right, step = 0, max(1, batch_size // len(labels))
+    samples = sorted(samples, key=lambda sample: len(sample.prompt))  # little padding
+    for start in range(0, len(samples), step):
+        own = samples[start : start + step]
+        batch = collate([Sample(sample.prompt, label) for sample in own for label in labels])
+        best = score_completions(model, batch).loss.view(len(own), len(labels)).argmin(1).tolist()
+        right += sum(labels[place] == sample.completion for place, sample in zip(best, own, strict=True))
+    return right / len(samples)
 
 
 def _labelled_logits(

@@ -25,8 +25,9 @@ from transformers.utils import logging
 from .adapter import AdapterSlot
 from .base_model import frozen_base, require_bare, restored
 from .behaviour import SCALES, ExampleLoss
-from .completion import CompletionCollator, render, score_completions
+from .completion import MOST_LABELS, CompletionCollator, label_accuracy, render, score_completions
 from .errors import ArgumentError, IncompatibleAdapterError, TaskError, TaskVectorError, ZooError
+from .generation import write_adapter
 from .lora_config import canonical_lora_config
 from .modeling_lora_generator import LoraGeneratorModel
 from .processes import gathered, own_part, state
@@ -49,7 +50,7 @@ class Given:
         name (`str`), description (`str`, *optional*): As in [`Task`].
         examples (`Sequence[Sample]`): The same for all rows.
         vector (`torch.Tensor` of shape `(num_draws, num_task_vectors, task_vector_size)`): Of the examples.
-        wrong_vector (`torch.Tensor`): That of another task.
+        wrong_examples (`Sequence[Sample]`): Those of another task.
         generator (`LoraGeneratorModel`): The one to be scored.
         base_model (`PeftModel`): The base, with an adapter that is off for everything a row calls.
         processing_class: Its tokenizer.
@@ -63,7 +64,7 @@ class Given:
     description: str | None
     examples: Sequence[Sample]
     vector: torch.Tensor
-    wrong_vector: torch.Tensor
+    wrong_examples: Sequence[Sample]
     generator: LoraGeneratorModel
     base_model: PeftModel
     processing_class: Any
@@ -75,7 +76,7 @@ class Given:
     @cached_property
     def generated(self) -> torch.Tensor:
         """The generated adapter `(num_weights,)`, which several rows start from."""
-        return self.generator.decode_task_vector(self.vector).cpu()
+        return self.written_by(self.generator, self.examples)
 
     @cached_property
     def example_loss(self) -> ExampleLoss:
@@ -88,13 +89,13 @@ class Given:
     def written_by(
         self,
         generator: LoraGeneratorModel,
-        examples: Sequence[Sample] | None = None,
+        examples: Sequence[Sample] = (),
         description: str | None = None,
     ) -> torch.Tensor:
         """Return what a generator writes from examples, a description, or both: `(num_weights,)`."""
-        extractor = TaskVectorExtractor(_spec_of(generator))
-        vector = extractor.vector(self.base_model, self.processing_class, examples, description)
-        return generator.decode_task_vector(vector).cpu()
+        return write_adapter(
+            generator, self.base_model, self.processing_class, examples, description, self.zoo.template
+        )
 
 
 # An adapter of the zoo's layout `(num_weights,)`, or the samples that the base reads before every prompt.
@@ -112,13 +113,13 @@ def task_lora(given: Given) -> torch.Tensor:
 
 
 def generated(given: Given) -> torch.Tensor:
-    """The generator's adapter for the examples, at full strength: the mean over the draws of their task vector."""
+    """The generator's adapter for the examples, at full strength."""
     return given.generated
 
 
 def wrong_condition(given: Given) -> torch.Tensor:
     """The generator's adapter for the examples of another task."""
-    return given.generator.decode_task_vector(given.wrong_vector).cpu()
+    return given.written_by(given.generator, given.wrong_examples)
 
 
 def mean_lora(given: Given) -> torch.Tensor:
@@ -152,7 +153,7 @@ def description(given: Given) -> torch.Tensor:
 
 
 def both(given: Given) -> torch.Tensor:
-    """The generator's adapter for description and examples: the mean over the draws of all modes."""
+    """The generator's adapter for description and examples."""
     return given.written_by(given.generator, given.examples, given.description)
 
 
@@ -226,6 +227,7 @@ def evaluate_generator(
     refine_steps: int = 20,
     other_generators: Mapping[str, LoraGeneratorModel] | None = None,
     template: str | None = None,
+    by_family: bool = False,
     batch_size: int = 32,
     output_dir: str | Path | None = None,
 ) -> dict[str, Any]:
@@ -248,6 +250,8 @@ def evaluate_generator(
             lora_A, scored on the same examples: row name -> generator.
         template (`str`, *optional*): What all rows are scored in, by default the zoo's template, in which adapters are
             made. What an adapter does only in the template that it was made in is worth little.
+        by_family (`bool`, *optional*, defaults to `False`): Whether means are over families of equal weight, and not
+            over tasks: for tasks of which some families have many.
         batch_size (`int`, *optional*, defaults to 32): Samples per forward pass.
         output_dir (`str` or `Path`, *optional*): Where to write `evaluation.json` and `evaluation.md`.
 
@@ -264,8 +268,8 @@ def evaluate_generator(
 
     Example:
         >>> report = evaluate_generator(generator, base, tokenizer, zoo, tasks)  # doctest: +SKIP
-        >>> report["splits"]["unseen"]["generated"]["mean_recovered_gain"]  # doctest: +SKIP
-        0.7579
+        >>> report["splits"]["unseen"]["generated"]["mean_recovered_accuracy"]  # doctest: +SKIP
+        0.3106
     """
     started = time.perf_counter()
     others = dict(other_generators or {})
@@ -300,7 +304,7 @@ def evaluate_generator(
                     description=task.description,
                     examples=task.demo[:num_examples],
                     vector=vectors[task.name],
-                    wrong_vector=vectors[_another(task, members, tasks).name],
+                    wrong_examples=_another(task, members, tasks).demo[:num_examples],
                     generator=generator,
                     base_model=slot.model,
                     processing_class=processing_class,
@@ -309,19 +313,21 @@ def evaluate_generator(
                     refine_steps=refine_steps,
                     seed=spec.seed,
                 )
-                for row, score in scorer(given, task.test).items():
+                for row, score in scorer(given, task).items():
                     scores[split][row][task.name] = score
             for row in rows:
                 of_all = gathered(scores[split][row])
                 scores[split][row] = {task.name: of_all[task.name] for task in members}
 
     fine_tuning = statistics.mean(zoo.records[task.name].get("seconds", 0.0) for task in tasks)
+    families = {task.name: task.family for task in tasks} if by_family else None
     report = {
         **run_metadata(spec.seed),
         "num_examples": num_examples,
         "template": template,
+        "by_family": by_family,
         "rows": descriptions(rows),
-        "splits": {split: summarize(scores[split]) for split, members in splits.items() if members},
+        "splits": {split: summarize(scores[split], families) for split, members in splits.items() if members},
         "storage": storage(generator, len(rivals.names)),
         "seconds": {
             "task_vector": _median(vector_seconds),
@@ -360,9 +366,7 @@ def _check_models(base_model: nn.Module, generators: Sequence[LoraGeneratorModel
                 f"A generator ({one.layout.fingerprint[:12]}) and {zoo} ({zoo.layout.fingerprint[:12]}) differ in "
                 "layout or base model. Use the zoo that the generator was trained on."
             )
-        if one.zoo_normalizer.is_fitted and not torch.equal(
-            one.zoo_normalizer.shared_weights.cpu(), zoo.shared_weights
-        ):
+        if one.zoo_normalizer.is_fitted and not torch.equal(one.shared_weights.cpu(), zoo.shared_weights):
             raise IncompatibleAdapterError(f"{zoo} has another lora_A than the zoo that a generator was trained on.")
     require_bare(base_model)
     generators[0].check_base_model(base_model)
@@ -426,7 +430,7 @@ class _Scorer:
         self.seconds: dict[str, list[float]] = {row: [] for row in rows}
         self.attachment_seconds: list[float] = []
 
-    def __call__(self, given: Given, test: Sequence[Sample]) -> dict[str, dict[str, float]]:
+    def __call__(self, given: Given, task: Task) -> dict[str, dict[str, float]]:
         scores = {}
         for row, make in self.rows.items():
             with _timed(self.seconds[row]):
@@ -434,11 +438,11 @@ class _Scorer:
             if isinstance(made, torch.Tensor):
                 with _timed(self.attachment_seconds):
                     self.slot.write(made)
-                scores[row] = self._score(self.slot.model, given, test)
+                scores[row] = self._score(self.slot.model, given, task)
                 scores[row]["nearest_seen_distance"] = given.rivals.distance(made, given.name)
             else:
                 with frozen_base(self.slot.model) as bare:
-                    scores[row] = self._score(bare, given, test, made)
+                    scores[row] = self._score(bare, given, task, made)
         # With a frozen A, comparing weights compares B @ A up to the metric that A gives.
         own, target = given.generated, given.zoo.lora_weights(given.name)
         scores["generated"]["relative_error"] = ((own - target).norm() / target.norm().clamp(min=1e-12)).item()
@@ -447,21 +451,22 @@ class _Scorer:
         return scores
 
     @torch.no_grad()
-    def _score(
-        self, model: nn.Module, given: Given, test: Sequence[Sample], examples: Sequence[Sample] = ()
-    ) -> dict[str, float]:
+    def _score(self, model: nn.Module, given: Given, task: Task, examples: Sequence[Sample] = ()) -> dict[str, float]:
         is_encoder_decoder, template = given.base_model.config.is_encoder_decoder, self.template
         collate = CompletionCollator(
             given.processing_class, is_encoder_decoder, template, examples, max_length=MOST_TOKENS
         )
         loss, tokens, exact = 0.0, 0, 0
-        samples = sorted(test, key=lambda sample: len(sample.prompt + sample.completion))  # little padding
+        samples = sorted(task.test, key=lambda sample: len(sample.prompt + sample.completion))  # little padding
         for start in range(0, len(samples), self.batch_size):
             scores = score_completions(model, collate(samples[start : start + self.batch_size]))
             loss += scores.loss.sum().item()
             tokens += int(scores.num_tokens.sum())
             exact += int(scores.exact.sum())
-        return {"loss": loss / tokens, "exact_match": exact / len(test)}
+        found = {"loss": loss / tokens, "exact_match": exact / len(samples)}
+        if task.labels and 2 <= len(task.labels) <= MOST_LABELS:
+            found["label_accuracy"] = label_accuracy(model, collate, samples, task.labels, self.batch_size)
+        return found
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from .report import format_report, stored_bytes
 
 TEMPLATES = Path(__file__).parent / "templates"
 AUTO_CLASSES = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM"}
+KINDS = ("mean", "median", "min")  # of figures over tasks
 FOLDER = "path/to/this/folder"  # stands in a card for the repository, while it is not in one
 MOST_TASKS, MOST_EXAMPLES = 200, 32  # in a card
 NOT_EVALUATED = (
@@ -113,16 +114,28 @@ def add_evaluation(card: ModelCard, report: Mapping[str, Any], pictures: Sequenc
             dataset_type="tasks",
             dataset_name=f"{split} tasks ({len(rows['base']['tasks'])})",
             dataset_split=split,
-            metric_type="recovered_gain",
-            metric_name=f"{kind} recovered gain, {row}",
-            metric_value=round(summary[f"{kind}_recovered_gain"], 4),
+            metric_type=metric,
+            metric_name=f"{name}, {row}",
+            metric_value=round(summary[key], 4),
         )
         for split, rows in report["splits"].items()
         for row, summary in rows.items()
-        for kind in (("mean", "median", "min") if row == "generated" else ("mean",))
-        if summary[f"{kind}_recovered_gain"] is not None and row not in ("base", "task_lora")  # 0 and 1
+        for metric, name, key in _told_figures(row)
+        if summary[key] is not None
     ]
     return renewed
+
+
+def _told_figures(row: str) -> list[tuple[str, str, str]]:
+    """Return which figures of a row are metadata: metric, name and key in the summary, right answers first."""
+    figures = [("exact_match", "right answers", "exact_match")]
+    if row in ("base", "task_lora"):  # of which 0 and 1 are recovered
+        return figures
+    if row != "generated":
+        return [*figures, ("recovered_accuracy", "mean recovered accuracy", "mean_recovered_accuracy")]
+    for metric in ("recovered_accuracy", "recovered_gain"):
+        figures += [(metric, f"{kind} {metric.replace('_', ' ')}", f"{kind}_{metric}") for kind in KINDS]
+    return figures
 
 
 def addressed(card: ModelCard, repo_id: str, local_base: str, base: str) -> ModelCard:

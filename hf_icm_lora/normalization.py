@@ -13,8 +13,9 @@ class ZooNormalizer(nn.Module):
     """Statistics of the training data, in fp32: what one unit of weight and of task vector means.
 
     Of the zoo: the elementwise mean adapter, one scale per matrix, since B is small beside A and layers differ, and
-    the weights that all adapters share. With a closed form there are neither: A is there, and nothing is taken off. Of
-    the task vectors: mean and scale of every entry, and the principal directions, which turn a vector into a condition.
+    the weights that all adapters share. With a closed form there are neither: A is there, and nothing is taken off.
+    Of the task vectors: mean and scale of every entry, and the principal directions, which turn a vector into a
+    condition.
 
     A condition is half whitened: each direction is divided by the fourth root of its variance. A few directions hold
     most of the variance of hidden states, and what tells two tasks of a family apart has little of it: gradient

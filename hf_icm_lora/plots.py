@@ -91,11 +91,32 @@ def _figure(height: float, title: str = "") -> "Figure":
 
 
 @_own_style()
-def plot_recovered_gain(report: Mapping[str, Any]) -> "Figure":
-    """Draw the recovered gain G of every task, one panel per split, the best at the top.
+def plot_recovered_accuracy(report: Mapping[str, Any]) -> "Figure":
+    """Draw the recovered part of fine-tuning's right answers of every task, one panel per split, the best at the top.
 
     The base model is the line at 0, the task's own LoRA the line at 1. The best plain rival is the one with the
-    largest mean of the split. Tasks without a G are left out, and counted.
+    largest mean of the split. Tasks on which fine-tuning gained less than 10 points are left out, and counted.
+
+    Args:
+        report (`Mapping`): From `evaluate_generator`, or `read_report("evaluation.json")`.
+
+    Returns:
+        `matplotlib.figure.Figure`: As high as the number of tasks asks for.
+
+    Example:
+        >>> report = read_report("evaluation/evaluation.json")  # doctest: +SKIP
+        >>> plot_recovered_accuracy(report).savefig("right_answers.png")  # doctest: +SKIP
+    """
+    title = "How many of fine-tuning's right answers a generated adapter gives"
+    why = "under 10 points to gain"
+    return _plot_recovered(report, "recovered_accuracy", title, "", ("base model", "fine-tuned"), why)
+
+
+@_own_style()
+def plot_recovered_gain(report: Mapping[str, Any]) -> "Figure":
+    """Draw the recovered gain G of every task, as [`plot_recovered_accuracy`] draws right answers.
+
+    G is of losses, and mostly counts the form of the answers. Tasks without a G are left out, and counted.
 
     Args:
         report (`Mapping`): From `evaluate_generator`, or `read_report("evaluation.json")`.
@@ -106,28 +127,37 @@ def plot_recovered_gain(report: Mapping[str, Any]) -> "Figure":
     Example:
         >>> plot_recovered_gain(read_report("evaluation/evaluation.json")).savefig("gain.png")  # doctest: +SKIP
     """
-    panels = {name: _marked_gains(rows) for name, rows in report["splits"].items()}
-    lengths = [len(gains["generated"]) for _, gains in panels.values()]
-    lowest = min(gain for _, gains in panels.values() for row in gains.values() for gain in (0.0, *row.values()))
+    title = "How much of fine-tuning's gain in loss a generated adapter recovers"
+    bounds = ("G = 0: base model", "G = 1: fine-tuned")
+    return _plot_recovered(report, "recovered_gain", title, "G = ", bounds, "no gain by fine-tuning")
+
+
+def _plot_recovered(
+    report: Mapping[str, Any], what: str, title: str, name: str, bounds: tuple[str, str], why_left_out: str
+) -> "Figure":
+    """Draw a score of every task that is 0 for the base model and 1 for the task's LoRA, and may be `None`."""
+    panels = {part: _marked(rows, what) for part, rows in report["splits"].items()}
+    lengths = [len(scores["generated"]) for _, scores in panels.values()]
+    lowest = min(score for _, scores in panels.values() for row in scores.values() for score in (0.0, *row.values()))
     pitch, size = (0.19, 8.0) if sum(lengths) <= 60 else (0.115, 6.8)  # inches per task, points
     figure = _figure(0.6 + sum(pitch * (length + 2.7) + 0.55 for length in lengths))
     axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=[length + 2.7 for length in lengths])[:, 0]
-    for ax, (name, (rival, gains)) in zip(axes, panels.items(), strict=True):
-        tasks = sorted(gains["generated"], key=lambda task: gains["generated"][task], reverse=True)
+    for ax, (part, (rival, scores)) in zip(axes, panels.items(), strict=True):
+        tasks = sorted(scores["generated"], key=lambda task: scores["generated"][task], reverse=True)
         places = [-1.4, *range(len(tasks))] if tasks else []
         ax.vlines([0, 1], -2, len(tasks) - 0.5, color=GREY, lw=0.8, zorder=1)
         ax.hlines(places, lowest, 1, color=PALE, lw=0.7, zorder=0)
-        for mark, values in gains.items():
+        for mark, values in scores.items():
             label, look = MARKS[mark]
             means = [sum(values.values()) / len(values)] if tasks else []
             look = look | {"s": look["s"] * pitch / 0.19}
             ax.scatter(means + [values[task] for task in tasks], places, label=label, zorder=3, **look)
-        average = f": G = {means[0]:.2f} on average" if tasks else ""
-        left_out = len(report["splits"][name]["base"]["tasks"]) - len(tasks)
-        ax.set_title(f"{len(tasks)} {name.replace('_', ' ')} tasks{average}")
-        note = f"{left_out} that fine-tuning did not improve are left out;  " if left_out else ""
+        average = f": {name}{means[0]:.2f} on average" if tasks else ""
+        left_out = len(report["splits"][part]["base"]["tasks"]) - len(tasks)
+        ax.set_title(f"{len(tasks)} {part.replace('_', ' ')} tasks{average}")
+        note = f"{left_out} left out: {why_left_out};  " if left_out else ""
         ax.set_title(f"{note}best plain rival: {rival}", loc="right", fontsize=8, color=GREY)
-        ax.set_xticks([-1, -0.5, 0, 0.5, 1], ["-1", "-0.5", "G = 0: base model", "0.5", "G = 1: fine-tuned"])
+        ax.set_xticks([-1, -0.5, 0, 0.5, 1], ["-1", "-0.5", bounds[0], "0.5", bounds[1]])
         names = [task if len(task) <= 48 else f"{task[:47]}…" for task in tasks]
         ax.set_yticks(places, ["mean", *names] if tasks else [], fontsize=size)
         ax.set(xlim=(lowest - 0.04, 1.04), ylim=(len(tasks) + 0.2, -2.5))
@@ -137,7 +167,6 @@ def plot_recovered_gain(report: Mapping[str, Any]) -> "Figure":
         ax.tick_params("y", labelcolor=INK)
         ax.spines[:].set_visible(False)
     handles, labels = max((ax.get_legend_handles_labels() for ax in axes), key=lambda found: len(found[1]))
-    title = "How much of fine-tuning's gain a generated adapter recovers"
     figure.legend(
         handles[::-1], labels[::-1], loc="outside upper left", ncols=min(3, len(labels)), columnspacing=1.2,
         title=title, title_fontproperties={"size": 11, "weight": "bold"}, alignment="left",
@@ -145,15 +174,15 @@ def plot_recovered_gain(report: Mapping[str, Any]) -> "Figure":
     return figure
 
 
-def _marked_gains(rows: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[str, dict[str, float]]]:
-    """Return the name of the best plain rival, and for each mark G of the tasks that have one."""
-    gains = {
-        row: {name: s["recovered_gain"] for name, s in summary["tasks"].items() if s["recovered_gain"] is not None}
+def _marked(rows: Mapping[str, Mapping[str, Any]], what: str) -> tuple[str, dict[str, dict[str, float]]]:
+    """Return the name of the best plain rival, and for each mark the scores of the tasks that have one."""
+    scores = {
+        row: {name: score[what] for name, score in summary["tasks"].items() if score[what] is not None}
         for row, summary in rows.items()
     }
-    rival = max((row.__name__ for row in PLAIN_RIVALS), key=lambda row: sum(gains[row].values()))
-    gains["rival"] = gains[rival]
-    return rival, {mark: gains[mark] for mark in MARKS if mark in gains}
+    rival = max((row.__name__ for row in PLAIN_RIVALS), key=lambda row: sum(scores[row].values()))
+    scores["rival"] = scores[rival]
+    return rival, {mark: scores[mark] for mark in MARKS if mark in scores}
 
 
 @_own_style()
@@ -330,7 +359,8 @@ def write_plots(
     """Draw all pictures of an evaluation into PNG files.
 
     Args:
-        output_dir (`str` or `Path`): Where they go: `recovered_gain.png`, `module_errors.png`, and `losses.png`.
+        output_dir (`str` or `Path`): Where they go: `recovered_accuracy.png`, `recovered_gain.png`,
+            `module_errors.png`, and `losses.png`.
         generator (`LoraGeneratorModel`), zoo (`LoraZoo`), report (`Mapping`): Of `evaluate_generator`.
         run_dir (`str` or `Path`, *optional*): Where the generator was trained. The last checkpoint of each run there
             gives the losses, one picture per run; without any there is none.
@@ -347,6 +377,7 @@ def write_plots(
     scored = [name for rows in report["splits"].values() for name in rows["base"]["tasks"]]
     tasks = zoo.subset(dict.fromkeys([*scored, *filter(zoo.__contains__, generator.config.training_tasks or ())]))
     figures = {
+        "recovered_accuracy": plot_recovered_accuracy(report),
         "recovered_gain": plot_recovered_gain(report),
         "module_errors": plot_module_errors(generator, tasks),
     }

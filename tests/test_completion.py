@@ -8,7 +8,7 @@ import torch
 from conftest import make_gpt2, make_llama, make_t5, make_tasks
 from tokenizers import normalizers
 
-from hf_icm_lora import Sample, TaskError, built_in_tasks
+from hf_icm_lora import ArgumentError, Sample, TaskError, built_in_tasks, label_accuracy
 from hf_icm_lora.completion import (
     DEFAULT_TEMPLATE,
     IGNORED,
@@ -489,3 +489,51 @@ def test_head_is_as_before_also_after_an_error(any_model, tokenizer):
     assert not head._forward_pre_hooks
     with torch.no_grad():
         assert torch.equal(model(**batch).logits, before)
+
+
+# Labels
+
+LABELS = ("a", "b c", "a b")  # of several lengths, one the beginning of another
+OF_LABELS = [Sample(f"{'q' * (1 + 5 * (i % 4))}{i}", LABELS[i % 3]) for i in range(12)]
+
+
+@pytest.mark.parametrize("make", [make_llama, make_gpt2, make_t5])
+@pytest.mark.parametrize("batch_size", [1, 7, 32])
+def test_the_most_probable_label_counts(make, tokenizer, batch_size):
+    model = make()
+    collate = collator(tokenizer, model, template="{prompt} = {completion} .")
+    right = 0
+    for sample in OF_LABELS:
+        losses = [score(model, collate([Sample(sample.prompt, label)])).loss.item() for label in LABELS]
+        right += LABELS[losses.index(min(losses))] == sample.completion
+    assert label_accuracy(model, collate, OF_LABELS, LABELS, batch_size) == right / len(OF_LABELS)
+
+
+def test_labels_that_a_model_was_taught_are_right(tokenizer):
+    """And wrong, if each sample has the other label."""
+    model = make_llama()
+    collate = collator(tokenizer, model)
+    samples = [Sample(f"{word} {i}", label) for i in range(4) for word, label in (("up", "yes"), ("down", "no"))]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        score_completions(model, collate(samples)).loss.sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert label_accuracy(model, collate, samples, ["no", "yes"]) == 1
+    swapped = [Sample(sample.prompt, "no" if sample.completion == "yes" else "yes") for sample in samples]
+    assert label_accuracy(model, collate, swapped, ["no", "yes"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("samples", "labels", "error", "message"),
+    [
+        (OF_LABELS, ("a",), ArgumentError, "2 to 16 labels, found 12 samples and 1 labels"),
+        (OF_LABELS, [str(n) for n in range(17)], ArgumentError, "and 17 labels"),
+        ([], LABELS, ArgumentError, "found 0 samples"),
+        (OF_LABELS, ("a", "b c"), TaskError, "one of the labels .* found Sample.*'a b'"),
+    ],
+)
+def test_what_has_no_label_accuracy_is_refused(tokenizer, samples, labels, error, message):
+    model = make_llama()
+    with pytest.raises(error, match=message):
+        label_accuracy(model, collator(tokenizer, model), samples, labels)

@@ -1,5 +1,6 @@
 """evaluate_generator: every figure means what its name says, and nothing is touched."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -27,6 +28,7 @@ from hf_icm_lora import (
     collect_zoo,
     evaluate_generator,
     format_report,
+    label_accuracy,
     read_report,
 )
 from hf_icm_lora.adapter import attach_adapter
@@ -119,12 +121,16 @@ def test_report_has_the_documented_shape(report):
     for split, names in (("seen", SEEN), ("unseen", UNSEEN)):
         assert list(report["splits"][split]) == ROWS
         for name, row in report["splits"][split].items():
-            common = {"mean_recovered_gain", "median_recovered_gain", "min_recovered_gain", "mean_loss", "exact_match"}
+            common = {
+                f"{kind}_recovered_{what}" for kind in ("mean", "median", "min") for what in ("accuracy", "gain")
+            }
+            common |= {"mean_loss", "exact_match", "exact_match_interval", "mean_recovered_accuracy_interval"}
             weights = set() if name in ("base", "few_shot_prompt") else {"nearest_seen_distance"}
             told = {"gain_on_examples_correlation"} if name == "generated" else set()
             assert set(row) == common | weights | told | {"tasks"}
             assert list(row["tasks"]) == names
-            assert all({"loss", "exact_match", "recovered_gain"} <= set(score) for score in row["tasks"].values())
+            known = {"loss", "exact_match", "recovered_accuracy", "recovered_gain"}
+            assert all(known <= set(score) for score in row["tasks"].values())
     assert all({"relative_error", "cosine"} <= set(s) for s in report["splits"]["seen"]["generated"]["tasks"].values())
 
 
@@ -177,6 +183,42 @@ def test_losses_do_not_depend_on_the_batch_size(report, zoo, generator, tokenize
         for row in ROWS:
             expected = report["splits"][split][row]["mean_loss"]
             assert again["splits"][split][row]["mean_loss"] == pytest.approx(expected, rel=1e-4), row
+
+
+def test_means_by_family_give_each_family_the_same_weight(report, zoo, generator, tokenizer):
+    tasks = [dataclasses.replace(task, family="odd" if task.name == "shift/2" else "even") for task in make_tasks()]
+    other = evaluate_generator(generator, make_llama(), tokenizer, zoo, tasks, by_family=True)
+    assert (report["by_family"], other["by_family"]) == (False, True)
+    for row, summary in other["splits"]["seen"].items():
+        losses = [summary["tasks"][name]["loss"] for name in SEEN]
+        assert summary["mean_loss"] == pytest.approx((losses[1] + (losses[0] + losses[2]) / 2) / 2)
+        own = report["splits"]["seen"][row]
+        assert own["mean_loss"] == pytest.approx(sum(losses) / 3)
+        assert summary["median_recovered_gain"] == pytest.approx(own["median_recovered_gain"], abs=1e-5)
+
+
+def test_a_classification_has_its_label_accuracy_in_every_row(zoo, generator, tokenizer):
+    labels = ("one", "two two", "three")
+
+    def labelled(name, number_of_labels=3):
+        known = (*labels, *map(str, range(number_of_labels - 3)))
+        splits = {split: [(f"{split} {i}", known[i % 3]) for i in range(24)] for split in ("train", "demo", "test")}
+        return Task(name, **splits, labels=known)
+
+    tasks = [labelled("shift/1"), make_tasks()[1], labelled("shift/3", number_of_labels=17)]
+    base = make_llama()
+    report = evaluate_generator(generator, base, tokenizer, zoo, tasks)
+    for summary in report["splits"]["seen"].values():
+        known = {name: score.get("label_accuracy") for name, score in summary["tasks"].items()}
+        assert known["shift/2"] is known["shift/3"] is None  # no classes, and more of them than are scored
+        assert summary["label_accuracy"] == known["shift/1"]
+        assert known["shift/1"] >= summary["tasks"]["shift/1"]["exact_match"]
+    found = report["splits"]["seen"]["base"]["label_accuracy"]
+    assert found == label_accuracy(base, CompletionCollator(tokenizer, template=zoo.template), tasks[0].test, labels)
+    collate = CompletionCollator(tokenizer, template=zoo.template, examples=tasks[0].demo[:12], max_length=1024)
+    found = report["splits"]["seen"]["few_shot_prompt"]["label_accuracy"]
+    assert found == label_accuracy(base, collate, tasks[0].test, labels)
+    assert "| row | right answers | by label |" in format_report(report)
 
 
 def test_further_rows(zoo, generator, tokenizer):
@@ -264,7 +306,7 @@ def test_fallback_is_nothing_where_the_adapter_does_harm(zoo, generator, tokeniz
     vectors = [extractor.vector(make_llama(), tokenizer, task.demo[:12]) for task in tasks]
     decode = generator.decode_task_vector
 
-    def decode_and_harm(vector):
+    def decode_and_harm(vector, generator=None):
         return (-50 if torch.equal(vector, vectors[1]) else 1) * decode(vector)
 
     monkeypatch.setattr(generator, "decode_task_vector", decode_and_harm)
@@ -408,7 +450,7 @@ def test_wrong_condition_is_another_task_of_the_split_where_there_is_one(zoo, to
     tasks = [task for task in make_tasks() if task.name != unseen]
     tasks.insert(place, next(task for task in make_tasks() if task.name == unseen))
     vectors, decode = [], generator.decode_task_vector
-    monkeypatch.setattr(generator, "decode_task_vector", lambda vector: (vectors.append(vector), decode(vector))[1])
+    monkeypatch.setattr(generator, "decode_task_vector", lambda vector, *_: (vectors.append(vector), decode(vector))[1])
     evaluate_generator(generator, make_llama(), tokenizer, zoo, tasks)
     assert len(vectors) == 8
     pairs = list(zip(vectors[::2], vectors[1::2], strict=True))

@@ -130,15 +130,21 @@ def test_evaluation_in_text_and_metadata_and_in_place_of_an_older_one(world):
         assert f"| {row} |" in card.text
     again = ModelCard(card.content)  # as it comes back from a file
     told = {(r.dataset_split, r.metric_name): r.metric_value for r in again.data.eval_results}
-    assert set(told) == {
-        (split, f"{kind} recovered gain, {row}")
-        for split in ("seen", "unseen") for row in rows - {"base", "task_lora"}
-        for kind in (("mean", "median", "min") if row == "generated" else ("mean",))
-        if report["splits"][split][row]["mean_recovered_gain"] is not None
-    }  # fmt: skip
-    for (split, name), value in told.items():
-        kind, row = name.split()[0], name.rpartition(" ")[2]
-        assert value == pytest.approx(report["splits"][split][row][f"{kind}_recovered_gain"], abs=1e-4)
+    expected = {}
+    for split, rows_of_split in report["splits"].items():
+        for row, summary in rows_of_split.items():
+            expected[split, f"right answers, {row}"] = summary["exact_match"]
+            if row not in ("base", "task_lora"):
+                expected[split, f"mean recovered accuracy, {row}"] = summary["mean_recovered_accuracy"]
+        for kind in ("mean", "median", "min"):
+            for what in ("accuracy", "gain"):
+                value = rows_of_split["generated"][f"{kind}_recovered_{what}"]
+                expected[split, f"{kind} recovered {what}, generated"] = value
+    expected = {name: value for name, value in expected.items() if value is not None}
+    assert told == {name: pytest.approx(value, abs=1e-4) for name, value in expected.items()}
+    metrics = [result.metric_type for result in again.data.eval_results]
+    assert set(metrics) >= {"exact_match", "recovered_gain"}
+    assert metrics[0] == "exact_match"
     twice = add_evaluation(card, report)
     assert twice.text.count("| wrong_condition |") == card.text.count("| wrong_condition |")
     assert ".png" not in twice.text

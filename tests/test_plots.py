@@ -26,7 +26,13 @@ from hf_icm_lora import (
 from hf_icm_lora.cli import main
 from hf_icm_lora.completion import DEFAULT_TEMPLATE
 from hf_icm_lora.layout import PREFIX, LoraModule
-from hf_icm_lora.plots import plot_losses, plot_module_errors, plot_recovered_gain, write_plots
+from hf_icm_lora.plots import (
+    plot_losses,
+    plot_module_errors,
+    plot_recovered_accuracy,
+    plot_recovered_gain,
+    write_plots,
+)
 
 CONFIG = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 6, "target_modules": ["q", "v"]}
 SIZES = dict(hidden_size=32, intermediate_size=64, num_encoder_layers=1, num_decoder_layers=1, latent_size=4)
@@ -45,13 +51,13 @@ GAINS = {  # split -> row -> G of each task
 }  # fmt: skip
 
 
-def make_report(gains, more_rows=()):
-    """What `plot_recovered_gain` reads of a report."""
+def make_report(gains, more_rows=(), what="recovered_gain"):
+    """What `plot_recovered_gain`, or with another score `plot_recovered_accuracy`, reads of a report."""
     splits = {}
     for split, rows in gains.items():
         rows = rows | {row: rows["generated"] for row in more_rows}
         splits[split] = {
-            row: {"tasks": {f"{split}/{i}": {"recovered_gain": gain} for i, gain in enumerate(values)}}
+            row: {"tasks": {f"{split}/{i}": {what: gain} for i, gain in enumerate(values)}}
             for row, values in rows.items()
         }
     return {"splits": splits}
@@ -135,8 +141,18 @@ def test_titles_say_the_mean_and_what_is_left_out():
     seen, unseen = plot_recovered_gain(make_report(GAINS)).axes
     assert seen.get_title("left") == "2 seen tasks: G = 0.70 on average"
     assert unseen.get_title("left") == "2 unseen family tasks: G = 0.35 on average"
-    assert seen.get_title("right").startswith("1 that fine-tuning did not improve")
+    assert seen.get_title("right").startswith("1 left out: no gain by fine-tuning;")
     assert "fine-tuning" not in unseen.get_title("right")
+
+
+def test_right_answers_are_drawn_in_the_same_way():
+    seen, unseen = plot_recovered_accuracy(make_report(GAINS, what="recovered_accuracy")).axes
+    assert seen.get_title("left") == "2 seen tasks: 0.70 on average"
+    assert seen.get_title("right").startswith("1 left out: under 10 points to gain;")
+    assert marks(seen)["generated from the examples"] == [[pytest.approx(0.7), -1.4], [0.9, 0], [0.5, 1]]
+    assert marks(unseen)["generated from the examples"] == [[pytest.approx(0.35), -1.4], [0.4, 0], [0.3, 1]]
+    ticks = [tick.get_text() for tick in seen.get_xticklabels()]
+    assert {"base model", "fine-tuned"} <= set(ticks)
 
 
 def test_the_rival_of_a_split_is_its_best():
@@ -426,7 +442,7 @@ def folder(tmp_path_factory, tokenizer):
 
 
 def test_command_writes_all_pictures_beside_the_report(folder):
-    pictures = {"losses", "losses-reconstruction", "module_errors", "recovered_gain"}
+    pictures = {"losses", "losses-reconstruction", "module_errors", "recovered_accuracy", "recovered_gain"}
     expected = {"evaluation.json", "evaluation.md", *(f"{name}.png" for name in pictures)}
     assert {path.name for path in (folder / "with").iterdir()} == expected
     for name in pictures:
@@ -445,10 +461,10 @@ def test_pictures_are_of_the_scored_and_the_seen_tasks(folder, tmp_path):
     report = make_report(GAINS)
     for rows in report["splits"].values():
         for summary in rows.values():
-            summary["tasks"] = {"shift/4": {"recovered_gain": 0.5}}
+            summary["tasks"] = {"shift/4": {"recovered_accuracy": 0.5, "recovered_gain": 0.5}}
     paths = write_plots(tmp_path / "new", generator, zoo, report)
-    assert [path.name for path in paths] == ["recovered_gain.png", "module_errors.png"]
+    assert [path.name for path in paths] == ["recovered_accuracy.png", "recovered_gain.png", "module_errors.png"]
     plot_module_errors(generator, zoo.subset(["shift/4", "shift/1", "shift/2"])).savefig(tmp_path / "expected.png")
-    assert paths[1].read_bytes() == (tmp_path / "expected.png").read_bytes()
+    assert paths[2].read_bytes() == (tmp_path / "expected.png").read_bytes()
     plot_module_errors(generator, zoo).savefig(tmp_path / "of_all.png")
-    assert paths[1].read_bytes() != (tmp_path / "of_all.png").read_bytes()
+    assert paths[2].read_bytes() != (tmp_path / "of_all.png").read_bytes()

@@ -449,9 +449,10 @@ def check_command_line(hub, world):
     report = json.loads((folder / "evaluation" / "evaluation.json").read_text())
     for split, number in (("seen", 2), ("unseen", 1)):
         for row in ("generated", "ridge", "few_shot_prompt"):
-            gain = report["splits"][split][row]["mean_recovered_gain"]
-            name = f"{split} tasks ({number})"
-            assert results[name, f"mean recovered gain, {row}"] == pytest.approx(gain, abs=1e-4), (split, row)
+            name, share = f"{split} tasks ({number})", report["splits"][split][row]["exact_match"]
+            assert results[name, f"right answers, {row}"] == pytest.approx(share, abs=1e-4), (split, row)
+        gain = report["splits"][split]["generated"]["mean_recovered_gain"]
+        assert results[name, "mean recovered gain, generated"] == pytest.approx(gain, abs=1e-4), split
 
     train = [
         "train",

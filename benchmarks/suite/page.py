@@ -14,6 +14,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from hf_icm_lora import add_evaluation
+from hf_icm_lora.report import score_table
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -45,20 +46,11 @@ def lines(head: list[str], rows: list[list[str]]) -> str:
 
 
 def evaluation(report: Report) -> str:
-    """Every row of an evaluation, with G and exact matches of each split."""
-    splits, head, rows = report["splits"], ["row"], []
-    for split, scored in splits.items():
-        head += [f"{TITLES[split]} ({len(scored['base']['tasks'])}): mean G", "median", "min", "exact"]
-    for row in dict.fromkeys(row for scored in splits.values() for row in scored):
-        cells = [f"**{row}**" if row == "generated" else row]
-        for scored in splits.values():
-            if summary := scored.get(row):
-                cells += [number(summary[f"{kind}_recovered_gain"]) for kind in ("mean", "median", "min")]
-                cells.append(f"{100 * summary['exact_match']:.0f} %")
-            else:
-                cells += ["-"] * 4
-        rows.append(cells)
-    return lines(head, rows)
+    """A table of every row for each split, right answers first."""
+    return "\n\n".join(
+        f"**{TITLES[split].capitalize()} ({len(rows['base']['tasks'])})**\n\n{score_table(rows)}"
+        for split, rows in report["splits"].items()
+    )
 
 
 def ablations(report: Report) -> str:
