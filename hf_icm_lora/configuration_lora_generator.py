@@ -1,6 +1,8 @@
 """Configuration of [`LoraGeneratorModel`]."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -123,7 +125,7 @@ class LoraGeneratorConfig(PreTrainedConfig):
         if self.layout is not None:
             LoraLayout.from_dict(self.layout)  # or its error
         if self.closed_form is not None:
-            self._check_closed_form()
+            check_closed_form(self.closed_form)
         if self.lora_config is not None:
             check_plain_lora(self.lora_config)
         if self.task_vector_spec is not None:
@@ -131,20 +133,6 @@ class LoraGeneratorConfig(PreTrainedConfig):
                 TaskVectorSpec(**self.task_vector_spec)
             except (TypeError, AttributeError) as error:
                 raise TaskVectorError(f"task_vector_spec: not a TaskVectorSpec: {error}") from error
-
-    def _check_closed_form(self) -> None:
-        expected = ("label_rank", "reader", "state_rank")
-        if tuple(sorted(self.closed_form)) != expected:
-            raise IncompatibleAdapterError(
-                f"closed_form: expected {expected}, found {tuple(sorted(self.closed_form))}."
-            )
-        LoraLayout.from_dict(self.closed_form["reader"])  # or its error
-        for name in ("state_rank", "label_rank"):
-            rank = self.closed_form[name]
-            if not isinstance(rank, int) or not 1 <= rank <= 65536:
-                raise IncompatibleAdapterError(
-                    f"closed_form: {name}: expected a number from 1 to 65536, found {rank!r}."
-                )
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
@@ -234,3 +222,18 @@ class LoraGeneratorConfig(PreTrainedConfig):
             "reconstruction": "products" if zoo.layout.gauge == "free" else "weights",
         }
         return cls(**of_zoo | kwargs)
+
+
+def check_closed_form(sizes: Mapping[str, Any]) -> None:
+    """Check the sizes of a closed form in a configuration.
+
+    Raises:
+        IncompatibleAdapterError: if one is missing, unknown or out of range.
+    """
+    expected, found = ["label_rank", "reader", "state_rank"], sorted(sizes)
+    if found != expected:
+        raise IncompatibleAdapterError(f"closed_form: expected the fields {expected}, found {found}.")
+    LoraLayout.from_dict(sizes["reader"])  # or its error
+    for name in ("state_rank", "label_rank"):
+        if not isinstance(sizes[name], int) or not 1 <= sizes[name] <= 65536:
+            raise IncompatibleAdapterError(f"closed_form, {name}: expected 1 to 65536, found {sizes[name]!r:.100}.")

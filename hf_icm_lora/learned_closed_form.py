@@ -12,6 +12,7 @@ Shapes: `n` examples with answers of up to `a` tokens, `r` the rank, `d` the bas
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -90,11 +91,12 @@ class LearnedClosedForm(nn.Module):
         for matrices in (self.state_in, self.label_in):
             init.normal_(matrices.weight, std=matrices.weight.shape[1] ** -0.5)
         init.normal_(self.keys.weight, std=self.keys.weight.shape[2] ** -0.5)
-        for block, matrices in zip(self.reader_layout.blocks, self.reader, strict=True):
+        for block, factor in zip(self.reader_layout.blocks, self.reader, strict=True):
+            weight = cast(Matrices, factor).weight
             if block.factor == "lora_A":
-                init.normal_(matrices.weight, std=block.width**-0.5)
+                init.normal_(weight, std=block.width**-0.5)
             else:
-                init.zeros_(matrices.weight)
+                init.zeros_(weight)
         init.constant_(self.log_penalty, math.log(0.3))
         init.ones_(self.gain)
         init.zeros_(self.log_kind)
@@ -119,7 +121,7 @@ class LearnedClosedForm(nn.Module):
     @property
     def reader_weights(self) -> torch.Tensor:
         """The reader's LoRA, `(num_weights,)` of its layout."""
-        return torch.cat([matrices.weight.flatten() for matrices in self.reader])
+        return torch.cat([cast(Matrices, factor).weight.flatten() for factor in self.reader])
 
     def forward(self, base_model: PreTrainedModel, reading: Reading) -> torch.Tensor:
         """Write an adapter from what was read of a task.
@@ -213,7 +215,8 @@ class LearnedClosedForm(nn.Module):
             place = self.log_index[: len(order), None].float()  # an example that was read after few says little
             weight = (own["log_kind"][kind[order, :longest]] + place).exp()
             regressed.append((features[order, :longest][mask], values[mask], weight[mask]))
-        return weighted_ridge(*map(torch.cat, zip(*regressed, strict=True)), own["log_penalty"].exp())
+        inputs, outputs, weights = (torch.cat(parts) for parts in zip(*regressed, strict=True))
+        return weighted_ridge(inputs, outputs, weights, own["log_penalty"].exp())
 
 
 def closed_form_config(
@@ -254,7 +257,7 @@ def closed_form_config(
         "fan_in_fan_out": isinstance(blocks[0].writer, Conv1D),
     }
     reader = LoraLayout(read, "free").to_dict()
-    of_base = {
+    of_base: dict[str, Any] = {
         "layout": LoraLayout(written, "frozen_a").to_dict(),
         "lora_config": lora_config,
         "base_model_name_or_path": base_model.config._name_or_path or None,
@@ -265,7 +268,8 @@ def closed_form_config(
 
 
 def _lora_module(name: str, linear: nn.Module, rank: int) -> LoraModule:
-    outs, ins = linear.weight.T.shape if isinstance(linear, Conv1D) else linear.weight.shape
+    weight = cast(torch.Tensor, linear.weight)
+    outs, ins = weight.T.shape if isinstance(linear, Conv1D) else weight.shape
     return LoraModule(name, ins, outs, rank)
 
 

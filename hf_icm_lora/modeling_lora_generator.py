@@ -157,7 +157,7 @@ class LoraGeneratorModel(PreTrainedModel):
             init.zeros_(module.weight)
         elif isinstance(module, TokenwiseLinear):
             init.normal_(module.weight, std=0.02)
-            init.zeros_(module.bias)
+            init.zeros_(cast(torch.Tensor, module.bias))
         elif isinstance(module, LearnedClosedForm):
             module.reset_parameters()
         elif isinstance(module, ZooNormalizer):

@@ -450,7 +450,9 @@ def test_wrong_condition_is_another_task_of_the_split_where_there_is_one(zoo, to
     tasks = [task for task in make_tasks() if task.name != unseen]
     tasks.insert(place, next(task for task in make_tasks() if task.name == unseen))
     vectors, decode = [], generator.decode_task_vector
-    monkeypatch.setattr(generator, "decode_task_vector", lambda vector, *_: (vectors.append(vector), decode(vector))[1])
+    monkeypatch.setattr(
+        generator, "decode_task_vector", lambda vector, *_: (vectors.append(vector), decode(vector))[1]
+    )
     evaluate_generator(generator, make_llama(), tokenizer, zoo, tasks)
     assert len(vectors) == 8
     pairs = list(zip(vectors[::2], vectors[1::2], strict=True))
