@@ -4,6 +4,7 @@ An arm is a function of what is given of a task. It returns what stands before e
 one, write the function and name it in `ARMS`; its docstring is what the report says of it.
 """
 
+import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,9 +16,15 @@ from transformers import PreTrainedModel
 
 from hf_icm_lora import LoraGeneratorModel, Sample, Task, in_context_adapter
 from hf_icm_lora.base_model import frozen_base
-from hf_icm_lora.completion import DEFAULT_TEMPLATE, CompletionCollator, score_completions
+from hf_icm_lora.completion import (
+    CHAT,
+    DEFAULT_TEMPLATE,
+    MOST_LABELS,
+    CompletionCollator,
+    label_accuracy,
+    score_completions,
+)
 
-CHAT = "chat"
 BATCH = 16
 MOST_TOKENS = 2048  # of a prompt with the examples before it
 
@@ -66,6 +73,20 @@ class Arm:
     template: str = DEFAULT_TEMPLATE
     scored_in: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """What the arm is, in a sentence or two."""
+        about = [" ".join((inspect.getdoc(self.make) or "").split())]
+        about += [f"{name.replace('_', ' ').capitalize()}: {value}." for name, value in self.options.items()]
+        if self.scored_in:
+            about.append(f"Made in the {named(self.template)} template, scored in the {named(self.scored_in)} one.")
+        elif self.template == CHAT:
+            about.append("Chat template.")
+        return " ".join(about)
+
+
+def named(template: str) -> str:
+    return "chat" if template == CHAT else "plain"
 
 
 def base(given: Given, described: bool = False) -> Prompt:
@@ -169,19 +190,25 @@ def score(given: Given, arm: Arm, test: Sequence[Sample]) -> dict[str, float]:
     made = arm.make(given, **arm.options)
     seconds = time.perf_counter() - start
     template = arm.scored_in or arm.template
+    labels = given.task.labels
     if isinstance(made, PeftModel):
         try:
-            scores = _scores(made, given.tokenizer, template, Prompt(), test)
+            scores = _scores(made, given.tokenizer, template, Prompt(), test, labels)
             size = sum(t.numel() * 2 for name, t in made.state_dict().items() if ".lora_" in name)  # in 16 bits
         finally:
             made.unload()
         return scores | {"seconds": round(seconds, 3), "bytes": size}
     with frozen_base(given.base) as model:
-        return _scores(model, given.tokenizer, template, made, test) | {"seconds": round(seconds, 3), "bytes": 0}
+        return _scores(model, given.tokenizer, template, made, test, labels) | {
+            "seconds": round(seconds, 3),
+            "bytes": 0,
+        }
 
 
 @torch.no_grad()
-def _scores(model, tokenizer, template: str, prompt: Prompt, test: Sequence[Sample]) -> dict[str, float]:
+def _scores(
+    model, tokenizer, template: str, prompt: Prompt, test: Sequence[Sample], labels: Sequence[str] | None
+) -> dict[str, float]:
     collate = CompletionCollator(tokenizer, False, template, prompt.examples, prompt.description, MOST_TOKENS)
     loss, tokens, exact = 0.0, 0, 0
     samples = sorted(test, key=lambda sample: len(sample.prompt + sample.completion))  # little padding
@@ -190,4 +217,7 @@ def _scores(model, tokenizer, template: str, prompt: Prompt, test: Sequence[Samp
         loss += scores.loss.sum().item()
         tokens += int(scores.num_tokens.sum())
         exact += int(scores.exact.sum())
-    return {"loss": round(loss / tokens, 4), "exact_match": round(exact / len(test), 4)}
+    found = {"loss": round(loss / tokens, 4), "exact_match": round(exact / len(test), 4)}
+    if labels and 2 <= len(labels) <= MOST_LABELS and not prompt.examples:  # or each label would cost a long prompt
+        found["label_accuracy"] = round(label_accuracy(model, collate, test, labels, BATCH), 4)
+    return found

@@ -15,6 +15,7 @@ from hf_icm_lora import LoraGeneratorModel, Task, load_tasks, smollm2_generator_
 from hf_icm_lora.base_model import load_base_model
 from hf_icm_lora.files import read_json, write_json
 from hf_icm_lora.provenance import run_metadata
+from hf_icm_lora.report import summarize
 
 
 @dataclass
@@ -40,15 +41,23 @@ def chosen(tasks: list[Task], per_kind: int) -> list[Task]:
     return kept
 
 
-def main() -> None:
-    (options,) = HfArgumentParser(RunOptions).parse_args_into_dataclasses()
-    base, tokenizer = load_base_model("smollm2")
-    generator = LoraGeneratorModel.from_pretrained(options.generator or smollm2_generator_path())
+def summaries(scores: dict[str, dict[str, dict]], tasks: list[Task]) -> dict[str, dict]:
+    """Return the summary of each arm over kinds of equal weight, with the scores of each task."""
+    names = [task.name for task in tasks]
+    whole = {arm: {name: own[name] for name in names} for arm, own in scores.items() if all(n in own for n in names)}
+    found = {arm: {"tasks": own} for arm, own in scores.items()}
+    if "base" in whole and "task_lora" in whole:
+        found |= summarize(whole, {task.name: task.family for task in tasks})
+    return found
+
+
+def run(options: RunOptions, base, tokenizer, generator: LoraGeneratorModel) -> None:
+    """Score what the output lacks."""
     output = Path(options.output)
     report = read_json(output) if output.exists() else {"splits": {}}
     for split in options.splits:
         tasks = chosen(load_tasks(Path(options.tasks) / f"{split}.jsonl.gz"), options.per_kind)
-        arms = report["splits"].setdefault(split, {})
+        arms = {arm: known["tasks"] for arm, known in report["splits"].get(split, {}).items()}
         for index, task in enumerate(progress := tqdm(tasks, desc=split)):
             wrong = tasks[(index + len(tasks) // 2) % len(tasks)]
             given = Given(task, wrong, base, tokenizer, generator, num_examples=options.num_examples)
@@ -57,10 +66,19 @@ def main() -> None:
                 known = arms.setdefault(name, {})
                 if task.name not in known:
                     known[task.name] = score(given, ARMS[name], task.test[: options.num_test])
-            write_json(output, {**report, **run_metadata(seed=0), "num_examples": options.num_examples})
+            report["splits"][split] = summaries(arms, tasks)
+            about = {"num_examples": options.num_examples, "by_family": True}
+            rows = {arm: str(ARMS[arm]) for arm in arms}
+            write_json(output, {**run_metadata(seed=0), **about, "rows": rows, "splits": report["splits"]})
         for name in options.arms:
             right = [scores["exact_match"] for scores in arms[name].values()]
             print(f"{split}, {name}: {sum(right) / len(right):.3f} of {len(right)} tasks")
+
+
+def main() -> None:
+    (options,) = HfArgumentParser(RunOptions).parse_args_into_dataclasses()
+    generator = LoraGeneratorModel.from_pretrained(options.generator or smollm2_generator_path())
+    run(options, *load_base_model("smollm2"), generator)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ from hf_icm_lora import (
     built_in_tasks,
     fast_dtype,
     recovered_gain,
-    smollm2_generator_path,
     smollm2_path,
 )
 from hf_icm_lora.behaviour import ExampleLoss, behavioural_loss
@@ -38,6 +37,7 @@ Arm = TypeVar("Arm")
 
 # Which task of the suite is for what: see `split.py`.
 SPLITS: dict[str, list[str]] = json.loads((Path(__file__).parent / "splits.json").read_text(encoding="utf-8"))
+GENERATOR = "build/suite/generator/int8"  # where train.py leaves it
 PER_FAMILY = 12  # tasks with a LoRA of a family that no training touches
 LORA = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 FINE_TUNING = {"max_steps": 48, "eval_steps": 12, "per_device_train_batch_size": 8}  # of a task's LoRA
@@ -75,7 +75,7 @@ class Bench:
 
     Args:
         zoo (`str`, *optional*): The folder of a zoo, whose LoRAs are the oracles.
-        generator (`str`, *optional*): The folder of a generator; by default the shipped one.
+        generator (`str`, *optional*): The folder of a generator; by default what `train.py` made.
         dtype (`torch.dtype`, *optional*): Of the base model; by default the fast one of the machine.
     """
 
@@ -83,7 +83,7 @@ class Bench:
         self.base, self.tokenizer = load_base(dtype), load_tokenizer()
         self.suite = {task.name: task for task in built_in_tasks()}
         self.zoo = LoraZoo(zoo) if zoo else None
-        self.generator_path = Path(generator or smollm2_generator_path())
+        self.generator_path = Path(generator or GENERATOR)
         self.known_bounds: dict[str, tuple[float, float]] = {}
 
     @cached_property

@@ -27,7 +27,7 @@ RULES = (
 
 @dataclass
 class DescribeOptions:
-    generator: str | None = field(default=None, metadata={"help": "By default the shipped one."})
+    generator: str | None = field(default=None, metadata={"help": "By default what train.py made."})
     zoo: str = field(default="build/suite/zoo", metadata={"help": "The zoo of collect.py, for the oracles."})
     splits: list[str] = field(
         default_factory=lambda: ["validation", "seen", "unseen", "unseen_family"], metadata={"help": "Of splits.json."}

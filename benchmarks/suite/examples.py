@@ -17,7 +17,7 @@ from hf_icm_lora import CompletionCollator, Sample
 
 @dataclass
 class ExamplesOptions:
-    generator: str | None = field(default=None, metadata={"help": "By default the shipped one."})
+    generator: str | None = field(default=None, metadata={"help": "By default what train.py made."})
     zoo: str = field(default="build/suite/zoo", metadata={"help": "The zoo of collect.py, for the oracles."})
     split: str = field(default="validation", metadata={"help": "Of splits.json."})
     num_examples: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 12], metadata={"help": "All of them right."})

@@ -19,7 +19,7 @@ from hf_icm_lora.evaluation import FINE_TUNE_RATE
 
 @dataclass
 class RefineOptions:
-    generator: str | None = field(default=None, metadata={"help": "By default the shipped one."})
+    generator: str | None = field(default=None, metadata={"help": "By default what train.py made."})
     zoo: str = field(default="build/suite/zoo", metadata={"help": "The zoo of collect.py, for the oracles."})
     split: str = field(default="validation", metadata={"help": "Of splits.json."})
     num_examples: int = field(default=16, metadata={"help": "Examples per task."})

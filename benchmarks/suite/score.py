@@ -20,7 +20,7 @@ OF_SEEN = ("description", "both", "scaled")
 
 @dataclass
 class ScoreOptions:
-    generator: str | None = field(default=None, metadata={"help": "By default the shipped one."})
+    generator: str | None = field(default=None, metadata={"help": "By default what train.py made."})
     zoo: str = field(default="build/suite/zoo", metadata={"help": "The zoo of collect.py."})
     splits: list[str] = field(default_factory=lambda: ["seen", "unseen", "unseen_family"])
     more_rows: list[str] = field(default_factory=lambda: list(MORE_ROWS))

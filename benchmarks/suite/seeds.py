@@ -4,7 +4,7 @@
     python benchmarks/suite/collect.py --every 3 --seed 1 --zoo build/suite/zoo-seed-1
 
 Scores generated adapters on the tasks of `benchmarks/results/suite.json`, and takes the losses of base model and task
-LoRAs from there. Seed 0 is the shipped generator, scored again as a check. `averaged` is the mean of the seeds'
+LoRAs from there. Seed 0 is the one of `score.py`, scored again as a check. `averaged` is the mean of the seeds'
 adapters: they share A, so the mean of their B is an adapter, too. `task_lora` is fine-tuned again, from another seed,
 for a third of the tasks. Interrupted, the same call goes on.
 """
@@ -13,7 +13,7 @@ import statistics
 from dataclasses import dataclass, field
 
 import torch
-from bench import Bench, kept, options_of, write
+from bench import GENERATOR, Bench, kept, options_of, write
 from page import report_of, seeds
 from tqdm.auto import tqdm
 
@@ -22,7 +22,6 @@ from hf_icm_lora import (
     LoraGeneratorModel,
     attach_adapter,
     recovered_gain,
-    smollm2_generator_path,
 )
 from hf_icm_lora.adapter import adapter_state_dict
 from hf_icm_lora.completion import score_completions
@@ -45,7 +44,7 @@ def main() -> None:
     options = options_of(SeedOptions)
     bench, scored = Bench(options.zoo), report_of("suite")
     base, tokenizer, zoo = bench.base, bench.tokenizer, bench.zoo
-    folders = {str(s): f"build/suite/seed-{s}/int8" if s else smollm2_generator_path() for s in options.seeds}
+    folders = {str(s): f"build/suite/seed-{s}/int8" if s else GENERATOR for s in options.seeds}
     generators = {seed: LoraGeneratorModel.from_pretrained(folder) for seed, folder in folders.items()}
     first = next(iter(generators.values()))
     lora_config, collate = first.adapter_config(), CompletionCollator(tokenizer, template=first.config.template)

@@ -19,7 +19,7 @@ STEPS = {1: 1.596, 2: 0.9957, 4: 0.3352}
 
 @dataclass
 class StorageOptions:
-    generator: str | None = field(default=None, metadata={"help": "By default the shipped one."})
+    generator: str | None = field(default=None, metadata={"help": "By default what train.py made."})
     zoo: str = field(default="build/suite/zoo", metadata={"help": "The zoo of collect.py."})
     num_tasks: int = field(default=24, metadata={"help": "Seen tasks to score, an even choice; all are stored."})
     output: str = field(default="benchmarks/results/storage.json", metadata={"help": "Where the figures go."})
