@@ -84,6 +84,27 @@ def in_context_adapter(
         >>> model.save_pretrained("capitals")  # doctest: +SKIP
     """
     samples = [to_sample(raw, f"examples[{index}]") for index, raw in enumerate(examples)]
+    lora_config, state_dict = closed_form(base_model, processing_class, samples, description, template, rank, penalty)
+    return attach_adapter(base_model, lora_config, state_dict, adapter_name)
+
+
+def closed_form(
+    base_model: nn.Module,
+    processing_class,
+    samples: Sequence[Sample],
+    description: str | None = None,
+    template: str = DEFAULT_TEMPLATE,
+    rank: int = 16,
+    penalty: float = 0.3,
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Write the adapter of [`in_context_adapter`] without attaching it.
+
+    Returns:
+        `tuple[dict, dict[str, torch.Tensor]]`: fields of `LoraConfig`, and a PEFT state dict.
+
+    Raises:
+        TaskError, IncompatibleAdapterError: as [`in_context_adapter`].
+    """
     if len(samples) < 2:
         raise TaskError(f"Expected two examples or more, since each is read after the others; found {len(samples)}.")
     with frozen_base(base_model) as base:
@@ -109,7 +130,7 @@ def in_context_adapter(
     for name, (lora_a, lora_b) in zip(names, factors, strict=True):
         state_dict[f"{PREFIX}{name}.lora_A.weight"] = lora_a
         state_dict[f"{PREFIX}{name}.lora_B.weight"] = lora_b
-    return attach_adapter(base_model, lora_config, state_dict, adapter_name)
+    return lora_config, state_dict
 
 
 def residual_blocks(base_model: PreTrainedModel) -> list[Block]:

@@ -4,24 +4,26 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers.utils import logging
 
 from .adapter import attach_adapter
 from .base_model import frozen_base, require_bare
 from .behaviour import SCALES, ExampleLoss
-from .closed_form import NUM_ORDERS
+from .closed_form import NUM_ORDERS, closed_form
 from .configuration_lora_generator import LoraGeneratorConfig
-from .errors import ArgumentError, TaskError, UnfamiliarTaskError
+from .errors import ArgumentError, IncompatibleAdapterError, TaskError, UnfamiliarTaskError
 from .layout import LoraLayout
 from .learned_closed_form import LearnedClosedForm
 from .reading import longest_reading, read_examples
 from .task_vectors import TaskVectorExtractor, TaskVectorSpec
 from .tasks import Sample, to_sample
 
+logger = logging.get_logger(__name__)
 FALLBACKS = ("generate", "base", "raise")
 
 
@@ -30,7 +32,8 @@ class GenerationRecord:
     """What is known of a generated adapter: `model.lora_generation[adapter_name]`.
 
     Args:
-        generator (`Mapping[str, str]`): What wrote it: its `"id"` and `"revision"` on the Hub, or its `"folder"`.
+        generator (`Mapping[str, str]`): What wrote it: its `"id"` and `"revision"` on the Hub, or its `"folder"`; or
+            the `"function"` that wrote it instead, for a base model that the generator was not made for.
         template (`str`): Text with `{prompt}` and `{completion}` that it was made for, or `"chat"`.
         made_from (`str`): `"examples"`, `"description"`, `"both"` or `"task_vector"`.
         seed (`int`, *optional*): Of the generator that drew the latent; `None` if it is the latent's mean.
@@ -126,7 +129,8 @@ def generate_adapter(
             own examples larger: `"generate"` it all the same, leave the `"base"` model as it is by an adapter whose
             B is 0, or `"raise"`. It needs examples.
         check_base_model (`bool`, *optional*, defaults to `True`): Whether to compare the base model's fingerprint. A
-            base in 4 or 8 bits has no comparable one.
+            base in 4 or 8 bits has no comparable one. For another base model, [`in_context_adapter`] writes the
+            adapter from two examples or more, and a warning says so.
 
     Returns:
         `PeftModel`: in eval mode, the adapter frozen. `model.lora_generation[adapter_name]` is the
@@ -138,8 +142,8 @@ def generate_adapter(
             examples to judge or refine by.
         TaskVectorError: if the task vector does not fit this generator.
         UnfamiliarTaskError: if the adapter does harm on its own examples and `on_unfamiliar="raise"`.
-        IncompatibleAdapterError: if the base model is another one, or carries adapters and is not the `PeftModel`. It
-            is then unchanged.
+        IncompatibleAdapterError: if the base model is another one and there are not two examples, or if it carries
+            adapters and is not the `PeftModel`. It is then unchanged.
 
     Example:
         >>> model = generator.generate_adapter(base, processing_class=tokenizer,  # doctest: +SKIP
@@ -153,18 +157,20 @@ def generate_adapter(
     _check_template(lora_generator, template)
     if not isinstance(base_model, PeftModel):
         require_bare(base_model)
-    if check_base_model:
-        lora_generator.check_base_model(base_model)
+    knows_base = not check_base_model or _knows(lora_generator, base_model, len(samples))
 
     template = template or lora_generator.config.template
-    if task_vector is None:
+    if not knows_base:
+        written = _closed_form(base_model, processing_class, samples, description, template)
+    elif task_vector is None:
         lora_weights = write_adapter(
             lora_generator, base_model, processing_class, samples, description, template, generator
         )
+        written = _of_generator(lora_generator, lora_weights)
     else:
-        lora_weights = lora_generator.decode_task_vector(task_vector, generator)
+        written = _of_generator(lora_generator, lora_generator.decode_task_vector(task_vector, generator))
     record = GenerationRecord(
-        generator=_source(lora_generator.config),
+        generator=written.source,
         template=template,
         made_from=made_from,
         seed=None if generator is None else generator.initial_seed(),
@@ -173,7 +179,7 @@ def generate_adapter(
         examples=samples,
     )
 
-    layout, shared_weights = lora_generator.layout, lora_generator.shared_weights
+    layout, shared_weights, lora_weights = written.layout, written.shared_weights, written.lora_weights
     judges = fit_scale or on_unfamiliar != "generate"
     if samples and (judges or refine_steps):
         example_loss = ExampleLoss(base_model, processing_class, layout, shared_weights, samples, template)
@@ -185,10 +191,58 @@ def generate_adapter(
             lora_weights = example_loss.refine(lora_weights, refine_steps)
 
     state_dict = layout.unpack(lora_weights, shared_weights)
-    model = attach_adapter(base_model, lora_generator.adapter_config(), state_dict, adapter_name)
+    model = attach_adapter(base_model, written.lora_config, state_dict, adapter_name)
     # An attribute of the object, of which PeftModel's type knows nothing.
     model.lora_generation = {**getattr(model, "lora_generation", {}), adapter_name: record}  # type: ignore[assignment]
     return model
+
+
+class Written(NamedTuple):
+    """An adapter before it is judged and attached.
+
+    Args:
+        source (`Mapping[str, str]`): What wrote it, see [`GenerationRecord`].
+        layout (`LoraLayout`), lora_weights, shared_weights (`torch.Tensor`): The adapter, packed.
+        lora_config (`Mapping`): Fields of its `LoraConfig`.
+    """
+
+    source: Mapping[str, str]
+    layout: LoraLayout
+    lora_weights: torch.Tensor
+    shared_weights: torch.Tensor
+    lora_config: Mapping[str, Any]
+
+
+def _of_generator(lora_generator: Generator, lora_weights: torch.Tensor) -> Written:
+    source, layout, shared_weights = (
+        _source(lora_generator.config),
+        lora_generator.layout,
+        lora_generator.shared_weights,
+    )
+    return Written(source, layout, lora_weights, shared_weights.detach(), lora_generator.adapter_config())
+
+
+def _closed_form(base_model: nn.Module, processing_class, samples: Sequence[Sample], description, template) -> Written:
+    if isinstance(description, Mapping):  # which only a generator can weigh
+        description = max(description, key=lambda text: description[text])
+    lora_config, state_dict = closed_form(base_model, processing_class, samples, description, template)
+    layout = LoraLayout.from_state_dict(state_dict, lora_config, gauge="free")
+    lora_weights, shared_weights = layout.pack(state_dict, lora_config)
+    return Written({"function": "in_context_adapter"}, layout, lora_weights, shared_weights, lora_config)
+
+
+def _knows(lora_generator: Generator, base_model: nn.Module, num_examples: int) -> bool:
+    """Return whether this is the generator's base model. For another one, examples are enough to go on without it."""
+    try:
+        lora_generator.check_base_model(base_model)
+    except IncompatibleAdapterError as error:
+        if num_examples < 2:
+            raise
+        logger.warning(
+            f"{error} For this base model the adapter is written by in_context_adapter, without a generator."
+        )
+        return False
+    return True
 
 
 def _made_from(task_vector: torch.Tensor | None, samples: Sequence[Sample], description) -> str:
@@ -254,11 +308,11 @@ def write_adapter(
     shares = {text: weight / sum(texts.values()) for text, weight in texts.items()}
     if lora_generator.closed_form is not None and examples:
         with frozen_base(base_model) as base:
-            closed_form = lora_generator.closed_form.to(next(base.parameters()).device)
+            learned = lora_generator.closed_form.to(next(base.parameters()).device)
             most, written = longest_reading(base, processing_class), []
             for text in shares:
                 reading = read_examples(processing_class, examples, template, text, NUM_ORDERS, most)
-                written.append(closed_form(base, reading).cpu())
+                written.append(learned(base, reading).cpu())
         return _mean(written, shares.values())
     spec = TaskVectorSpec(**(lora_generator.config.task_vector_spec or {}))
     extractor = TaskVectorExtractor(dataclasses.replace(spec, template=template))

@@ -176,6 +176,8 @@ def adapter_card(
     source = about["generator"]
     if "id" in source:
         generator = f"[{source['id']}](https://huggingface.co/{source['id']}) (revision `{source['revision'][:12]}`)"
+    elif "function" in source:
+        generator = f"`hf_icm_lora.{source['function']}`, without a generator"
     else:
         generator = f"a generator of LoRAs (`{source['folder']}`)" if source["folder"] else "a generator of LoRAs"
     kept_apart = ("generator", "template", "description", "examples")

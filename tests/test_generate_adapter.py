@@ -27,6 +27,7 @@ from hf_icm_lora import (
     UnfamiliarTaskError,
     attach_adapter,
     collect_zoo,
+    in_context_adapter,
     load_adapter,
     save_adapter_card,
 )
@@ -205,6 +206,27 @@ def test_draws_of_the_task_vector_are_averaged(generator, task_vector):
 
 
 # Refusals: the base stays as it was
+
+
+def test_for_another_base_model_examples_are_enough_and_a_warning_says_so(generator, tokenizer, caplog):
+    other, examples = make_llama(seed=1), [("ab", "bc"), ("cd", "de"), ("fg", "gh")]
+    with caplog.at_level("WARNING"):
+        model = generator.generate_adapter(
+            other, processing_class=tokenizer, examples=examples, fit_scale=False, refine_steps=1
+        )
+    assert "is written by in_context_adapter" in caplog.text
+    record = model.lora_generation["default"]
+    assert record.generator == {"function": "in_context_adapter"}
+    assert set(model.peft_config["default"].target_modules) == {"down_proj"}
+    model = generator.generate_adapter(
+        make_llama(seed=1), processing_class=tokenizer, examples=examples, fit_scale=False
+    )
+    expected = in_context_adapter(make_llama(seed=1), tokenizer, examples, template=generator.config.template)
+    for name, tensor in adapters(expected).items():
+        torch.testing.assert_close(adapters(model)[name], tensor)
+    for given in ({"description": "Next letters."}, {"examples": examples[:1]}):
+        with pytest.raises(IncompatibleAdapterError, match="was made for"):
+            generator.generate_adapter(make_llama(seed=1), processing_class=tokenizer, **given)
 
 
 def test_wrong_base_model_is_refused_with_both_fingerprints(generator, task_vector):
