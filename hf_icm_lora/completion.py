@@ -5,6 +5,7 @@ Decoder-only and encoder-decoder models differ here and nowhere else in the pack
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -300,7 +301,7 @@ def label_accuracy(
         samples (`Sequence[Sample]`): The samples; each completion is one of the labels.
         labels (`Sequence[str]`): The classes, 2 to 16.
         batch_size (`int`, *optional*, defaults to 32): Rows per forward pass, of which a prompt has one for each
-            label; a prompt with more labels than that makes a batch of its own.
+            label; a prompt with more labels than that, or a long one, makes a batch of its own.
 
     Raises:
         ArgumentError: if there are fewer labels or more, or no sample.
@@ -320,10 +321,25 @@ def label_accuracy(
     samples = sorted(samples, key=lambda sample: len(sample.prompt))  # little padding
     for start in range(0, len(samples), step):
         own = samples[start : start + step]
-        batch = collate([Sample(sample.prompt, label) for sample in own for label in labels])
-        best = score_completions(model, batch).loss.view(len(own), len(labels)).argmin(1).tolist()
+        rows = [[Sample(sample.prompt, label) for label in labels] for sample in own]
+        together, apart = [collate(list(chain(*rows)))], [collate(group) for group in rows]
+        once = not collate.is_encoder_decoder and sum(map(_cost, apart)) < _cost(*together)
+        batches = apart if once else together
+        losses = torch.cat([score_completions(model, batch).loss for batch in batches])
+        best = losses.view(len(own), len(labels)).argmin(1).tolist()
         right += sum(labels[place] == sample.completion for place, sample in zip(best, own, strict=True))
     return right / len(samples)
+
+
+def _cost(batch: dict[str, torch.Tensor]) -> int:
+    """Return how many tokens a model computes for a batch of a decoder-only one, and some for calling it at all.
+
+    Labels of one long prompt are cheaper by themselves, since it is read once; those of short ones, or of prompts
+    after the same examples, together.
+    """
+    rows, length = batch["input_ids"].shape
+    shared = _shared_prefix(batch["input_ids"], F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED) != IGNORED)
+    return shared + rows * (length - shared) + 64
 
 
 def _labelled_logits(
