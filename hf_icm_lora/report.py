@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,7 @@ def summarize(
     Args:
         scores (`Mapping`): Row -> task -> `loss`, `exact_match`, and what else is known: `label_accuracy` of a
             classification; of that row's adapter, `nearest_seen_distance` and `gain_on_examples`. The rows `base` and
-            `task_lora` are what recovered accuracy and G are measured by.
+            `task_lora` are what recovered accuracy and G are measured by; a task without a LoRA has neither.
         families (`Mapping[str, str]`, *optional*): Task -> its family. With it, means and intervals are over families
             of equal weight instead of over tasks; medians and minima are always over tasks.
 
@@ -140,20 +140,20 @@ def summarize(
         0.25
     """
     return {
-        row: _summary(_with_recovered(own, scores["base"], scores["task_lora"]), families)
+        row: _summary(_with_recovered(own, scores["base"], scores.get("task_lora", {})), families)
         for row, own in scores.items()
     }
 
 
 def _with_recovered(scores: Mapping, base: Mapping, task_lora: Mapping) -> dict[str, dict[str, Any]]:
-    def bounds(name: str, what: str) -> tuple[float, float, float]:
-        return base[name][what], scores[name][what], task_lora[name][what]
+    def recovered(name: str, what: str, part: Callable[[float, float, float], float | None]) -> float | None:
+        return part(base[name][what], scores[name][what], task_lora[name][what]) if name in task_lora else None
 
     return {
         name: {
             **score,
-            "recovered_accuracy": recovered_accuracy(*bounds(name, "exact_match")),
-            "recovered_gain": recovered_gain(*bounds(name, "loss")),
+            "recovered_accuracy": recovered(name, "exact_match", recovered_accuracy),
+            "recovered_gain": recovered(name, "loss", recovered_gain),
         }
         for name, score in scores.items()
     }

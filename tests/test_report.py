@@ -268,3 +268,11 @@ def test_storage_against_as_many_adapters_as_tasks_were_seen():
         "ratio": round(89 / 70, 3), "break_even_tasks": 4,
     }  # fmt: skip
     assert 3 * 20 + 10 < 89 <= 4 * 20 + 10
+
+
+def test_without_a_lora_of_the_task_nothing_is_recovered_and_right_answers_count():
+    shares = {"base": 0.0, "generated": 0.5}
+    rows = summarize({row: {"a": {"loss": 1.0, "exact_match": share}} for row, share in shares.items()})
+    assert rows["generated"]["exact_match"] == 0.5
+    assert rows["generated"]["mean_recovered_accuracy"] is rows["generated"]["mean_recovered_gain"] is None
+    assert rows["generated"]["tasks"]["a"]["recovered_accuracy"] is None

@@ -46,7 +46,7 @@ def summaries(scores: dict[str, dict[str, dict]], tasks: list[Task]) -> dict[str
     names = [task.name for task in tasks]
     whole = {arm: {name: own[name] for name in names} for arm, own in scores.items() if all(n in own for n in names)}
     found = {arm: {"tasks": own} for arm, own in scores.items()}
-    if "base" in whole and "task_lora" in whole:
+    if "base" in whole:
         found |= summarize(whole, {task.name: task.family for task in tasks})
     return found
 
