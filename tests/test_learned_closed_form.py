@@ -76,8 +76,7 @@ def test_it_writes_what_the_training_script_writes(prepared, tokenizer, template
     batch = Episodes(prepared, {"validation": 1.0}).held_out([0], demos=6, queries=1, template=template)
     with torch.no_grad():
         model = MetaClosedForm(base, writer)
-        states, _ = model.read(batch["reader_ids"], batch["reader_at"])
-        _, expected = model.write(batch, states)
+        _, expected = model.write(batch, model.read(batch))
 
     llama = make_llama()
     generator = generator_of(prepared / "writer.safetensors", llama, **NETWORK)

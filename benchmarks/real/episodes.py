@@ -105,7 +105,8 @@ class Episodes:
 
         Args:
             rng: draws everything.
-            demos, queries: examples that the reader sees, and samples that it does not see, per task.
+            demos, queries: examples that the reader sees, 0 of them for a description alone, and samples that it does
+                not see, per task.
             budget: tokens of the batch, about.
             template: plain or chat.
             remap: how often the labels of a classification are replaced by other words.
@@ -141,13 +142,18 @@ class Episodes:
             episodes.append((rows, description))
         return self.collate(episodes, demos, template)
 
-    def held_out(self, indices, demos: int, queries: int, template: str, describe: bool = False) -> dict:
-        """Return the first demonstrations and test samples of tasks, as they are scored."""
+    def held_out(
+        self, indices, demos: int, queries: int, template: str, describe: bool = False, wording: int = 0
+    ) -> dict:
+        """Return the first demonstrations and test samples of tasks, as they are scored.
+
+        wording: of the description, 0 to 3.
+        """
         episodes = []
         for index in indices:
             demo, test = self.tasks[index]["demo"][0], self.tasks[index]["test"][0]
             rows = [*range(demo, demo + demos), *range(test, test + queries)]
-            episodes.append(([(row, None) for row in rows], 4 * index if describe else None))
+            episodes.append(([(row, None) for row in rows], 4 * index + wording if describe else None))
         return self.collate(episodes, demos, template)
 
     def collate(self, episodes, demos: int, template: str) -> dict[str, torch.Tensor]:
@@ -172,9 +178,11 @@ class Episodes:
         mask = positions < lengths
         kind = torch.where(positions == 0, 0, torch.where(positions == 1, 1, 2)).expand(mask.shape)
         kind = torch.where(positions == lengths - 1, 3, kind)
+        starts = torch.tensor(reader_start, dtype=torch.long)  # of no numbers, torch would make floats
         return {
             "reader_ids": padded(reader_ids, 16),
-            "reader_at": (torch.tensor(reader_start).view(tasks, demos, 1) + positions) * mask[:, :demos],
+            "reader_at": (starts.view(tasks, demos, 1) + positions) * mask[:, :demos],
+            "reader_end": torch.tensor([len(ids) for ids in reader_ids]),
             "rows_ids": padded(rows_ids, 8).view(tasks, lengths.shape[1], -1),
             "rows_at": (torch.tensor(rows_start).view(tasks, -1, 1) + positions) * mask,
             "targets": padded(answers, 1).view(tasks, lengths.shape[1], longest),
@@ -203,14 +211,10 @@ class Stream(IterableDataset):
         step, stride = (self.first_step, 1) if worker is None else (self.first_step + worker.id, worker.num_workers)
         while True:
             rng = np.random.default_rng([self.seed, step])
-            yield self.episodes.draw(
-                rng,
-                demos=int(rng.choice([4, 8, 12, 16], p=[0.1, 0.2, 0.5, 0.2])),
-                queries=8,
-                budget=self.budget,
-                template="chat" if rng.random() < 0.3 else "plain",
-                remap=0.4,
-                describe=0.4,
-                mix=0.1,
-            )
+            demos = int(rng.choice([0, 4, 8, 12, 16], p=[0.15, 0.1, 0.2, 0.4, 0.15]))
+            shares = {"remap": 0.4, "describe": 0.4, "mix": 0.1}
+            if not demos:  # the description is all that tells what the task is
+                shares = {"remap": 0.0, "describe": 1.0, "mix": 0.0}
+            template = "chat" if rng.random() < 0.3 else "plain"
+            yield self.episodes.draw(rng, demos, 8, self.budget, template, **shares)
             step += stride

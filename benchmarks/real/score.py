@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from benchmarks.real.episodes import Episodes
-from benchmarks.real.writer import Base, MetaClosedForm, Writer, gather, nll
+from benchmarks.real.writer import Base, MetaClosedForm, Writer, gather, nll, stored_sizes
 
 MODES = {
     "adapter": "the adapter written from the task's examples, and no prompt",
@@ -34,9 +33,10 @@ class ScoreOptions:
     modes: list[str] = field(default_factory=lambda: list(MODES), metadata={"help": f"Of {', '.join(MODES)}."})
     templates: list[str] = field(default_factory=lambda: ["plain", "chat"], metadata={"help": "plain, chat, or both."})
     num_tasks: int | None = field(default=None, metadata={"help": "Evenly spaced by length; all by default."})
-    demos: int = field(default=12, metadata={"help": "Examples of a task."})
+    demos: int = field(default=12, metadata={"help": "Examples of a task; 0 for its description alone."})
     queries: int = field(default=32, metadata={"help": "Test samples of a task."})
     describe: bool = field(default=False, metadata={"help": "The reader, or the prompt, begins with the description."})
+    wording: int = field(default=0, metadata={"help": "Of the description: 0, or another one, 1 to 3."})
     device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
     output: str | None = field(default=None, metadata={"help": "A JSON file for the scores of each task."})
 
@@ -51,6 +51,7 @@ def evaluate(
     demos: int = 12,
     queries: int = 32,
     describe: bool = False,
+    wording: int = 0,
 ) -> dict[str, tuple[float, float]]:
     """Return, per task, the loss on its test samples and the share that greedy decoding writes exactly."""
     device = model.base.embed.device
@@ -61,19 +62,20 @@ def evaluate(
     for index in tqdm(chosen, desc=f"{mode}, {template}", disable=None):
         task = episodes.tasks[index]
         count = min(queries, task["test"][1] - task["test"][0])
-        batch = episodes.held_out([index], demos, count, template, describe)
+        batch = episodes.held_out([index], demos, count, template, describe, wording)
         if mode == "wrong":  # the next task but one of about the same length, which is rarely a variant of this one
             other = order[(order.index(index) + 2) % len(order)]
-            batch = joined(episodes.held_out([other], demos, 1, template, describe), batch, demos)
+            batch = joined(episodes.held_out([other], demos, 1, template, describe, wording), batch, demos)
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         targets, mask = batch["targets"][:, demos:], batch["mask"][:, demos:]
         if mode in ("prompt", "reader"):
             hidden = _after_the_examples(model, episodes, batch, demos, template, trained=mode == "reader")
         else:
-            states, _ = model.read(batch["reader_ids"], batch["reader_at"])
-            if mode == "constant":  # no position counts
+            read = model.read(batch)
+            if mode == "constant":  # no position counts, and memory tokens say nothing
                 batch["mask"] = torch.zeros_like(batch["mask"])
-            hidden = model.write(batch, states)[0][:, demos:]
+                read = read._replace(memory=[torch.zeros_like(states) for states in read.memory])
+            hidden = model.write(batch, read)[0][:, demos:]
         loss, right = nll(model.base, hidden, targets, mask)
         found[task["name"]] = (round(loss.mean().item(), 4), round(right.float().mean().item(), 4))
     return found
@@ -81,7 +83,7 @@ def evaluate(
 
 def joined(examples: dict, queries: dict, demos: int) -> dict:
     """Return the demonstrations of one batch with the queries of another."""
-    batch = {"reader_ids": examples["reader_ids"]}
+    batch = {name: examples[name] for name in ("reader_ids", "reader_end")}
     answer = max(examples["mask"].shape[-1], queries["mask"].shape[-1])
     length = max(examples["rows_ids"].shape[-1], queries["rows_ids"].shape[-1])
     for name in ("rows_ids", "rows_at", "targets", "mask", "kind"):
@@ -95,14 +97,14 @@ def joined(examples: dict, queries: dict, demos: int) -> dict:
 def _after_the_examples(model, episodes, batch, demos: int, template: str, trained: bool) -> torch.Tensor:
     """Return the last layer's output at the queries' answers, each read after all the examples."""
     device = model.base.embed.device
-    cut = int(batch["reader_at"].max()) + 2  # the last answer's end
-    context, before = batch["reader_ids"][0, :cut], 0
+    context, before = batch["reader_ids"][0, : batch["reader_end"][0]], 0
     if template == "chat":
         before = len(episodes.constants["chat_before"])
-        context = torch.cat([context, torch.tensor(episodes.constants["chat_next"], device=device)])
+        if demos:
+            context = torch.cat([context, torch.tensor(episodes.constants["chat_next"], device=device)])
     rows = batch["rows_ids"][0, demos:, before:]
     ids = torch.cat([context.expand(len(rows), -1), rows], 1)
-    read = torch.cat([model.read(part, None, trained)[1] for part in ids.split(8)])
+    read = torch.cat([model.last(part, trained) for part in ids.split(8)])
     return gather(read[None], (batch["rows_at"][:, demos:] + len(context) - before).clamp_min(0))
 
 
@@ -115,17 +117,16 @@ def main() -> None:
     (options,) = HfArgumentParser(ScoreOptions).parse_args_into_dataclasses()
     base = Base(options.data, options.device, torch.bfloat16)
     stored = Path(options.writer)
-    with safe_open(stored, "pt") as file:
-        rank = file.get_slice("keys").get_shape()[1]
-    model = MetaClosedForm(base, Writer(base, rank).to(options.device))
+    model = MetaClosedForm(base, Writer(base, **stored_sizes(stored)).to(options.device))
     model.writer.load(stored)
     episodes = Episodes(options.data, {options.split: 1.0})
     scores = {}
     for mode in options.modes:
         for template in options.templates:
             found = evaluate(
-                model, episodes, mode, template, options.num_tasks, options.demos, options.queries, options.describe
-            )
+                model, episodes, mode, template, options.num_tasks, options.demos, options.queries, options.describe,
+                options.wording,
+            )  # fmt: skip
             scores[f"{mode}, {template}"] = {**summary(found), "tasks": found}
             print(f"{mode}, {template}: {summary(found)}", flush=True)
     if options.output:

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import HfArgumentParser
 
-from benchmarks.real.episodes import Episodes, Stream
+from benchmarks.real.episodes import TEMPLATES, Episodes, Stream
 from benchmarks.real.score import evaluate, summary
 from benchmarks.real.writer import Base, MetaClosedForm, Writer, gather, initialise, nll
 
@@ -38,6 +38,7 @@ class TrainOptions:
     learning_rate: float = field(default=1e-3, metadata={"help": "Of the maps; other kinds have a fixed share of it."})
     warmup_steps: int = field(default=60, metadata={"help": "Steps until the full learning rate."})
     rank: int = field(default=64, metadata={"help": "Of the adapters."})
+    num_memory: int = field(default=8, metadata={"help": "Memory tokens; 0 for examples only."})
     read_weight: float = field(default=0.3, metadata={"help": "Of the reader's own loss on the answers it reads."})
     compiled: bool = field(default=False, metadata={"help": "Compile elementwise operations, for a GPU."})
     workers: int = field(default=0, metadata={"help": "Processes that draw tasks."})
@@ -50,17 +51,19 @@ class TrainOptions:
 def losses(model: MetaClosedForm, batch: dict, read_weight: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Return the loss on the queries plus a part of the reader's, and what is logged."""
     demos = batch["reader_at"].shape[1]
-    states, last = model.read(batch["reader_ids"], batch["reader_at"])
-    hidden, _ = model.write(batch, states)
+    read = model.read(batch)
+    hidden, _ = model.write(batch, read)
     loss, right = nll(model.base, hidden[:, demos:], batch["targets"][:, demos:], batch["mask"][:, demos:])
-    read = gather(last, batch["reader_at"])[:, 2:]  # the first answers cannot be known
-    read_loss, read_right = nll(model.base, read, batch["targets"][:, 2:demos], batch["mask"][:, 2:demos])
+    if not demos:
+        return loss.mean(), {"described": loss.mean(), "described_right": right.float().mean()}
+    answers = gather(read.last, batch["reader_at"])[:, 2:]  # the first ones cannot be known
+    read_loss, read_right = nll(model.base, answers, batch["targets"][:, 2:demos], batch["mask"][:, 2:demos])
     terms = {"loss": loss, "right": right, "read": read_loss, "read_right": read_right}
     return loss.mean() + read_weight * read_loss.mean(), {name: term.float().mean() for name, term in terms.items()}
 
 
 def step(model: MetaClosedForm, optimizer: torch.optim.Optimizer, batch: dict, read_weight: float) -> dict:
-    """Take one step, unless the gradient is not finite, and return what is summed up for the log."""
+    """Take one step, unless the gradient is not finite, and return what the log says about it."""
     loss, terms = losses(model, batch, read_weight)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(model.writer.parameters(), 1.0)
@@ -68,7 +71,7 @@ def step(model: MetaClosedForm, optimizer: torch.optim.Optimizer, batch: dict, r
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     tokens = batch["rows_ids"].numel() + batch["reader_ids"].numel()
-    counts = {"steps": 1, "tasks": len(batch["mask"]), "tokens": tokens}
+    counts = {"tasks": len(batch["mask"]), "tokens": tokens}
     return {name: term.detach() for name, term in terms.items()} | {"norm": norm} | counts
 
 
@@ -127,9 +130,10 @@ def train(options: TrainOptions) -> MetaClosedForm:
     output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(options.seed)
     base = Base(options.data, device, torch.bfloat16, options.compiled)
-    writer = Writer(base, options.rank).to(device)
+    writer = Writer(base, options.rank, options.num_memory).to(device)
     model = MetaClosedForm(base, writer)
     episodes = Episodes(options.data, {"train": 0.75, "suite": 0.25})
+    validation = Episodes(options.data, {"validation": 1.0})
     optimizer = torch.optim.AdamW(writer.groups(options.learning_rate), betas=(0.9, 0.98), weight_decay=0.01)
     run = Run(options, writer, optimizer)
 
@@ -140,7 +144,8 @@ def train(options: TrainOptions) -> MetaClosedForm:
         writer.load(Path(options.start_from))
     elif not run.step:
         stream = iter(Stream(episodes, options.seed + 1000, options.budget // 4))
-        initialise(model, [moved(next(stream)) for _ in range(24 if device == "cuda" else 2)])
+        with_demos = (moved(batch) for batch in stream if batch["reader_at"].shape[1])
+        initialise(model, [next(with_demos) for _ in range(24 if device == "cuda" else 2)])
     run.note(parameters=sum(parameter.numel() for parameter in writer.parameters()))
 
     rates = [group["lr"] for group in optimizer.param_groups]
@@ -149,34 +154,44 @@ def train(options: TrainOptions) -> MetaClosedForm:
         num_workers=options.workers, pin_memory=device == "cuda", prefetch_factor=4 if options.workers else None,
     )  # fmt: skip
     told = saved = time.perf_counter()
-    sums: dict[str, float] = defaultdict(float)
+    terms: dict[str, list] = defaultdict(list)
+    is_late = run.passed() >= 0.5
     for batch in loader:
         passed = run.passed()
         if passed >= 1:
             break
+        if options.eval_tasks and passed >= 0.5 and not is_late:  # so that over-fitting shows
+            score(run, model, validation, -(-options.eval_tasks // 4), ("adapter",))
+            is_late = True
         factor = min(1, (run.step + 1) / options.warmup_steps) * (0.51 + 0.49 * math.cos(math.pi * passed))
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * factor
-        terms = step(model, optimizer, moved(batch), options.read_weight)
+        for name, term in step(model, optimizer, moved(batch), options.read_weight).items():
+            terms[name].append(term)
         run.step += 1
-        for name, term in terms.items():
-            sums[name] += term
         seconds = time.perf_counter() - told
         if seconds > 10 or run.step == options.max_steps:
-            steps, tokens = sums.pop("steps"), sums.pop("tokens")
-            means = {name: round(float(value / steps), 4) for name, value in sums.items()}
+            tokens = sum(terms.pop("tokens"))
+            means = {name: round(float(sum(values) / len(values)), 4) for name, values in terms.items()}
             run.note(**means, tokens_per_second=round(tokens / seconds))
-            told, sums = time.perf_counter(), defaultdict(float)
+            told, terms = time.perf_counter(), defaultdict(list)
         if time.perf_counter() - saved > 60 * options.save_minutes:
             run.save()
             saved = time.perf_counter()
     run.save()
     if options.eval_tasks:
-        validation = Episodes(options.data, {"validation": 1.0})
-        for mode, template in product(("adapter", "reader"), ("plain", "chat")):
-            found = evaluate(model, validation, mode, template, num_tasks=options.eval_tasks)
-            run.note(mode=mode, template=template, **summary(found), found=found)
+        score(run, model, validation, options.eval_tasks, ("adapter", "reader"))
     return model
+
+
+def score(run: Run, model: MetaClosedForm, validation: Episodes, num_tasks: int, modes: tuple[str, ...]) -> None:
+    """Note the scores of validation tasks, from 12 examples and, with memory tokens, from a description alone."""
+    given = [{"demos": 12}]
+    if model.writer.num_memory:
+        given.append({"demos": 0, "describe": True})
+    for mode, template, what in product(modes, TEMPLATES, given):
+        found = evaluate(model, validation, mode, template, num_tasks, **what)
+        run.note(mode=mode, template=template, **what, **summary(found), found=found)
 
 
 def main() -> None:

@@ -5,15 +5,20 @@ reads each example alone. At every layer a weighted ridge regression writes the 
 LoRA of `down_proj`, and the layers above go on with it. The rows that are scored pass through the same layers at the
 same time. Everything is differentiable: the loss on those rows trains the reader, the keys A, and the regression's
 weights and targets.
+
+After the examples, or after a description alone, the reader reads a few memory tokens. Each is one more position of
+the regression, with learned features: so a description without examples makes an adapter, too.
 """
 
 import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -123,13 +128,23 @@ class Writer(nn.Module):
     Args:
         base: gives the shapes.
         rank: of the adapters that it writes.
+        num_memory: tokens that the reader reads at its end.
         reader_rank: of the reader's LoRA, on all linear layers.
         state_rank, label_rank: of the maps from the reader's state, and from the next token, to values.
     """
 
-    def __init__(self, base: Base, rank: int, reader_rank: int = 16, state_rank: int = 32, label_rank: int = 64):
+    def __init__(
+        self,
+        base: Base,
+        rank: int,
+        num_memory: int = 0,
+        reader_rank: int = 16,
+        state_rank: int = 32,
+        label_rank: int = 64,
+    ):
         super().__init__()
         count, size = len(base.layers), base.size
+        self.num_memory = num_memory
         self.keys = nn.Parameter(torch.zeros(count, rank, base.stacked["down"].shape[2]))  # A, shared by all tasks
         self.constant = nn.Parameter(torch.zeros(count, rank, size))  # the part of B that all tasks have
         self.log_penalty = nn.Parameter(torch.full((count,), math.log(0.3)))
@@ -146,13 +161,19 @@ class Writer(nn.Module):
             _, outs, ins = base.stacked[name].shape
             self.reader_a[name] = nn.Parameter(torch.randn(count, reader_rank, ins) / ins**0.5)
             self.reader_b[name] = nn.Parameter(torch.zeros(count, outs, reader_rank))
+        if num_memory:
+            self.memory = nn.Parameter(torch.randn(num_memory, size) * float(base.embed.float().std()))
+            self.memory_keys = nn.Parameter(torch.randn(count, num_memory, rank))
+            self.memory_in = nn.Parameter(torch.randn(count, size, state_rank) / size**0.5)
+            self.memory_out = nn.Parameter(torch.zeros(count, state_rank, size))
+            self.log_memory = nn.Parameter(torch.full((count, num_memory), math.log(0.05)))
         self.register_buffer("key_scale", torch.ones(count))  # makes keys of unit length give features of about 1
         self.register_buffer("scale", torch.ones(count))  # of what a context changes in a layer's output
 
     def layers(self) -> list[dict[str, torch.Tensor]]:
         """Return what is learned for each layer, without the reader."""
         own = dict(self.named_parameters(recurse=False)) | dict(self.named_buffers())
-        return unstacked({name: tensor for name, tensor in own.items() if name != "log_index"})
+        return unstacked({name: tensor for name, tensor in own.items() if name not in ("log_index", "memory")})
 
     def reader(self, base: Base) -> list[dict[str, torch.Tensor]]:
         """Return the weights of the base with the reader's LoRA in them, per layer."""
@@ -169,6 +190,9 @@ class Writer(nn.Module):
         reader = [*self.reader_a.values(), *self.reader_b.values()]
         maps = [self.constant, self.state_in, self.state_out, self.label_in, self.label_out]
         scalars = [self.log_penalty, self.gain, self.log_kind, self.log_index]
+        if self.num_memory:
+            maps += [self.memory, self.memory_in, self.memory_out]
+            scalars += [self.memory_keys, self.log_memory]
         rates = ((reader, rate / 2), ([self.keys], rate / 5), (maps, rate), (scalars, rate * 5))
         return [{"params": params, "lr": lr} for params, lr in rates]
 
@@ -185,11 +209,35 @@ class Writer(nn.Module):
         save_file(tensors, path)
 
     def load(self, path: Path) -> None:
+        """Read what `save` wrote. Memory tokens that a writer without them lacks stay as they are."""
         stored = load_file(path)
         scales = {name: stored.pop(name) for name in list(stored) if name.endswith(".row_scale")}
         for name in [name for name, tensor in stored.items() if tensor.dtype == torch.int8]:
             stored[name] = stored[name] * scales[f"{name}.row_scale"]
+        if "memory" not in stored:
+            stored |= {name: tensor for name, tensor in self.state_dict().items() if "memory" in name}
         self.load_state_dict(stored)
+
+
+def stored_sizes(path: Path) -> dict[str, int]:
+    """Return the sizes of a stored writer that are not the same in all of them."""
+    with safe_open(path, "pt") as file:
+        num_memory = file.get_slice("memory").get_shape()[0] if "memory" in file.keys() else 0  # noqa: SIM118
+        return {"rank": file.get_slice("keys").get_shape()[1], "num_memory": num_memory}
+
+
+class Read(NamedTuple):
+    """What the reader's states are after each layer, and its output after the last one.
+
+    Args:
+        answers: per layer, at the answers (tasks, demos, answer, size).
+        memory: per layer, at the memory tokens (tasks, num_memory, size).
+        last: (tasks, length, size).
+    """
+
+    answers: list[torch.Tensor]
+    memory: list[torch.Tensor]
+    last: torch.Tensor
 
 
 class MetaClosedForm(nn.Module):
@@ -199,27 +247,37 @@ class MetaClosedForm(nn.Module):
         super().__init__()
         self.base, self.writer = base, writer
 
-    def read(self, ids: torch.Tensor, at: torch.Tensor | None, trained: bool = True):
-        """Return, per layer, the reader's states at `at` (tasks, demos, answer, size), and the last layer's output.
-
-        trained: with the reader's LoRA. Without it the base itself reads.
-        """
-        base = self.base
-        x, (cos, sin), states = base.embed[ids].float(), base.rotary(ids.shape[1]), []
-        for weights in self.writer.reader(base) if trained else base.layers:
+    def read(self, batch: dict) -> Read:
+        """Read the examples of tasks, or their descriptions alone, and then the memory tokens."""
+        base, writer, at, end = self.base, self.writer, batch["reader_at"], batch["reader_end"]
+        x = base.embed[F.pad(batch["reader_ids"], (0, writer.num_memory))].float()
+        slots = end[:, None, None] + torch.arange(writer.num_memory, device=end.device)
+        if writer.num_memory:
+            places = slots.mT.expand(-1, -1, base.size)
+            x = x.scatter(1, places, writer.memory.float().expand_as(places))
+        cos, sin = base.rotary(x.shape[1])
+        answers, memory = [], []
+        for weights in writer.reader(base):
             x, _ = base.layer(x, cos, sin, **weights)
-            if at is not None:
-                states.append(gather(x, at))
-        return states, x
+            answers.append(gather(x, at))
+            memory.append(gather(x, slots)[:, 0])
+        return Read(answers, memory, x)
 
-    def write(self, batch: dict, states: list[torch.Tensor], collect=None):
+    def last(self, ids: torch.Tensor, trained: bool) -> torch.Tensor:
+        """Return the last layer's output for ids. trained: with the reader's LoRA."""
+        x, (cos, sin) = self.base.embed[ids].float(), self.base.rotary(ids.shape[1])
+        for weights in self.writer.reader(self.base) if trained else self.base.layers:
+            x, _ = self.base.layer(x, cos, sin, **weights)
+        return x
+
+    def write(self, batch: dict, read: Read, collect=None):
         """Return the last layer's output at the answers of all rows, and B (tasks, rank, size) of every layer.
 
         collect: called per layer with the inputs of down_proj and what the context changes, at the examples' answers.
         """
         base, writer = self.base, self.writer
         tasks, rows, length = batch["rows_ids"].shape
-        demos = states[0].shape[1]
+        demos = read.answers[0].shape[1]
         mask, at = batch["mask"][:, :demos], batch["rows_at"]
         x, (cos, sin) = base.embed[batch["rows_ids"].view(-1, length)].float(), base.rotary(length)
         following = F.rms_norm(base.embed[batch["targets"][:, :demos]].float(), (base.size,))
@@ -230,18 +288,31 @@ class MetaClosedForm(nn.Module):
             features = (u @ keys.to(base.dtype).T).view(tasks, rows, length, -1)
             constant = own["constant"] * own["scale"]
             y = y.view(tasks, rows, length, -1) + features @ constant.to(base.dtype)
-            change = states[index] - gather(y, at[:, :demos])
+            state = read.answers[index]
+            change = state - gather(y, at[:, :demos])
             if collect is not None:
                 collect(index, gather(u.view(tasks, rows, length, -1), at[:, :demos])[mask], change[mask])
-            from_state = (F.rms_norm(states[index], (base.size,)) @ own["state_in"]) @ own["state_out"]
+            from_state = (F.rms_norm(state, (base.size,)) @ own["state_in"]) @ own["state_out"]
             from_label = (following @ own["label_in"]) @ own["label_out"]
             values = own["gain"] * change + own["scale"] * (from_state + from_label)
             weight = (own["log_kind"][batch["kind"][:, :demos]] + writer.log_index[:demos, None]).exp() * mask
-            b = ridge(gather(features, at[:, :demos]).float(), values, weight, own["log_penalty"].exp())
+            regressed = [gather(features, at[:, :demos]).float(), values, weight]
+            regressed = [part.flatten(1, 2) for part in regressed]
+            if writer.num_memory:
+                of_memory = memory_positions(own, read.memory[index])
+                regressed = [torch.cat(parts, 1) for parts in zip(regressed, of_memory, strict=True)]
+            b = ridge(*regressed, own["log_penalty"].exp())
             adapter.append(b + constant)
             update = torch.bmm(features.flatten(1, 2), b.to(base.dtype))
             x = y.view(-1, length, base.size) + update.view(-1, length, base.size)
         return gather(x.view(tasks, rows, length, -1), at), adapter
+
+
+def memory_positions(own: dict[str, torch.Tensor], states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return features, values and weights of memory tokens, as `ridge` takes them, from the reader's states there."""
+    values = own["scale"] * (F.rms_norm(states, states.shape[-1:]) @ own["memory_in"] @ own["memory_out"])
+    tasks = len(states)
+    return own["memory_keys"].expand(tasks, -1, -1), values, own["log_memory"].exp().expand(tasks, -1)
 
 
 class Solve(torch.autograd.Function):
@@ -268,16 +339,15 @@ def ridge(a: torch.Tensor, values: torch.Tensor, weight: torch.Tensor, penalty: 
     """Return B (tasks, rank, size) of the weighted ridge regression of values on features.
 
     Args:
-        a: features (tasks, demos, answer, rank), fp32.
-        values: what B should make of them (tasks, demos, answer, size).
-        weight: of each position (tasks, demos, answer); 0 where there is none.
+        a: features (tasks, positions, rank), fp32.
+        values: what B should make of them (tasks, positions, size).
+        weight: of each position (tasks, positions); 0 where there is none.
         penalty: in units of the features' mean square.
     """
     weighted = a * weight[..., None]
-    strength = penalty * (weighted * a).sum((1, 2, 3)) / weight.sum((1, 2)).clamp_min(1e-6) + 1e-6
+    strength = penalty * (weighted * a).sum((1, 2)) / weight.sum(1).clamp_min(1e-6) + 1e-6
     eye = torch.eye(a.shape[-1], device=a.device) * strength[:, None, None]
-    weighted = weighted.flatten(1, 2).mT
-    return Solve.apply(weighted @ a.flatten(1, 2) + eye, weighted @ values.flatten(1, 2))
+    return Solve.apply(weighted.mT @ a + eye, weighted.mT @ values)
 
 
 def gather(x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
@@ -310,9 +380,8 @@ def initialise(model: MetaClosedForm, batches: list[dict]) -> None:
         squares[index] += change.square().mean(-1).sum()
 
     for batch in batches:
-        states, _ = model.read(batch["reader_ids"], batch["reader_at"])
-        model.write(batch, states, collect)
-        count += int(batch["mask"][:, : states[0].shape[1]].sum())
+        model.write(batch, model.read(batch), collect)
+        count += int(batch["mask"][:, : batch["reader_at"].shape[1]].sum())
     writer.scale.copy_((squares / count).sqrt())
     start = torch.randn(width, rank + 16, generator=torch.Generator().manual_seed(0)).to(moments.device)
     for index, moment in enumerate(moments):
