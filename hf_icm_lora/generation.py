@@ -219,12 +219,14 @@ class Written(NamedTuple):
 
 
 def _of_generator(lora_generator: Generator, lora_weights: torch.Tensor, in_closed_form: bool = False) -> Written:
-    source, layout, shared_weights = (
+    return Written(
         _source(lora_generator.config),
         lora_generator.layout,
-        lora_generator.shared_weights,
+        lora_weights,
+        lora_generator.shared_weights.detach(),
+        lora_generator.adapter_config(),
+        in_closed_form,
     )
-    return Written(source, layout, lora_weights, shared_weights.detach(), lora_generator.adapter_config())
 
 
 def _closed_form(base_model: nn.Module, processing_class, samples: Sequence[Sample], description, template) -> Written:
