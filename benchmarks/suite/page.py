@@ -24,7 +24,7 @@ PAGES = (
 )
 CARD = ROOT / "hf_icm_lora" / "smollm2_generator" / "README.md"
 REAL_LEGEND = (
-    "12 examples of each task, 32 other samples to answer, kinds of task with equal weight. Right answers: exact ones, "
+    "12 examples of each task, 32 other samples to answer, kinds with equal weight. Right answers: exact ones, "
     "of greedy decoding; in brackets 95 % of a bootstrap over kinds. By label: of classifications with up to 16 "
     "classes, the share of samples whose class is the most probable one. Seconds to make the adapter, and its size in "
     "16 bits."
