@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import LORA_TARGETS, make_gpt2, make_llama, make_t5, make_tasks
+from conftest import LORA_TARGETS, SEEN, UNSEEN, make_gpt2, make_llama, make_t5, make_tasks
 from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
@@ -12,7 +12,6 @@ from hf_icm_lora import (
     ArgumentError,
     BehaviouralCollator,
     BehaviouralDataset,
-    CollectionArguments,
     ExampleLoss,
     IcmLoraError,
     IncompatibleAdapterError,
@@ -24,10 +23,7 @@ from hf_icm_lora import (
     NotFittedError,
     TaskError,
     TaskVectorError,
-    TaskVectorExtractor,
-    TaskVectorSpec,
     attach_adapter,
-    collect_zoo,
 )
 from hf_icm_lora.adapter import adapter_state_dict
 from hf_icm_lora.behaviour import batched_lora, behavioural_loss
@@ -37,7 +33,6 @@ from hf_icm_lora.tasks import Sample, to_sample
 
 MAKE = {"llama": make_llama, "gpt2": make_gpt2, "t5": make_t5}
 SIZES = dict(hidden_size=32, intermediate_size=64, num_encoder_layers=1, num_decoder_layers=1, latent_size=16)
-SEEN, UNSEEN = ["shift/1", "shift/2", "shift/3"], ["shift/4"]
 NOT_IN_GENERATION = ("encoder", "posterior_proj", "summary_embedding", "in_projections")  # read LoRAs, not tasks
 
 
@@ -327,24 +322,18 @@ def test_what_are_no_examples_is_said(tokenizer):
 # The dataset
 
 
-@pytest.fixture(scope="module")
-def tasks():
-    return make_tasks(6)
+@pytest.fixture
+def tasks(world):
+    return world.tasks
 
 
-@pytest.fixture(scope="module")
-def zoo(tmp_path_factory, tokenizer, tasks):
+@pytest.fixture
+def zoo(world):
     """LoRAs of four tasks, vectors of all six."""
-    folder, base = tmp_path_factory.mktemp("behaviour"), make_llama()
-    lora_config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    args = CollectionArguments(output_dir=folder / "out", max_steps=8, eval_steps=4, use_cpu=True)
-    zoo = collect_zoo(folder / "zoo", base, tokenizer, tasks[:4], lora_config, args)
-    extractor = TaskVectorExtractor(TaskVectorSpec(num_demonstrations=4, num_draws=3))
-    zoo.add_task_vectors(extractor.extract(base, tokenizer, tasks))
-    return zoo
+    return world.zoo
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def vectors(zoo):
     return zoo.task_vectors
 
@@ -352,21 +341,21 @@ def vectors(zoo):
 def test_an_epoch_shows_all_vectors_and_all_samples(tasks, vectors):
     for task in tasks:
         dataset = BehaviouralDataset([task], vectors, num_samples=3)
-        assert len(dataset) == 9  # 3 draws for each of 3 modes; 24 samples would need 8 items
+        assert len(dataset) == 12  # 4 draws for each of 3 modes; 24 samples would need 8 items
         assert {sample for item in dataset for sample in item["samples"]} == set(task.train)  # neither demo nor test
         assert all(len(set(item["samples"])) == 3 for item in dataset)
         shown = [tuple(item["task_vector"].flatten().tolist()) for item in dataset]
         banks = {mode: [tuple(v.flatten().tolist()) for v in bank] for mode, bank in vectors.banks[task.name].items()}
         assert set(shown) == {vector for bank in banks.values() for vector in bank}
-        assert [sum(vector in bank for vector in shown) for bank in banks.values()] == [3, 3, 3]  # modes count alike
-    assert len(BehaviouralDataset(tasks, vectors, num_samples=3)) == 6 * 9  # two of them have no LoRA
+        assert [sum(vector in bank for vector in shown) for bank in banks.values()] == [4, 4, 4]  # modes count alike
+    assert len(BehaviouralDataset(tasks, vectors, num_samples=3)) == 6 * 12  # two of them have no LoRA
 
 
 def test_many_samples_make_many_items(tasks, vectors):
     dataset = BehaviouralDataset(tasks[:1], vectors, num_samples=1, modes=["demonstrations"])
     assert len(dataset) == 24
     assert len({item["samples"] for item in dataset}) == 24
-    assert len({tuple(item["task_vector"].flatten().tolist()) for item in dataset}) == 3
+    assert len({tuple(item["task_vector"].flatten().tolist()) for item in dataset}) == 4
 
 
 def test_items_are_the_same_each_time(tasks, vectors):
