@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import gc
 import shutil
 import socket
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ from hf_icm_lora import (
     CollectionArguments,
     LoraGeneratorConfig,
     LoraGeneratorModel,
+    LoraGeneratorTrainingArguments,
     LoraZoo,
     Task,
     TaskVectorExtractor,
@@ -199,6 +201,37 @@ def amplified(config: LoraGeneratorConfig, dataset=None) -> LoraGeneratorModel:
         for parameter in generator.parameters():
             parameter.mul_(10 if parameter.ndim > 1 else 1)
     return generator
+
+
+def training_arguments(folder: Path, **fields) -> LoraGeneratorTrainingArguments:
+    """A few steps on a processor, each of them logged, and no checkpoints."""
+    defaults = dict(output_dir=folder / "out", max_steps=6, logging_steps=1, per_device_train_batch_size=8,
+                    save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True)  # fmt: skip
+    return LoraGeneratorTrainingArguments(**defaults | fields)
+
+
+def odd_base() -> LlamaForCausalLM:
+    """A base whose modes and flags are not uniform."""
+    base = make_llama().train()
+    base.model.norm.eval()
+    base.model.embed_tokens.weight.requires_grad_(False)
+    return base
+
+
+def state_of(base: torch.nn.Module) -> dict:
+    """All that must be as before when something has worked with a user's model."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return {
+        "parameters": {name: (p.dtype, p.requires_grad, p.grad) for name, p in base.named_parameters()},
+        "values": {name: sha256(t.float().numpy().tobytes()).digest() for name, t in base.state_dict().items()},
+        "modules": {name: (type(module), module.training) for name, module in base.named_modules()},
+        "hooks": {name: [list(getattr(m, kind)) for kind in hooks] for name, m in base.named_modules()},
+        "attributes": {
+            name: sorted(key for key in vars(m) if not key.startswith("_")) for name, m in base.named_modules()
+        },
+        "config": base.config.to_dict(),
+        "generation_config": base.generation_config.to_dict(),
+    }
 
 
 def files(root: Path) -> dict[str, bytes]:

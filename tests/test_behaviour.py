@@ -4,7 +4,17 @@ import math
 
 import pytest
 import torch
-from conftest import LORA_TARGETS, SEEN, UNSEEN, make_gpt2, make_llama, make_t5, make_tasks
+from conftest import (
+    LORA_TARGETS,
+    SEEN,
+    UNSEEN,
+    make_gpt2,
+    make_llama,
+    make_t5,
+    make_tasks,
+    state_of,
+    training_arguments,
+)
 from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
@@ -18,7 +28,6 @@ from hf_icm_lora import (
     LoraGeneratorConfig,
     LoraGeneratorModel,
     LoraGeneratorTrainer,
-    LoraGeneratorTrainingArguments,
     LoraLayout,
     NotFittedError,
     TaskError,
@@ -417,11 +426,9 @@ def make_trainer(tmp_path, zoo, tasks, vectors, tokenizer):
         if fit:
             model.fit_normalizer(seen.as_dataset())
         train = BehaviouralDataset(train, vectors, num_samples=3)
-        defaults = dict(output_dir=tmp_path / "out", max_steps=4, logging_steps=1, per_device_train_batch_size=4,
-                        save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True)  # fmt: skip
         return LoraGeneratorTrainer(
             model,
-            LoraGeneratorTrainingArguments(**(defaults | kwargs)),
+            training_arguments(tmp_path, **{"max_steps": 4, "per_device_train_batch_size": 4} | kwargs),
             base_model=make_llama() if base is None else base,
             train_dataset=train,
             eval_dataset=train if unseen is None else unseen,
@@ -438,14 +445,6 @@ def logged(trainer, *names):
 
 def weights(trainer):
     return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
-
-
-def state_of(base):
-    return (
-        {name: parameter.requires_grad for name, parameter in base.named_parameters()},
-        {name: module.training for name, module in base.named_modules()},
-        base.config.to_dict(),
-    )
 
 
 def test_training_lowers_the_base_models_loss(make_trainer):
@@ -611,8 +610,7 @@ def test_evaluated_tasks_do_not_become_training_tasks(make_trainer, tasks, vecto
 def test_behaviour_can_be_evaluated_while_reconstruction_is_trained(zoo, tasks, vectors, tokenizer, tmp_path):
     seen = zoo.subset(SEEN)
     model = LoraGeneratorModel(LoraGeneratorConfig.from_zoo(seen, **SIZES))
-    args = LoraGeneratorTrainingArguments(tmp_path / "out", max_steps=2, save_strategy="no", use_cpu=True,
-                                          disable_tqdm=True, report_to=[])  # fmt: skip
+    args = training_arguments(tmp_path, max_steps=2)
     trainer = LoraGeneratorTrainer(model, args, train_dataset=seen.as_dataset(), base_model=make_llama())
     trainer.train()
     assert "eval_generation_loss" in trainer.evaluate(zoo.subset(UNSEEN).as_dataset())
@@ -627,7 +625,7 @@ def test_behaviour_can_be_evaluated_while_reconstruction_is_trained(zoo, tasks, 
 @pytest.mark.parametrize("part", ["train_dataset", "eval_dataset"])
 def test_base_model_is_needed(zoo, tasks, vectors, tmp_path, part):
     model = LoraGeneratorModel(LoraGeneratorConfig.from_zoo(zoo.subset(SEEN), **SIZES))
-    args = LoraGeneratorTrainingArguments(tmp_path / "out", use_cpu=True, report_to=[])
+    args = training_arguments(tmp_path)
     with pytest.raises(IcmLoraError, match="pass base_model too"):
         LoraGeneratorTrainer(model, args, **{part: BehaviouralDataset(tasks, vectors)})
     assert model.config.training_tasks == SEEN

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tasks, save_base_and_tasks
+from conftest import SEEN, UNSEEN, make_tasks, save_base_and_tasks
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,7 +18,6 @@ from hf_icm_lora.cli import COMMANDS, main
 from hf_icm_lora.evaluation import MORE_ROWS, descriptions
 from hf_icm_lora.report import read_report
 
-SEEN, UNSEEN = ["shift/1", "shift/2", "shift/3"], ["shift/4"]
 SMALL = ["--hidden_size", "32", "--latent_size", "8", "--reconstruction_steps", "3", "--max_steps", "4", "--dtype",
          "float32", "--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "True", "--use_cpu", "True",
          ]  # fmt: skip

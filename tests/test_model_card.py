@@ -4,14 +4,13 @@ import re
 
 import pytest
 import yaml
-from conftest import SIZES, make_llama
+from conftest import SIZES, make_llama, training_arguments
 from huggingface_hub import ModelCard
 
 from hf_icm_lora import (
     LoraGeneratorConfig,
     LoraGeneratorModel,
     LoraGeneratorTrainer,
-    LoraGeneratorTrainingArguments,
     PublishingError,
     add_evaluation,
     evaluate_generator,
@@ -80,10 +79,7 @@ def made(world, tokenizer, tmp_path_factory):
     seen = world.zoo.subset(["shift/1", "shift/2"])
     generator = LoraGeneratorModel(LoraGeneratorConfig.from_zoo(seen, **SIZES))
     generator.config.base_model_name_or_path = "user/base"
-    args = LoraGeneratorTrainingArguments(
-        output_dir=tmp_path_factory.mktemp("cards"), max_steps=2, per_device_train_batch_size=8, report_to=[],
-        disable_tqdm=True, logging_steps=1, save_strategy="no", use_cpu=True,
-    )  # fmt: skip
+    args = training_arguments(tmp_path_factory.mktemp("cards"), max_steps=2)
     LoraGeneratorTrainer(generator, args, train_dataset=seen.as_dataset()).train()
     report = evaluate_generator(generator, make_llama(), tokenizer, world.zoo, world.tasks[:3], num_examples=4)
     return world.zoo, generator, report

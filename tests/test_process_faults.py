@@ -20,7 +20,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import files, make_llama, make_tasks, save_base_and_tasks
+from conftest import (
+    files,
+    make_llama,
+    make_tasks,
+    odd_base,
+    save_base_and_tasks,
+    state_of,
+    training_arguments,
+)
 from peft import LoraConfig
 from safetensors.torch import load_file
 from test_zoo import ABOUT, make_state_dict
@@ -37,7 +45,6 @@ from hf_icm_lora import (
     LoraGeneratorConfig,
     LoraGeneratorModel,
     LoraGeneratorTrainer,
-    LoraGeneratorTrainingArguments,
     LoraZoo,
     TaskVectorExtractor,
     TaskVectorSpec,
@@ -475,8 +482,8 @@ def test_P6_ctrl_c_while_collecting(tmp_path, tokenizer):  # noqa: N802
 def make_trainer(zoo, output_dir, **fields):
     torch.manual_seed(0)
     model = LoraGeneratorModel(LoraGeneratorConfig.from_zoo(zoo.subset(["shift/1", "shift/2"]), **SIZES))
-    fields = {"max_steps": 6, "save_steps": 2, "report_to": [], "disable_tqdm": True, "use_cpu": True} | fields
-    args = LoraGeneratorTrainingArguments(output_dir=str(output_dir), **fields)
+    fields = {"save_strategy": "steps", "save_steps": 2} | fields
+    args = training_arguments(output_dir, output_dir=str(output_dir), **fields)
     return LoraGeneratorTrainer(model, args, train_dataset=zoo.subset(["shift/1", "shift/2"]).as_dataset())
 
 
@@ -579,12 +586,9 @@ def test_P9_same_seed(tmp_path, tokenizer):  # noqa: N802
 # P10: the user's model is the user's
 
 
-def odd_base(error=None, fails_at=0):
-    """A base whose modes and flags are not uniform, with a hook of its user's, which may fail in some call."""
-    base = make_llama().train()
-    base.model.norm.eval()
-    base.model.embed_tokens.weight.requires_grad_(False)
-    calls = []
+def failing_base(error=None, fails_at=0):
+    """A base with a hook of its user's, which may fail in some call."""
+    base, calls = odd_base(), []
 
     def hook(*_):
         calls.append(1)
@@ -593,20 +597,6 @@ def odd_base(error=None, fails_at=0):
 
     base.model.layers[0].register_forward_hook(hook)
     return base
-
-
-def state_of(base):
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return {
-        "parameters": {name: (p.dtype, p.requires_grad, p.grad) for name, p in base.named_parameters()},
-        "values": {name: hashlib.sha256(t.numpy().tobytes()).digest() for name, t in base.state_dict().items()},
-        "modules": {name: (type(module), module.training) for name, module in base.named_modules()},
-        "hooks": {name: [list(getattr(m, kind)) for kind in hooks] for name, m in base.named_modules()},
-        "attributes": {
-            name: sorted(key for key in vars(m) if not key.startswith("_")) for name, m in base.named_modules()
-        },
-        "config": base.config.to_dict(),
-    }
 
 
 @pytest.fixture(scope="module")
@@ -633,7 +623,7 @@ def work_on(base, work, zoo, generator, tokenizer, folder):
 @pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize(("work", "fails_at"), [("collect", 4), ("vectors", 2), ("evaluate", 9), ("fit", 2)])
 def test_P10_model_is_as_before(world, generator, tokenizer, tmp_path, work, fails_at, error):  # noqa: N802
-    base = odd_base(error, fails_at)
+    base = failing_base(error, fails_at)
     before = state_of(base)
     if error:
         with pytest.raises(error, match="stop"):
@@ -646,7 +636,7 @@ def test_P10_model_is_as_before(world, generator, tokenizer, tmp_path, work, fai
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, torch.OutOfMemoryError])
 @pytest.mark.parametrize("where", ["reading", "attaching"])
 def test_P10_model_is_as_before_when_generation_fails(generator, tokenizer, monkeypatch, where, error):  # noqa: N802
-    base = odd_base(error if where == "reading" else None, fails_at=1)
+    base = failing_base(error if where == "reading" else None, fails_at=1)
     before = state_of(base)
 
     def fail(*_, **__):
@@ -688,7 +678,7 @@ def test_error_in_one_task_is_skipped_on_request(tmp_path, tokenizer, monkeypatc
         return score(*args)
 
     calls, score = [], hf_icm_lora.collection.score_completions
-    base = odd_base()
+    base = failing_base()
     before = state_of(base)
     call = (base, tokenizer, make_tasks(3), lora_config())
     with monkeypatch.context() as patched:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import SEEN, UNSEEN
+from conftest import SEEN, UNSEEN, training_arguments
 from transformers import HfArgumentParser, TrainerCallback
 
 from hf_icm_lora import (
@@ -37,9 +37,7 @@ def make_trainer(tmp_path, zoo, datasets):
         model = model or LoraGeneratorModel(
             LoraGeneratorConfig.from_zoo(zoo.subset(SEEN), **SIZES, **(model_kwargs or {}))
         )
-        defaults = dict(output_dir=tmp_path / "out", max_steps=6, logging_steps=1, per_device_train_batch_size=8,
-                        save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True)  # fmt: skip
-        args = LoraGeneratorTrainingArguments(**(defaults | kwargs))
+        args = training_arguments(tmp_path, **kwargs)
         train, unseen = datasets
         return LoraGeneratorTrainer(model, args, train_dataset=train, eval_dataset=unseen, callbacks=callbacks)
 
