@@ -1,8 +1,8 @@
 """Does the gauge matter? `python benchmarks/gauge.py` trains generators on LoRAs of one seed and of many.
 
 LoRAs of the same tasks, A and B both trained: once all from one seed, and once each from a seed of its own, as
-adapters of different origin are. A generator is trained on those of the seen tasks by reconstruction alone, and scored
-on seen and unseen tasks by mean recovered gain, with the zoo's own LoRAs as the oracle:
+adapters of different origin are. `train_generator` reads those of the seen tasks, without its second stage, and what
+it makes is scored on seen and unseen tasks by mean recovered gain, with the zoo's own LoRAs as the oracle:
 
     one seed             the error of A and B as the loss
     mixed, raw           the same
@@ -18,20 +18,20 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from suite.bench import FINE_TUNING, LORA, SPEC, SPLITS, Bench, options_of, run_arms, with_lora, write
 from suite.page import gauge
-from transformers import set_seed
 
 from hf_icm_lora import (
     CollectionArguments,
-    LoraGeneratorConfig,
     LoraGeneratorModel,
-    LoraGeneratorTrainer,
-    LoraGeneratorTrainingArguments,
     LoraZoo,
+    RecipeArguments,
+    Task,
     TaskVectorExtractor,
     collect_zoo,
     import_zoo,
+    train_generator,
 )
 
 WORK = Path("build/gauge")
@@ -64,6 +64,15 @@ def make_zoos(base, tokenizer, tasks) -> dict[str, LoraZoo]:
     return zoos
 
 
+def train(bench: Bench, tasks: list[Task], steps: int, seed: int, **config) -> LoraGeneratorModel:
+    """Train a generator on the LoRAs that the bench's zoo has of the tasks, and on nothing else."""
+    arguments = RecipeArguments(
+        str(WORK / "generator"), reconstruction_steps=steps, max_steps=0, seed=seed, report_to="none",
+        save_strategy="no", logging_steps=50, disable_tqdm=True, use_cpu=not torch.accelerator.is_available(),
+    )  # fmt: skip
+    return train_generator(bench.zoo, bench.base, bench.tokenizer, tasks, arguments, **SIZES, **config)
+
+
 def main() -> None:
     options, bench = options_of(GaugeOptions), Bench()
     names = {"seen": with_lora("seen")[: options.num_seen], "unseen": SPLITS["validation"][: options.num_unseen]}
@@ -80,15 +89,8 @@ def main() -> None:
     def run(arm: tuple[Bench, dict], seed: int) -> dict:
         own, changes = arm
         own.zoo.add_task_vectors(vectors)
-        set_seed(seed)
-        train = own.zoo.subset(names["seen"])
-        generator = LoraGeneratorModel(LoraGeneratorConfig.from_zoo(train, **SIZES, **changes))
-        arguments = LoraGeneratorTrainingArguments(
-            str(WORK / "generator"), max_steps=options.steps, learning_rate=2e-3, seed=seed, report_to="none",
-            save_strategy="no", logging_steps=50, disable_tqdm=True,
-        )  # fmt: skip
         start = time.perf_counter()
-        LoraGeneratorTrainer(generator, arguments, train_dataset=train.as_dataset(num_snapshots=1)).train()
+        generator = train(own, tasks[: len(names["seen"])], options.steps, seed, **changes)
         figures: dict = {"seconds": round(time.perf_counter() - start)}
         for split, scored in names.items():
             rows = own.gains(scored, lambda name: {"generated": generator.decode_task_vector(read[name])}, split)

@@ -144,6 +144,9 @@ def restored(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        checkpointed = [m for m, flag, was in modes if flag == "gradient_checkpointing" and getattr(m, flag) != was]
+        if checkpointed:
+            cast(PreTrainedModel, model).disable_input_require_grads()  # for which PEFT hooks the embeddings
         if use_cache is not None:
             config.use_cache = use_cache
         for module, flag, value in modes:

@@ -122,7 +122,8 @@ def generate_adapter(
         adapter_name (`str`, *optional*, defaults to `"default"`): Name of the adapter, which becomes active.
         generator (`torch.Generator`, *optional*): If given, the latent is drawn instead of being its mean.
         fit_scale (`bool`, *optional*, defaults to `True`): Whether to weaken the adapter to what suits the examples,
-            if there are any: to 0, 1/4, 1/2 or 3/4 of itself, if the loss on them is least then.
+            if there are any: to 0, 1/4, 1/2 or 3/4 of itself, if the loss on them is least then. An adapter in closed
+            form stays whole or becomes nothing.
         refine_steps (`int`, *optional*, defaults to 0): Gradient steps on the examples, starting from the generated
             adapter: fine-tuning with a head start.
         on_unfamiliar (`str`, *optional*, defaults to `"generate"`): What to do where the adapter makes the loss on its
@@ -166,7 +167,8 @@ def generate_adapter(
         lora_weights = write_adapter(
             lora_generator, base_model, processing_class, samples, description, template, generator
         )
-        written = _of_generator(lora_generator, lora_weights)
+        in_closed_form = lora_generator.closed_form is not None and bool(samples)
+        written = _of_generator(lora_generator, lora_weights, in_closed_form)
     else:
         written = _of_generator(lora_generator, lora_generator.decode_task_vector(task_vector, generator))
     record = GenerationRecord(
@@ -184,7 +186,8 @@ def generate_adapter(
     if samples and (judges or refine_steps):
         example_loss = ExampleLoss(base_model, processing_class, layout, shared_weights, samples, template)
         if judges:
-            losses = example_loss.at_scales(lora_weights, SCALES if fit_scale else (0.0, 1.0))
+            scales = SCALES if fit_scale and not written.in_closed_form else (0.0, 1.0)
+            losses = example_loss.at_scales(lora_weights, scales)
             record = _judged(record, losses, fit_scale, on_unfamiliar)
             lora_weights = layout.scaled(lora_weights, record.scale)
         if refine_steps:
@@ -204,6 +207,7 @@ class Written(NamedTuple):
         source (`Mapping[str, str]`): What wrote it, see [`GenerationRecord`].
         layout (`LoraLayout`), lora_weights, shared_weights (`torch.Tensor`): The adapter, packed.
         lora_config (`Mapping`): Fields of its `LoraConfig`.
+        in_closed_form (`bool`): Whether a regression on the examples wrote it: full strength then suits them best.
     """
 
     source: Mapping[str, str]
@@ -211,15 +215,18 @@ class Written(NamedTuple):
     lora_weights: torch.Tensor
     shared_weights: torch.Tensor
     lora_config: Mapping[str, Any]
+    in_closed_form: bool
 
 
-def _of_generator(lora_generator: Generator, lora_weights: torch.Tensor) -> Written:
-    source, layout, shared_weights = (
+def _of_generator(lora_generator: Generator, lora_weights: torch.Tensor, in_closed_form: bool = False) -> Written:
+    return Written(
         _source(lora_generator.config),
         lora_generator.layout,
-        lora_generator.shared_weights,
+        lora_weights,
+        lora_generator.shared_weights.detach(),
+        lora_generator.adapter_config(),
+        in_closed_form,
     )
-    return Written(source, layout, lora_weights, shared_weights.detach(), lora_generator.adapter_config())
 
 
 def _closed_form(base_model: nn.Module, processing_class, samples: Sequence[Sample], description, template) -> Written:
@@ -228,7 +235,8 @@ def _closed_form(base_model: nn.Module, processing_class, samples: Sequence[Samp
     lora_config, state_dict = closed_form(base_model, processing_class, samples, description, template)
     layout = LoraLayout.from_state_dict(state_dict, lora_config, gauge="free")
     lora_weights, shared_weights = layout.pack(state_dict, lora_config)
-    return Written({"function": "in_context_adapter"}, layout, lora_weights, shared_weights, lora_config)
+    source = {"function": "in_context_adapter"}
+    return Written(source, layout, lora_weights, shared_weights, lora_config, in_closed_form=True)
 
 
 def _knows(lora_generator: Generator, base_model: nn.Module, num_examples: int) -> bool:

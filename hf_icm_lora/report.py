@@ -275,7 +275,7 @@ def score_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     head += ["mean G", "median G", "min G", "loss"]
     lines = [head, ["---"] * len(head)]
     for row, summary in rows.items():
-        shares = [_share(summary, what) for what in ("exact_match", *(("label_accuracy",) if labels else ()))]
+        shares = [share(summary, what) for what in ("exact_match", *(("label_accuracy",) if labels else ()))]
         interval = _interval(summary["mean_recovered_accuracy_interval"], 1, 2)
         figures = [_figure(summary[f"{kind}_recovered_accuracy"]) for kind in ("mean", "median", "min")]
         gains = [_figure(summary[f"{kind}_recovered_gain"]) for kind in ("mean", "median", "min")]
@@ -283,7 +283,8 @@ def score_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def _share(summary: Mapping[str, Any], what: str) -> str:
+def share(summary: Mapping[str, Any], what: str) -> str:
+    """Return a share of a summary, `"exact_match"` or `"label_accuracy"`, in percent with its interval."""
     if what not in summary:
         return "-"
     return f"{100 * summary[what]:.0f} %" + _interval(summary[f"{what}_interval"], 100, 0)

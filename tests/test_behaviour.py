@@ -4,7 +4,17 @@ import math
 
 import pytest
 import torch
-from conftest import LORA_TARGETS, make_gpt2, make_llama, make_t5, make_tasks
+from conftest import (
+    LORA_TARGETS,
+    SEEN,
+    UNSEEN,
+    make_gpt2,
+    make_llama,
+    make_t5,
+    make_tasks,
+    state_of,
+    training_arguments,
+)
 from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
@@ -12,22 +22,17 @@ from hf_icm_lora import (
     ArgumentError,
     BehaviouralCollator,
     BehaviouralDataset,
-    CollectionArguments,
     ExampleLoss,
     IcmLoraError,
     IncompatibleAdapterError,
     LoraGeneratorConfig,
     LoraGeneratorModel,
     LoraGeneratorTrainer,
-    LoraGeneratorTrainingArguments,
     LoraLayout,
     NotFittedError,
     TaskError,
     TaskVectorError,
-    TaskVectorExtractor,
-    TaskVectorSpec,
     attach_adapter,
-    collect_zoo,
 )
 from hf_icm_lora.adapter import adapter_state_dict
 from hf_icm_lora.behaviour import batched_lora, behavioural_loss
@@ -37,7 +42,6 @@ from hf_icm_lora.tasks import Sample, to_sample
 
 MAKE = {"llama": make_llama, "gpt2": make_gpt2, "t5": make_t5}
 SIZES = dict(hidden_size=32, intermediate_size=64, num_encoder_layers=1, num_decoder_layers=1, latent_size=16)
-SEEN, UNSEEN = ["shift/1", "shift/2", "shift/3"], ["shift/4"]
 NOT_IN_GENERATION = ("encoder", "posterior_proj", "summary_embedding", "in_projections")  # read LoRAs, not tasks
 
 
@@ -327,24 +331,18 @@ def test_what_are_no_examples_is_said(tokenizer):
 # The dataset
 
 
-@pytest.fixture(scope="module")
-def tasks():
-    return make_tasks(6)
+@pytest.fixture
+def tasks(world):
+    return world.tasks
 
 
-@pytest.fixture(scope="module")
-def zoo(tmp_path_factory, tokenizer, tasks):
+@pytest.fixture
+def zoo(world):
     """LoRAs of four tasks, vectors of all six."""
-    folder, base = tmp_path_factory.mktemp("behaviour"), make_llama()
-    lora_config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    args = CollectionArguments(output_dir=folder / "out", max_steps=8, eval_steps=4, use_cpu=True)
-    zoo = collect_zoo(folder / "zoo", base, tokenizer, tasks[:4], lora_config, args)
-    extractor = TaskVectorExtractor(TaskVectorSpec(num_demonstrations=4, num_draws=3))
-    zoo.add_task_vectors(extractor.extract(base, tokenizer, tasks))
-    return zoo
+    return world.zoo
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def vectors(zoo):
     return zoo.task_vectors
 
@@ -352,21 +350,21 @@ def vectors(zoo):
 def test_an_epoch_shows_all_vectors_and_all_samples(tasks, vectors):
     for task in tasks:
         dataset = BehaviouralDataset([task], vectors, num_samples=3)
-        assert len(dataset) == 9  # 3 draws for each of 3 modes; 24 samples would need 8 items
+        assert len(dataset) == 12  # 4 draws for each of 3 modes; 24 samples would need 8 items
         assert {sample for item in dataset for sample in item["samples"]} == set(task.train)  # neither demo nor test
         assert all(len(set(item["samples"])) == 3 for item in dataset)
         shown = [tuple(item["task_vector"].flatten().tolist()) for item in dataset]
         banks = {mode: [tuple(v.flatten().tolist()) for v in bank] for mode, bank in vectors.banks[task.name].items()}
         assert set(shown) == {vector for bank in banks.values() for vector in bank}
-        assert [sum(vector in bank for vector in shown) for bank in banks.values()] == [3, 3, 3]  # modes count alike
-    assert len(BehaviouralDataset(tasks, vectors, num_samples=3)) == 6 * 9  # two of them have no LoRA
+        assert [sum(vector in bank for vector in shown) for bank in banks.values()] == [4, 4, 4]  # modes count alike
+    assert len(BehaviouralDataset(tasks, vectors, num_samples=3)) == 6 * 12  # two of them have no LoRA
 
 
 def test_many_samples_make_many_items(tasks, vectors):
     dataset = BehaviouralDataset(tasks[:1], vectors, num_samples=1, modes=["demonstrations"])
     assert len(dataset) == 24
     assert len({item["samples"] for item in dataset}) == 24
-    assert len({tuple(item["task_vector"].flatten().tolist()) for item in dataset}) == 3
+    assert len({tuple(item["task_vector"].flatten().tolist()) for item in dataset}) == 4
 
 
 def test_items_are_the_same_each_time(tasks, vectors):
@@ -428,11 +426,9 @@ def make_trainer(tmp_path, zoo, tasks, vectors, tokenizer):
         if fit:
             model.fit_normalizer(seen.as_dataset())
         train = BehaviouralDataset(train, vectors, num_samples=3)
-        defaults = dict(output_dir=tmp_path / "out", max_steps=4, logging_steps=1, per_device_train_batch_size=4,
-                        save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True)  # fmt: skip
         return LoraGeneratorTrainer(
             model,
-            LoraGeneratorTrainingArguments(**(defaults | kwargs)),
+            training_arguments(tmp_path, **{"max_steps": 4, "per_device_train_batch_size": 4} | kwargs),
             base_model=make_llama() if base is None else base,
             train_dataset=train,
             eval_dataset=train if unseen is None else unseen,
@@ -449,14 +445,6 @@ def logged(trainer, *names):
 
 def weights(trainer):
     return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
-
-
-def state_of(base):
-    return (
-        {name: parameter.requires_grad for name, parameter in base.named_parameters()},
-        {name: module.training for name, module in base.named_modules()},
-        base.config.to_dict(),
-    )
 
 
 def test_training_lowers_the_base_models_loss(make_trainer):
@@ -622,8 +610,7 @@ def test_evaluated_tasks_do_not_become_training_tasks(make_trainer, tasks, vecto
 def test_behaviour_can_be_evaluated_while_reconstruction_is_trained(zoo, tasks, vectors, tokenizer, tmp_path):
     seen = zoo.subset(SEEN)
     model = LoraGeneratorModel(LoraGeneratorConfig.from_zoo(seen, **SIZES))
-    args = LoraGeneratorTrainingArguments(tmp_path / "out", max_steps=2, save_strategy="no", use_cpu=True,
-                                          disable_tqdm=True, report_to=[])  # fmt: skip
+    args = training_arguments(tmp_path, max_steps=2)
     trainer = LoraGeneratorTrainer(model, args, train_dataset=seen.as_dataset(), base_model=make_llama())
     trainer.train()
     assert "eval_generation_loss" in trainer.evaluate(zoo.subset(UNSEEN).as_dataset())
@@ -638,7 +625,7 @@ def test_behaviour_can_be_evaluated_while_reconstruction_is_trained(zoo, tasks, 
 @pytest.mark.parametrize("part", ["train_dataset", "eval_dataset"])
 def test_base_model_is_needed(zoo, tasks, vectors, tmp_path, part):
     model = LoraGeneratorModel(LoraGeneratorConfig.from_zoo(zoo.subset(SEEN), **SIZES))
-    args = LoraGeneratorTrainingArguments(tmp_path / "out", use_cpu=True, report_to=[])
+    args = training_arguments(tmp_path)
     with pytest.raises(IcmLoraError, match="pass base_model too"):
         LoraGeneratorTrainer(model, args, **{part: BehaviouralDataset(tasks, vectors)})
     assert model.config.training_tasks == SEEN

@@ -1,7 +1,6 @@
 """The command line: the whole chain through `main`, and errors in one line."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tasks, save_base_and_tasks
+from conftest import SEEN, UNSEEN, make_tasks, save_base_and_tasks
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -19,7 +18,6 @@ from hf_icm_lora.cli import COMMANDS, main
 from hf_icm_lora.evaluation import MORE_ROWS, descriptions
 from hf_icm_lora.report import read_report
 
-SEEN, UNSEEN = ["shift/1", "shift/2", "shift/3"], ["shift/4"]
 SMALL = ["--hidden_size", "32", "--latent_size", "8", "--reconstruction_steps", "3", "--max_steps", "4", "--dtype",
          "float32", "--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "True", "--use_cpu", "True",
          ]  # fmt: skip
@@ -355,6 +353,30 @@ def test_options_are_not_read_from_a_file_beside_the_program(tmp_path, monkeypat
     assert main() == 0
 
 
+# Several commands in one process, which imports everything once. Each line of output begins with its command.
+LAUNCHED = """
+import contextlib, io, os, runpy, sys
+import hf_icm_lora
+
+def run(command, *arguments):
+    sys.argv, out = ["hf-icm-lora", command, *arguments], io.StringIO()
+    with contextlib.redirect_stdout(out):
+        try:
+            runpy.run_module("hf_icm_lora.cli", run_name="__main__")
+        except SystemExit as end:
+            assert not end.code, command
+    print("".join(f"{{command}} {{line}}\\n" for line in out.getvalue().splitlines()), end="", flush=True)
+
+collect, *others = {commands!r}
+if child := os.fork():  # a process that collects leaves its group, for good
+    assert os.waitpid(child, 0)[1] == 0
+    for command in others:
+        run(*command)
+else:
+    run(*collect)
+"""
+
+
 @pytest.fixture(scope="module")
 def launched(folder, tmp_path_factory):
     """The zoo and the report that two processes of `accelerate launch` make together, as in `folder`."""
@@ -362,38 +384,40 @@ def launched(folder, tmp_path_factory):
     zoo, tasks = str(own / "zoo"), str(folder / "tasks.jsonl")
     config = Path(__file__).parent.parent / "examples" / "accelerate_configs" / "two_cpu_processes.yaml"
     start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    start += ["--main_process_port", "0", "-m", "hf_icm_lora.cli"]
+    start += ["--main_process_port", "0", str(own / "commands.py")]
     steps = ["--max_steps", "8", "--eval_steps", "4", "--use_cpu", "True"]
     draws = ["--num_demonstrations", "4", "--min_demonstrations", "2", "--num_draws", "3"]
     scored = ["--zoo", str(folder / "zoo"), "--generator", str(folder / "generator"), "--num_examples", "4"]
-    told = []
-    for arguments in (
+    commands = [
         ["collect", "--output_dir", zoo, "--base_model", str(folder / "base"), "--r", "4", *steps],
         ["vectors", "--zoo", zoo, *draws],
         ["evaluate", *scored, "--output_dir", str(own / "evaluation")],
-    ):
-        command = [*start, *arguments, "--tasks", tasks, "--dtype", "float32", "--json"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        result = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr[-3000:]
-        told.append([json.loads(line) for line in result.stdout.splitlines()])
+    ]
+    commands = [[*command, "--tasks", tasks, "--dtype", "float32", "--json"] for command in commands]
+    (own / "commands.py").write_text(LAUNCHED.format(commands=commands))
+    result = subprocess.run(start, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    told = {}
+    for line in result.stdout.splitlines():
+        command, _, figures = line.partition(" ")
+        told.setdefault(command, []).append(json.loads(figures))
     alone = ["--output_dir", str(own / "alone"), "--tasks", tasks, "--dtype", "float32"]
     assert main(["evaluate", *scored, *alone]) == 0
     return own, told
 
 
 def test_launched_processes_share_the_tasks_of_a_collection(folder, launched):
-    own, (collected, *_) = launched
+    own, told = launched
     alone = LoraZoo(folder / "zoo")
-    assert [told["tasks"] for told in collected] == [list(alone)] * 2  # each ends when all is there
+    assert [process["tasks"] for process in told["collect"]] == [list(alone)] * 2  # each ends when all is there
     for path in alone.path.rglob("*.safetensors"):
         if path.name != "task_vectors.safetensors":
             assert (own / "zoo" / path.relative_to(alone.path)).read_bytes() == path.read_bytes()
 
 
 def test_launched_processes_share_the_tasks_of_vectors(folder, launched):
-    own, (_, vectors, _) = launched
-    assert len(vectors) == 1  # the first process alone writes and tells
+    own, told = launched
+    assert len(told["vectors"]) == 1  # the first process alone writes and tells
     banks, alone = LoraZoo(own / "zoo").task_vectors.banks, LoraZoo(folder / "zoo").task_vectors.banks
     assert list(banks) == list(alone)
     for name, modes in alone.items():
@@ -402,8 +426,8 @@ def test_launched_processes_share_the_tasks_of_vectors(folder, launched):
 
 
 def test_launched_processes_share_the_tasks_of_an_evaluation(launched):
-    own, (*_, evaluated) = launched
-    (told,) = evaluated
+    own, told = launched
+    (told,) = told["evaluate"]
     alone = json.loads((own / "alone" / "evaluation.json").read_text(encoding="utf-8"))
     assert told["splits"] == json.loads((own / "evaluation" / "evaluation.json").read_text(encoding="utf-8"))["splits"]
     for split, rows in alone["splits"].items():

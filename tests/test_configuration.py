@@ -4,13 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import make_llama, make_tasks
+from conftest import copy_zoo, make_llama
 from huggingface_hub.errors import StrictDataclassError
-from peft import LoraConfig
 from transformers import AutoConfig
 
 from hf_icm_lora import (
-    CollectionArguments,
     IcmLoraError,
     IncompatibleAdapterError,
     LoraGeneratorConfig,
@@ -18,23 +16,17 @@ from hf_icm_lora import (
     TaskVectorExtractor,
     TaskVectorSpec,
     ZooError,
-    collect_zoo,
 )
 
 LAYOUT = {"gauge": "frozen_a", "modules": [["model.layers.0.self_attn.q_proj", 8, 6, 2]]}
 
 
 @pytest.fixture(scope="module")
-def zoo(tmp_path_factory, tokenizer):
-    """Two LoRAs of a base model that was loaded from a local folder."""
-    folder = tmp_path_factory.mktemp("configuration")
-    make_llama().save_pretrained(folder / "base")
-    base, tasks = type(make_llama()).from_pretrained(folder / "base"), make_tasks(2)
-    lora_config = LoraConfig(r=4, lora_alpha=8, target_modules=["v_proj", "q_proj"], task_type="CAUSAL_LM")
-    args = CollectionArguments(output_dir=folder / "out", max_steps=2, eval_steps=2, use_cpu=True)
-    zoo = collect_zoo(folder / "zoo", base, tokenizer, tasks, lora_config, args)
+def zoo(world, tokenizer, tmp_path_factory):
+    """LoRAs of a base model that was loaded from a local folder, and vectors of two layers."""
+    zoo = copy_zoo(world.zoo, tmp_path_factory.mktemp("configuration") / "zoo")
     spec = TaskVectorSpec(num_demonstrations=4, num_draws=2, layers=(1, -1))
-    zoo.add_task_vectors(TaskVectorExtractor(spec).extract(base, tokenizer, tasks))
+    zoo.add_task_vectors(TaskVectorExtractor(spec).extract(make_llama(), tokenizer, world.tasks[:4]))
     return zoo
 
 
@@ -163,11 +155,11 @@ def test_from_zoo_without_task_vectors_says_what_to_call(tmp_path, zoo):
         LoraGeneratorConfig.from_zoo(bare)
 
 
-def test_no_path_of_this_machine_is_stored_but_that_of_a_local_base(tmp_path, zoo):
+def test_no_path_of_this_machine_is_stored_but_that_of_a_local_base(tmp_path, world, zoo):
     LoraGeneratorModel(LoraGeneratorConfig.from_zoo(zoo, hidden_size=32)).save_pretrained(tmp_path / "one")
     LoraGeneratorModel.from_pretrained(tmp_path / "one").save_pretrained(tmp_path / "two")
     stored = json.loads((tmp_path / "two" / "config.json").read_text())
-    assert stored.pop("base_model_name_or_path") == str(zoo.path.parent / "base")
+    assert stored.pop("base_model_name_or_path") == str(world.folder / "base")
     text = json.dumps(stored)
-    for place in (tmp_path.parent, zoo.path.parent, Path.cwd(), Path.home()):
+    for place in (tmp_path.parent, zoo.path.parent, world.folder, Path.cwd(), Path.home()):
         assert str(place) not in text

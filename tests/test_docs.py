@@ -5,7 +5,6 @@ Each page is a test, which runs its blocks in a temporary folder on tiny stand-i
 
 import copy
 import dataclasses
-import gc
 import importlib
 import inspect
 import json
@@ -17,11 +16,12 @@ from pathlib import Path
 
 import pages
 import pytest
-import torch
 import yaml
+from conftest import make_llama, make_t5
 from hub import Hub, Repo
 from huggingface_hub import ModelCard
 from pages import BASE_MODEL, ENCODER_DECODER, ROOT, SOURCE, blocks_of, read
+from tokenizers import decoders
 from transformers import TrainingArguments
 
 import hf_icm_lora
@@ -48,25 +48,9 @@ def needs_hub(page: str) -> bool:
     )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """Tiny models gain nothing by a second thread, and lose much where other work wants the processor."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.freeze()  # every Trainer collects garbage: not among what the libraries hold
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
-def stand_ins(tmp_path_factory, chat_tokenizer):
+def stand_ins(tmp_path_factory, chat_tokenizer, world):
     """A folder with a base model, an encoder-decoder and a generator, each as small as can be."""
-    from conftest import make_llama, make_t5, make_tasks
-    from peft import LoraConfig
-    from tokenizers import decoders
-    from transformers import AutoModelForCausalLM
-
     folder = tmp_path_factory.mktemp("stand-ins")
     tokenizer = copy.deepcopy(chat_tokenizer)
     tokenizer.backend_tokenizer.decoder = decoders.Fuse()  # what `stop_strings` needs: no spaces between tokens
@@ -74,16 +58,10 @@ def stand_ins(tmp_path_factory, chat_tokenizer):
     for name, model in (("base", make_llama()), ("t5", make_t5())):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    base = AutoModelForCausalLM.from_pretrained(folder / "base")
-    lora_config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    args = hf_icm_lora.CollectionArguments(output_dir=str(folder / "out"), max_steps=2, eval_steps=2)
-    zoo = hf_icm_lora.collect_zoo(folder / "zoo", base, tokenizer, make_tasks(3), lora_config, args)
-    extractor = hf_icm_lora.TaskVectorExtractor(hf_icm_lora.TaskVectorSpec(num_draws=2))
-    zoo.add_task_vectors(extractor.extract(base, tokenizer, make_tasks(3)))
-    config = hf_icm_lora.LoraGeneratorConfig.from_zoo(zoo, hidden_size=32, intermediate_size=32)
+    config = hf_icm_lora.LoraGeneratorConfig.from_zoo(world.zoo, hidden_size=32, intermediate_size=32)
     config.base_model_name_or_path = BASE_MODEL  # as the shipped one says
     generator = hf_icm_lora.LoraGeneratorModel(config)
-    generator.fit_normalizer(zoo.as_dataset())
+    generator.fit_normalizer(world.zoo.as_dataset())
     generator.without_encoder().to_int8().save_pretrained(folder / "generator")
     return folder
 
@@ -121,7 +99,7 @@ def run_with_hub(page: str, folder: Path, stand_ins: Path) -> dict[str, str]:
                 "main", {path.name: path.read_bytes() for path in (stand_ins / source).iterdir()}
             )
         command = [sys.executable, pages.__file__, page, str(stand_ins), *NOT_YET.get(page, ())]
-        environment = hub.environment(folder / "home") | {"OMP_NUM_THREADS": "1"}
+        environment = hub.environment(folder / "home")
         ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         uploaded = {path for repo in hub.repos.values() for files in repo.commits.values() for path in files}
     assert ran.returncode == 0, ran.stderr

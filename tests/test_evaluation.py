@@ -7,13 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_llama, make_tasks
-from peft import LoraConfig
+from conftest import SEEN, SIZES, UNSEEN, amplified, make_llama, make_tasks, make_zoo
 from peft.tuners.lora import LoraLayer
 
 from hf_icm_lora import (
     ArgumentError,
-    CollectionArguments,
     ExampleLoss,
     IncompatibleAdapterError,
     LoraGeneratorConfig,
@@ -25,7 +23,6 @@ from hf_icm_lora import (
     TaskVectorExtractor,
     TaskVectorSpec,
     ZooError,
-    collect_zoo,
     evaluate_generator,
     format_report,
     label_accuracy,
@@ -40,41 +37,23 @@ from hf_icm_lora.report import rank_correlation, storage
 from hf_icm_lora.rivals import Rivals
 
 ROOT = Path(__file__).parent.parent
-SEEN, UNSEEN = ["shift/1", "shift/2", "shift/3"], ["shift/4"]
 ROWS = ["base", "task_lora", "generated", "wrong_condition", "mean_lora", "nearest_lora", "top_k_merge", "ridge",
         "few_shot_prompt"]  # fmt: skip
-SIZES = dict(hidden_size=32, intermediate_size=64, num_encoder_layers=1, num_decoder_layers=1, latent_size=4)
 IDS = torch.arange(2, 42).reshape(2, 20)
 
 
-def make_zoo(folder, tokenizer, num_tasks=4, **kwargs):
-    base, tasks = make_llama(), make_tasks(num_tasks)
-    lora_config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    args = CollectionArguments(output_dir=folder, max_steps=8, eval_steps=4, use_cpu=True, **kwargs)
-    zoo = collect_zoo(folder / "zoo", base, tokenizer, tasks, lora_config, args)
-    extractor = TaskVectorExtractor(TaskVectorSpec(num_demonstrations=4, num_draws=4))
-    zoo.add_task_vectors(extractor.extract(base, tokenizer, tasks))
-    return zoo
-
-
 def make_generator(seen):
-    torch.manual_seed(0)
-    generator = LoraGeneratorModel(LoraGeneratorConfig.from_zoo(seen, **SIZES)).eval()
-    generator.fit_normalizer(seen.as_dataset())
-    with torch.no_grad():
-        for parameter in generator.parameters():
-            parameter.mul_(10 if parameter.ndim > 1 else 1)  # or the condition would hardly matter untrained
-    return generator
+    return amplified(LoraGeneratorConfig.from_zoo(seen, **SIZES), seen.as_dataset())
 
 
 @pytest.fixture(scope="module")
-def zoo(tmp_path_factory, tokenizer):
-    return make_zoo(tmp_path_factory.mktemp("evaluation"), tokenizer)
+def zoo(world):
+    return world.zoo
 
 
 @pytest.fixture(scope="module")
-def generator(zoo):
-    return make_generator(zoo.subset(SEEN))
+def generator(world):
+    return world.generator
 
 
 @pytest.fixture(scope="module")
@@ -384,7 +363,7 @@ def test_split_without_tasks_is_left_out(zoo, generator, tokenizer, names):
 
 
 def test_zoo_that_trains_both_matrices(tmp_path, tokenizer):
-    zoo = make_zoo(tmp_path, tokenizer, num_tasks=3, freeze_a=False)
+    zoo = make_zoo(tmp_path, make_llama(), tokenizer, make_tasks(3), freeze_a=False)
     generator = make_generator(zoo.subset(SEEN[:2]))
     report = evaluate_generator(generator, make_llama(), tokenizer, zoo, make_tasks(3))
     assert [row["recovered_gain"] for row in report["splits"]["seen"]["task_lora"]["tasks"].values()] == [1, 1]
@@ -527,7 +506,7 @@ def test_the_page_describes_all_rows_in_the_same_words():
     assert table == list(descriptions(ROW_TABLE | MORE_ROWS).items())
 
 
-# Refusals, before# Refusals, before anything is computed
+# Refusals, before anything is computed
 
 
 @pytest.fixture
@@ -562,7 +541,7 @@ def test_generator_of_another_base_is_refused(counted, zoo, tokenizer):
 
 def test_zoo_with_another_lora_a_is_refused(counted, tmp_path, generator, tokenizer):
     """Same base, same layout, another seed: its LoRAs on the generator's A would be other adapters."""
-    zoo = make_zoo(tmp_path, tokenizer, seed=7)
+    zoo = make_zoo(tmp_path, make_llama(), tokenizer, make_tasks(), seed=7)
     with pytest.raises(IncompatibleAdapterError, match="another lora_A"):
         evaluate_generator(generator, counted, tokenizer, zoo, make_tasks())
     assert counted.calls == 0
@@ -626,4 +605,4 @@ def test_base_with_adapters_is_refused_and_keeps_them(zoo, generator, tokenizer)
 
 
 def test_zoo_may_be_reopened(zoo):
-    assert LoraZoo(zoo.path).task_vectors.banks.keys() == {*SEEN, *UNSEEN}
+    assert LoraZoo(zoo.path).task_vectors.banks.keys() == {f"shift/{i}" for i in range(1, 7)}

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_gpt2, make_llama, make_tasks
+from conftest import make_gpt2, make_llama, make_tasks, training_arguments
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -35,7 +35,6 @@ from hf_icm_lora import (
     LoraGeneratorConfig,
     LoraGeneratorModel,
     LoraGeneratorTrainer,
-    LoraGeneratorTrainingArguments,
     LoraLayout,
     LoraZoo,
     PublishingError,
@@ -131,9 +130,7 @@ def trainer_of(zoo, tmp_path, train=None, held_out=None, model=None, **kwargs):
     torch.manual_seed(0)
     sizes = dict(hidden_size=16, intermediate_size=16, num_encoder_layers=1, num_decoder_layers=1, latent_size=16)
     model = model or LoraGeneratorModel(LoraGeneratorConfig.from_zoo(zoo, **sizes))
-    defaults = dict(output_dir=tmp_path / "out", max_steps=2, logging_steps=1, per_device_train_batch_size=4,
-                    save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True)  # fmt: skip
-    args = LoraGeneratorTrainingArguments(**defaults | kwargs)
+    args = training_arguments(tmp_path, **{"max_steps": 2, "per_device_train_batch_size": 4} | kwargs)
     return LoraGeneratorTrainer(model, args, train_dataset=train or zoo.as_dataset(), eval_dataset=held_out)
 
 

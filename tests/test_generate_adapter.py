@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import LORA_TARGETS, make_gpt2, make_llama, make_t5, make_tasks
+from conftest import LORA_TARGETS, SIZES, amplified, make_gpt2, make_llama, make_t5, make_tasks
 from peft import LoraConfig, PeftModel, PeftModelForCausalLM, PeftModelForSeq2SeqLM, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import LlamaForCausalLM
@@ -39,15 +39,12 @@ from hf_icm_lora.tasks import Sample
 
 EXAMPLES = [("ab", "bc"), ("cd", "de"), ("ef", "fg"), ("gh", "hi")]
 DESCRIPTION = "Shift each letter by 1."
-SIZES = dict(hidden_size=32, intermediate_size=64, num_encoder_layers=1, num_decoder_layers=1, latent_size=4)
 IDS = torch.arange(2, 42).reshape(2, 20)
 
 
-@pytest.fixture(scope="module")
-def base_path(tmp_path_factory):
-    path = tmp_path_factory.mktemp("base")
-    make_llama().save_pretrained(path)
-    return path
+@pytest.fixture
+def base_path(world):
+    return world.folder / "base"
 
 
 @pytest.fixture
@@ -60,40 +57,15 @@ def base(load_base):
     return load_base()
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, tokenizer, base_path):
-    """A generator for the zoo of three tasks, whose weights are large enough to be seen in the logits."""
-    folder, tasks = tmp_path_factory.mktemp("generate"), make_tasks(3)
-    base = LlamaForCausalLM.from_pretrained(base_path)
-    lora_config = LoraConfig(r=4, lora_alpha=8, target_modules=["v_proj", "q_proj"], task_type="CAUSAL_LM")
-    args = CollectionArguments(output_dir=folder / "out", max_steps=8, eval_steps=4, use_cpu=True)
-    zoo = collect_zoo(folder / "zoo", base, tokenizer, tasks, lora_config, args)
-    extractor = TaskVectorExtractor(TaskVectorSpec(num_demonstrations=4, num_draws=4))
-    zoo.add_task_vectors(extractor.extract(base, tokenizer, tasks))
-    generator = amplified(LoraGeneratorConfig.from_zoo(zoo, **SIZES), zoo.as_dataset())
-    return generator
-
-
 @pytest.fixture
-def generator(trained):
-    return copy.deepcopy(trained)
+def generator(world):
+    """Its weights are large enough to be seen in the logits."""
+    return copy.deepcopy(world.generator)
 
 
 @pytest.fixture
 def task_vector():
     return torch.randn(3, 2, 32, generator=torch.Generator().manual_seed(1))
-
-
-def amplified(config, dataset=None):
-    """A generator as at its initialization, but with ten times its weights, so that conditions and draws matter."""
-    torch.manual_seed(0)
-    generator = LoraGeneratorModel(config).eval()
-    if dataset is not None:
-        generator.fit_normalizer(dataset)
-    with torch.no_grad():
-        for parameter in generator.parameters():
-            parameter.mul_(10 if parameter.ndim > 1 else 1)
-    return generator
 
 
 @torch.no_grad()

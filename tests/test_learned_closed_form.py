@@ -177,6 +177,6 @@ def test_what_cannot_be_read_is_refused(base, tokenizer):
         read_examples(tokenizer, [SAMPLES[0], to_sample(("word " * 40, "x"))], DEFAULT_TEMPLATE, max_length=30)
     generator = make_generator(make_gpt2() if "Llama" in type(base).__name__ else make_llama())
     with pytest.raises(IncompatibleAdapterError, match="made for"):
-        generator.generate_adapter(base, processing_class=tokenizer, examples=EXAMPLES)
+        generator.generate_adapter(base, processing_class=tokenizer, description="Next letters.")
     with pytest.raises(IncompatibleAdapterError, match="layers end with"):
         write_adapter(generator, base, tokenizer, SAMPLES)

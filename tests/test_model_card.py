@@ -4,21 +4,15 @@ import re
 
 import pytest
 import yaml
-from conftest import make_llama, make_tasks
+from conftest import SIZES, make_llama, training_arguments
 from huggingface_hub import ModelCard
-from peft import LoraConfig
 
 from hf_icm_lora import (
-    CollectionArguments,
     LoraGeneratorConfig,
     LoraGeneratorModel,
     LoraGeneratorTrainer,
-    LoraGeneratorTrainingArguments,
     PublishingError,
-    TaskVectorExtractor,
-    TaskVectorSpec,
     add_evaluation,
-    collect_zoo,
     evaluate_generator,
     generator_card,
 )
@@ -80,27 +74,19 @@ The adapters expect prompts of the form `- \{prompt\}: \{completion\}\\n`.
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory, tokenizer):
+def made(world, tokenizer, tmp_path_factory):
     """A zoo, a trained generator and its evaluation."""
-    folder, base, tasks = tmp_path_factory.mktemp("cards"), make_llama(), make_tasks(3)
-    lora_config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    args = CollectionArguments(output_dir=folder / "out", max_steps=8, eval_steps=4, use_cpu=True)
-    zoo = collect_zoo(folder / "zoo", base, tokenizer, tasks, lora_config, args)
-    zoo.add_task_vectors(TaskVectorExtractor(TaskVectorSpec(num_draws=4)).extract(base, tokenizer, tasks))
-    seen = zoo.subset(["shift/1", "shift/2"])
-    sizes = dict(hidden_size=32, intermediate_size=64, num_encoder_layers=1, num_decoder_layers=1, latent_size=4)
-    generator = LoraGeneratorModel(LoraGeneratorConfig.from_zoo(seen, **sizes))
+    seen = world.zoo.subset(["shift/1", "shift/2"])
+    generator = LoraGeneratorModel(LoraGeneratorConfig.from_zoo(seen, **SIZES))
     generator.config.base_model_name_or_path = "user/base"
-    args = LoraGeneratorTrainingArguments(
-        output_dir=folder / "trainer", max_steps=2, per_device_train_batch_size=8, report_to=[], disable_tqdm=True,
-        logging_steps=1, save_strategy="no", use_cpu=True,
-    )  # fmt: skip
+    args = training_arguments(tmp_path_factory.mktemp("cards"), max_steps=2)
     LoraGeneratorTrainer(generator, args, train_dataset=seen.as_dataset()).train()
-    return zoo, generator, evaluate_generator(generator, base, tokenizer, zoo, tasks, num_examples=4)
+    report = evaluate_generator(generator, make_llama(), tokenizer, world.zoo, world.tasks[:3], num_examples=4)
+    return world.zoo, generator, report
 
 
-def test_generator_card_follows_its_pattern(world):
-    _, generator, report = world
+def test_generator_card_follows_its_pattern(made):
+    _, generator, report = made
     for card in (generator_card(generator), generator_card(generator, report=report)):
         assert re.fullmatch(GENERATOR_PATTERN, card.content, re.DOTALL), card.content
     assert "{{" not in card.content
@@ -118,8 +104,8 @@ def test_generator_card_follows_its_pattern(world):
     }
 
 
-def test_evaluation_in_text_and_metadata_and_in_place_of_an_older_one(world):
-    _, generator, report = world
+def test_evaluation_in_text_and_metadata_and_in_place_of_an_older_one(made):
+    _, generator, report = made
     plain = generator_card(generator)
     assert NOT_EVALUATED in plain.text
     card = add_evaluation(plain, report, ["evaluation/gain_per_task.png"])
@@ -153,8 +139,8 @@ def test_evaluation_in_text_and_metadata_and_in_place_of_an_older_one(world):
             add_evaluation(ModelCard(text), report)
 
 
-def test_a_thousand_tasks_are_told_by_family(world):
-    _, generator, _ = world
+def test_a_thousand_tasks_are_told_by_family(made):
+    _, generator, _ = made
     names = generator.config.training_tasks
     try:
         generator.config.training_tasks = [f"numbers/{n}" for n in range(300)] + ["alone"]
@@ -165,8 +151,8 @@ def test_a_thousand_tasks_are_told_by_family(world):
     assert "numbers/17" not in text
 
 
-def test_adapter_card(world):
-    _, generator, _ = world
+def test_adapter_card(made):
+    _, generator, _ = made
     about = {"generator": {"folder": "mine"}, "template": generator.config.template, "seed": None, "refine_steps": 3}
     about |= {
         "gain_on_examples": 0.123456,
@@ -183,11 +169,11 @@ def test_adapter_card(world):
     assert "AutoPeftModelForCausalLM" in card.text
 
 
-def test_zoo_card(world):
-    zoo, _, _ = world
+def test_zoo_card(made):
+    zoo, _, _ = made
     card = zoo_card(zoo, repo_id="me/zoo", base_model_name_or_path="user/base")
     assert card.data.configs == [{"config_name": "default", "data_files": "tasks.jsonl"}]
-    assert "A zoo of 3 LoRA adapters of [user/base]" in card.text
+    assert "A zoo of 4 LoRA adapters of [user/base]" in card.text
     assert 'LoraZoo.from_hub("me/zoo")' in card.text
     for row in zoo.task_table():
         assert f"| {row['name']} | {row['best_step']} | {row['validation_loss']} |" in card.text

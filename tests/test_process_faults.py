@@ -10,20 +10,28 @@ import json
 import os
 import re
 import resource
+import runpy
 import shutil
 import signal
 import stat
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_llama, make_tasks, save_base_and_tasks
+from conftest import (
+    files,
+    make_llama,
+    make_tasks,
+    odd_base,
+    save_base_and_tasks,
+    state_of,
+    training_arguments,
+)
 from peft import LoraConfig
 from safetensors.torch import load_file
-from test_zoo import ABOUT, files, make_state_dict
+from test_zoo import ABOUT, make_state_dict
 
 import hf_icm_lora.collection
 import hf_icm_lora.zoo
@@ -37,7 +45,6 @@ from hf_icm_lora import (
     LoraGeneratorConfig,
     LoraGeneratorModel,
     LoraGeneratorTrainer,
-    LoraGeneratorTrainingArguments,
     LoraZoo,
     TaskVectorExtractor,
     TaskVectorSpec,
@@ -60,6 +67,8 @@ def fork(function, *args):
         return process
     try:
         function(*args)
+    except SystemExit as end:
+        os._exit(end.code or 0)
     except BaseException as error:
         os.write(2, f"{type(error).__name__}: {error}\n".encode())
         os._exit(1)
@@ -151,9 +160,13 @@ def test_P1_kill_while_making_a_zoo(tmp_path, monkeypatch):  # noqa: N802
 
 def test_P1_killed_collections_lose_nothing(tmp_path):  # noqa: N802
     """A small run of benchmarks/kill.py."""
-    command = [sys.executable, "benchmarks/kill.py", "--kills", "5", "--output", str(tmp_path / "kill.json")]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=600)
+
+    def run_benchmark():
+        sys.argv = ["kill.py", "--kills", "5", "--output", str(tmp_path / "kill.json")]
+        sys.path.insert(0, str(ROOT / "benchmarks"))
+        runpy.run_path(str(ROOT / "benchmarks" / "kill.py"), run_name="__main__")
+
+    assert finish(fork(run_benchmark)) == 0
     figures = json.loads((tmp_path / "kill.json").read_text())
     assert (figures["kills"], figures["losses"], figures["differing"]) == (5, 0, 0)
     assert sum(figures["tasks_complete_when_killed"]) == 5
@@ -435,32 +448,30 @@ def test_P5_linked_files_of_the_hubs_cache_are_read(tmp_path, zoo):  # noqa: N80
 
 
 def test_P6_ctrl_c_while_collecting(tmp_path, tokenizer):  # noqa: N802
-    base, tasks = save_base_and_tasks(tmp_path, tokenizer)
-    path = tmp_path / "zoo"
-    argv = ["collect", "--output_dir", str(path), "--base_model", base, "--tasks", tasks, "--dtype", "float32"]
-    argv += ["--use_cpu", "True", "--eval_steps", "2", "--patience", "500"]
-    # A shell without job control starts what runs in the background deaf to Ctrl-C.
-    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    code += "from hf_icm_lora.cli import main; sys.exit(main())"
-    child = subprocess.Popen(
-        [sys.executable, "-c", code, *argv, "--max_steps", "200"],
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    deadline = time.time() + 300
-    # Into the second task: libraries that are still being imported may swallow the interrupt.
-    while not list(path.glob("adapters/*/task.json")) and child.poll() is None and time.time() < deadline:
-        time.sleep(0.05)
-    child.send_signal(signal.SIGINT)
-    try:
-        _, stderr = child.communicate(timeout=100)
-    finally:
-        child.kill()
-    assert child.returncode == 130
-    assert "Traceback" not in stderr
-    assert len(assert_whole(path)) < 4
-    assert not list(path.rglob(f"{TEMPORARY}*"))
     from hf_icm_lora.cli import main
 
+    base, tasks = save_base_and_tasks(tmp_path, tokenizer)
+    path, log = tmp_path / "zoo", tmp_path / "log"
+    argv = ["collect", "--output_dir", str(path), "--base_model", base, "--tasks", tasks, "--dtype", "float32"]
+    argv += ["--use_cpu", "True", "--eval_steps", "2", "--patience", "500"]
+
+    def collect():
+        # A shell without job control starts what runs in the background deaf to Ctrl-C.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with log.open("w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        sys.exit(main([*argv, "--max_steps", "200"]))
+
+    child = fork(collect)
+    while not list(path.glob("adapters/*/task.json")):  # into the second task
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), log.read_text()
+        time.sleep(0.01)
+    os.kill(child, signal.SIGINT)
+    assert finish(child) == 130
+    assert "Traceback" not in log.read_text()
+    assert len(assert_whole(path)) < 4
+    assert not list(path.rglob(f"{TEMPORARY}*"))
     assert main([*argv, "--max_steps", "4"]) == 0
     assert len(assert_whole(path)) == 4
 
@@ -468,28 +479,18 @@ def test_P6_ctrl_c_while_collecting(tmp_path, tokenizer):  # noqa: N802
 # P7: half-written checkpoints
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, tokenizer):
-    """A small zoo with vectors, and a function that makes a trainer on it."""
-    folder, base, tasks = tmp_path_factory.mktemp("process"), make_llama(), make_tasks(3)
-    zoo = collect_zoo(folder / "zoo", base, tokenizer, tasks, lora_config(), arguments(folder))
-    extractor = TaskVectorExtractor(TaskVectorSpec(num_demonstrations=3, num_draws=2))
-    zoo.add_task_vectors(extractor.extract(base, tokenizer, tasks))
-    return zoo
-
-
 def make_trainer(zoo, output_dir, **fields):
     torch.manual_seed(0)
     model = LoraGeneratorModel(LoraGeneratorConfig.from_zoo(zoo.subset(["shift/1", "shift/2"]), **SIZES))
-    fields = {"max_steps": 6, "save_steps": 2, "report_to": [], "disable_tqdm": True, "use_cpu": True} | fields
-    args = LoraGeneratorTrainingArguments(output_dir=str(output_dir), **fields)
+    fields = {"save_strategy": "steps", "save_steps": 2} | fields
+    args = training_arguments(output_dir, output_dir=str(output_dir), **fields)
     return LoraGeneratorTrainer(model, args, train_dataset=zoo.subset(["shift/1", "shift/2"]).as_dataset())
 
 
 @pytest.fixture(scope="module")
-def checkpoints(trained, tmp_path_factory):
+def checkpoints(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
-    trainer = make_trainer(trained, folder)
+    trainer = make_trainer(world.zoo, folder)
     trainer.train()
     return folder, {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
 
@@ -499,7 +500,7 @@ WRITTEN = ["config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "
 
 @pytest.mark.parametrize("name", WRITTEN)
 @pytest.mark.parametrize("fault", ["missing", "half"])
-def test_P7_half_written_checkpoint(trained, checkpoints, tmp_path, monkeypatch, name, fault):  # noqa: N802
+def test_P7_half_written_checkpoint(world, checkpoints, tmp_path, monkeypatch, name, fault):  # noqa: N802
     if (name, fault) == ("rng_state.pth", "half"):
         pytest.skip("written before trainer_state.json, and only its loss later is looked for")
     folder, expected = shutil.copytree(checkpoints[0], tmp_path / "out"), checkpoints[1]
@@ -512,14 +513,14 @@ def test_P7_half_written_checkpoint(trained, checkpoints, tmp_path, monkeypatch,
     monkeypatch.setattr(
         LoraGeneratorTrainer, "_load_from_checkpoint", lambda *args: (taken.append(args[1]), load(*args))
     )
-    trainer = make_trainer(trained, folder)
+    trainer = make_trainer(world.zoo, folder)
     trainer.train(resume_from_checkpoint=True)
     assert {Path(path).name for path in taken} == {"checkpoint-4"}
     assert trainer.state.global_step == 6
     assert all(torch.equal(tensor, expected[key]) for key, tensor in trainer.model.state_dict().items())
 
 
-def test_P7_whole_checkpoints(trained, checkpoints, tmp_path):  # noqa: N802
+def test_P7_whole_checkpoints(world, checkpoints, tmp_path):  # noqa: N802
     folder = shutil.copytree(checkpoints[0], tmp_path / "out")
     assert Path(last_checkpoint(folder)).name == "checkpoint-6"
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
@@ -528,24 +529,24 @@ def test_P7_whole_checkpoints(trained, checkpoints, tmp_path):  # noqa: N802
     assert Path(last_checkpoint(folder, weights_only=True)).name == "checkpoint-6"
 
 
-def test_P7_no_whole_checkpoint(trained, tmp_path):  # noqa: N802
+def test_P7_no_whole_checkpoint(world, tmp_path):  # noqa: N802
     (tmp_path / "checkpoint-2").mkdir()
     with pytest.raises(IcmLoraError, match=r"expected a whole checkpoint .* found \[2\]: start without"):
-        make_trainer(trained, tmp_path).train(resume_from_checkpoint=True)
+        make_trainer(world.zoo, tmp_path).train(resume_from_checkpoint=True)
 
 
 # P8: permissions
 
 
 @pytest.mark.parametrize(("mask", "file_mode", "folder_mode"), [(0o022, 0o644, 0o755), (0o007, 0o660, 0o770)])
-def test_P8_umask(trained, tmp_path, tokenizer, mask, file_mode, folder_mode):  # noqa: N802
+def test_P8_umask(world, tmp_path, tokenizer, mask, file_mode, folder_mode):  # noqa: N802
     before = os.umask(mask)
     try:
         zoo = collect_zoo(tmp_path / "zoo", make_llama(), tokenizer, make_tasks(1), lora_config(), arguments(tmp_path))
-        zoo.add_task_vectors(trained.task_vectors)
-        make_trainer(trained, tmp_path / "out").model.save_pretrained(tmp_path / "zoo" / "generator")
+        zoo.add_task_vectors(world.zoo.task_vectors)
+        make_trainer(world.zoo, tmp_path / "out").model.save_pretrained(tmp_path / "zoo" / "generator")
         generator = LoraGeneratorModel.from_pretrained(tmp_path / "zoo" / "generator")
-        generator.export_adapter(tmp_path / "zoo" / "adapter", trained.task_vectors.banks["shift/1"]["both"][0])
+        generator.export_adapter(tmp_path / "zoo" / "adapter", world.zoo.task_vectors.banks["shift/1"]["both"][0])
     finally:
         os.umask(before)
     modes = {path: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "zoo").rglob("*")}
@@ -585,12 +586,9 @@ def test_P9_same_seed(tmp_path, tokenizer):  # noqa: N802
 # P10: the user's model is the user's
 
 
-def odd_base(error=None, fails_at=0):
-    """A base whose modes and flags are not uniform, with a hook of its user's, which may fail in some call."""
-    base = make_llama().train()
-    base.model.norm.eval()
-    base.model.embed_tokens.weight.requires_grad_(False)
-    calls = []
+def failing_base(error=None, fails_at=0):
+    """A base with a hook of its user's, which may fail in some call."""
+    base, calls = odd_base(), []
 
     def hook(*_):
         calls.append(1)
@@ -601,23 +599,9 @@ def odd_base(error=None, fails_at=0):
     return base
 
 
-def state_of(base):
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return {
-        "parameters": {name: (p.dtype, p.requires_grad, p.grad) for name, p in base.named_parameters()},
-        "values": {name: hashlib.sha256(t.numpy().tobytes()).digest() for name, t in base.state_dict().items()},
-        "modules": {name: (type(module), module.training) for name, module in base.named_modules()},
-        "hooks": {name: [list(getattr(m, kind)) for kind in hooks] for name, m in base.named_modules()},
-        "attributes": {
-            name: sorted(key for key in vars(m) if not key.startswith("_")) for name, m in base.named_modules()
-        },
-        "config": base.config.to_dict(),
-    }
-
-
 @pytest.fixture(scope="module")
-def generator(trained):
-    trainer = make_trainer(trained, trained.path.parent / "out", save_strategy="no", max_steps=1)
+def generator(world, tmp_path_factory):
+    trainer = make_trainer(world.zoo, tmp_path_factory.mktemp("generator"), save_strategy="no", max_steps=1)
     trainer.train()
     return trainer.model
 
@@ -638,21 +622,21 @@ def work_on(base, work, zoo, generator, tokenizer, folder):
 
 @pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize(("work", "fails_at"), [("collect", 4), ("vectors", 2), ("evaluate", 9), ("fit", 2)])
-def test_P10_model_is_as_before(trained, generator, tokenizer, tmp_path, work, fails_at, error):  # noqa: N802
-    base = odd_base(error, fails_at)
+def test_P10_model_is_as_before(world, generator, tokenizer, tmp_path, work, fails_at, error):  # noqa: N802
+    base = failing_base(error, fails_at)
     before = state_of(base)
     if error:
         with pytest.raises(error, match="stop"):
-            work_on(base, work, trained, generator, tokenizer, tmp_path)
+            work_on(base, work, world.zoo, generator, tokenizer, tmp_path)
     else:
-        work_on(base, work, trained, generator, tokenizer, tmp_path)
+        work_on(base, work, world.zoo, generator, tokenizer, tmp_path)
     assert state_of(base) == before
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, torch.OutOfMemoryError])
 @pytest.mark.parametrize("where", ["reading", "attaching"])
 def test_P10_model_is_as_before_when_generation_fails(generator, tokenizer, monkeypatch, where, error):  # noqa: N802
-    base = odd_base(error if where == "reading" else None, fails_at=1)
+    base = failing_base(error if where == "reading" else None, fails_at=1)
     before = state_of(base)
 
     def fail(*_, **__):
@@ -694,7 +678,7 @@ def test_error_in_one_task_is_skipped_on_request(tmp_path, tokenizer, monkeypatc
         return score(*args)
 
     calls, score = [], hf_icm_lora.collection.score_completions
-    base = odd_base()
+    base = failing_base()
     before = state_of(base)
     call = (base, tokenizer, make_tasks(3), lora_config())
     with monkeypatch.context() as patched:
@@ -738,11 +722,11 @@ def test_loss_that_is_not_finite_names_task_and_step(tmp_path, tokenizer, monkey
     assert len(LoraZoo(tmp_path / "zoo")) == 0
 
 
-def test_log_is_never_uploaded(trained, monkeypatch):
+def test_log_is_never_uploaded(world, monkeypatch):
     """An error in it may name a folder of this machine."""
     uploaded = {}
     monkeypatch.setattr(hf_icm_lora.zoo, "push_files", lambda files, *_, **__: uploaded.update(files))
-    trained.push_to_hub("user/zoo", base_model_name_or_path="user/base")
-    assert (trained.path / "collection.log").exists()
+    world.zoo.push_to_hub("user/zoo", base_model_name_or_path="user/base")
+    assert (world.zoo.path / "collection.log").exists()
     assert "zoo.json" in uploaded
     assert not any("log" in name or "collection" in name for name in uploaded)

@@ -7,6 +7,8 @@ import torch
 from peft import PeftModel
 
 from benchmarks.real.bench import ARMS, Arm, Given, Prompt, base, few_shot_prompt, score
+from benchmarks.real.choices import ChoiceOptions
+from benchmarks.real.choices import run as run_choices
 from benchmarks.real.run import RunOptions, chosen, run
 from hf_icm_lora import LoraGeneratorModel, Task, save_tasks
 from hf_icm_lora.completion import DEFAULT_TEMPLATE, CompletionCollator, score_completions
@@ -32,7 +34,10 @@ TASKS = [letters("next/1", "next"), letters("next/2", "next", shift=2), letters(
 @pytest.fixture(scope="module")
 def generator():
     torch.manual_seed(0)
-    return LoraGeneratorModel(closed_form_config(make_llama(), **SIZES | NETWORK)).eval()
+    sizes = {"num_task_vectors": 2, "task_vector_size": 32}
+    generator = LoraGeneratorModel(closed_form_config(make_llama(), **SIZES | NETWORK | sizes)).eval()
+    generator.zoo_normalizer.is_fitted.fill_(1)
+    return generator
 
 
 def given(tokenizer, generator, task=TASKS[2]) -> Given:
@@ -112,3 +117,20 @@ def test_some_tasks_of_each_kind_are_chosen():
 def test_each_arm_says_what_it_is():
     assert len({str(arm) for arm in ARMS.values()}) == len(ARMS)
     assert str(ARMS["generated_in_chat"]).endswith("Made in the plain template, scored in the chat one.")
+
+
+def test_choices_are_kept_and_summed_up(tmp_path, tokenizer, generator):
+    save_tasks(TASKS, tmp_path / "validation.jsonl.gz")
+    options = ChoiceOptions(str(tmp_path), num_tasks=2, output=str(tmp_path / "choices.json"))
+    first = run_choices(options, make_llama(), tokenizer, generator)
+    assert set(first["tasks"]) == {"next/1", "next/2"}
+    options.num_tasks = 3
+    report = run_choices(options, make_llama(), tokenizer, generator)
+    assert first["tasks"].items() <= report["tasks"].items()
+    assert len(report["tasks"]) == 3
+    right = [task["two_orders"] for task in report["tasks"].values()]
+    assert report["summary"]["two_orders"]["right"] == pytest.approx(sum(right) / 3)
+    for name, task in report["tasks"].items():
+        own = next(task for task in TASKS if task.name == name)
+        model = generator.generate_adapter(make_llama(), processing_class=tokenizer, examples=own.demo[:12])
+        assert task["gain_on_examples"] == pytest.approx(model.lora_generation["default"].gain_on_examples, abs=0.01)

@@ -4,23 +4,19 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import make_llama, make_tasks
-from peft import LoraConfig
+from conftest import copy_zoo, make_llama
 from transformers import HfArgumentParser, TrainerCallback, set_seed
 
 from hf_icm_lora import (
     BehaviouralDataset,
-    CollectionArguments,
     LoraGeneratorConfig,
     LoraGeneratorModel,
     LoraGeneratorTrainer,
-    LoraZoo,
     RecipeArguments,
     TaskError,
     TaskVectorSpec,
     TrainingError,
     ZooError,
-    collect_zoo,
     train_generator,
 )
 
@@ -28,25 +24,15 @@ SIZES = dict(hidden_size=32, intermediate_size=64, num_encoder_layers=1, num_dec
 QUIET = dict(use_cpu=True, report_to=[], disable_tqdm=True, logging_steps=1, per_device_train_batch_size=4)
 
 
-@pytest.fixture(scope="module")
-def tasks():
-    return make_tasks(6)
-
-
-@pytest.fixture(scope="module")
-def collected(tmp_path_factory, tokenizer, tasks):
-    """LoRAs of four of six tasks, without task vectors."""
-    folder = tmp_path_factory.mktemp("recipe")
-    lora_config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    args = CollectionArguments(output_dir=folder / "out", max_steps=4, eval_steps=4, use_cpu=True)
-    collect_zoo(folder / "zoo", make_llama(), tokenizer, tasks[:4], lora_config, args)
-    return folder / "zoo"
+@pytest.fixture
+def tasks(world):
+    return world.tasks
 
 
 @pytest.fixture
-def zoo(collected):
-    (collected / "task_vectors.safetensors").unlink(missing_ok=True)
-    return LoraZoo(collected)
+def zoo(world, tmp_path):
+    """LoRAs of four of six tasks, without task vectors."""
+    return copy_zoo(world.zoo, tmp_path / "zoo")
 
 
 @pytest.fixture

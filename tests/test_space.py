@@ -1,7 +1,6 @@
 """The Space in examples/space: what it does with a task, and once in a browser what a user sees of it."""
 
 import ast
-import copy
 import json
 import os
 import shutil
@@ -17,21 +16,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_llama, make_tasks
-from peft import LoraConfig
+from conftest import SIZES, make_llama
 from peft.tuners.lora import LoraLayer
-from tokenizers import decoders
 from transformers import LlamaForCausalLM
 
 from hf_icm_lora import (
-    CollectionArguments,
     GenerationRecord,
     LoraGeneratorConfig,
     LoraGeneratorModel,
     TaskError,
-    TaskVectorExtractor,
-    TaskVectorSpec,
-    collect_zoo,
     load_adapter,
 )
 
@@ -50,26 +43,14 @@ print(json.dumps({"analytics": page.analytics_enabled, "history": os.environ["GR
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory, tokenizer):
+def models(world, tokenizer):
     """A generator, its base model and tokenizer, as `load` gives them, and the folder of the base model."""
-    folder, tasks = tmp_path_factory.mktemp("space"), make_tasks(3)
-    make_llama().save_pretrained(folder / "base")
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.backend_tokenizer.decoder = decoders.Fuse()  # or it would put spaces between its characters
-    tokenizer.save_pretrained(folder / "base")
-    base = LlamaForCausalLM.from_pretrained(folder / "base")
-    lora_config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    args = CollectionArguments(output_dir=folder / "out", max_steps=4, eval_steps=2, use_cpu=True)
-    zoo = collect_zoo(folder / "zoo", base, tokenizer, tasks, lora_config, args)
-    zoo.add_task_vectors(TaskVectorExtractor(TaskVectorSpec(num_draws=4)).extract(base, tokenizer, tasks))
     torch.manual_seed(0)
-    config = LoraGeneratorConfig.from_zoo(
-        zoo, hidden_size=32, intermediate_size=64, num_encoder_layers=1, num_decoder_layers=1, latent_size=4
-    )
-    generator = LoraGeneratorModel(config).eval()
-    generator.fit_normalizer(zoo.as_dataset())
+    generator = LoraGeneratorModel(LoraGeneratorConfig.from_zoo(world.zoo, **SIZES)).eval()
+    generator.fit_normalizer(world.zoo.as_dataset())
     generator.zoo_normalizer.weight_scale.mul_(100)  # untrained, but its adapters change what the base model says
-    return generator, base, tokenizer, folder / "base"
+    path = world.folder / "base"
+    return generator, LlamaForCausalLM.from_pretrained(path), tokenizer, path
 
 
 @pytest.fixture
@@ -221,7 +202,7 @@ def test_a_query_can_be_a_turn_of_a_chat(generation, chat_tokenizer):
     read, end = generation.prompt_and_end(chat_tokenizer, "an answer", "chat")
     chat = [{"role": "user", "content": "an answer"}]
     assert read == chat_tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    assert end == "<|im_end|>\n"
+    assert end == "<|im_end|>"
     snippet = generation.write_snippet("user/base", chat_tokenizer, "x", "chat", make_llama().config)
     assert 'return_tensors="pt", add_special_tokens=False)' in snippet  # it has them already
     ast.parse(snippet)

@@ -4,37 +4,25 @@ import math
 
 import pytest
 import torch
-from conftest import make_llama, make_tasks
-from peft import LoraConfig
+from conftest import SEEN, UNSEEN, training_arguments
 from transformers import HfArgumentParser, TrainerCallback
 
 from hf_icm_lora import (
-    CollectionArguments,
     IcmLoraError,
     LoraGeneratorConfig,
     LoraGeneratorModel,
     LoraGeneratorTrainer,
     LoraGeneratorTrainingArguments,
-    TaskVectorExtractor,
-    TaskVectorSpec,
-    collect_zoo,
 )
 from hf_icm_lora.modeling_lora_generator import kl_per_unit
 
-SEEN, UNSEEN = ["shift/1", "shift/2", "shift/3"], ["shift/4"]
 # 16 latent units: PyTorch's normal noise for 8 samples is then the noise for 2, 2, 2 and 2.
 SIZES = dict(hidden_size=32, intermediate_size=64, num_encoder_layers=1, num_decoder_layers=1, latent_size=16)
 
 
 @pytest.fixture(scope="module")
-def zoo(tmp_path_factory, tokenizer):
-    folder, base, tasks = tmp_path_factory.mktemp("trainer"), make_llama(), make_tasks(4)
-    lora_config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    args = CollectionArguments(output_dir=folder / "out", max_steps=8, eval_steps=4, use_cpu=True)
-    zoo = collect_zoo(folder / "zoo", base, tokenizer, tasks, lora_config, args)
-    extractor = TaskVectorExtractor(TaskVectorSpec(num_demonstrations=4, num_draws=4))
-    zoo.add_task_vectors(extractor.extract(base, tokenizer, tasks))
-    return zoo
+def zoo(world):
+    return world.zoo
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +37,7 @@ def make_trainer(tmp_path, zoo, datasets):
         model = model or LoraGeneratorModel(
             LoraGeneratorConfig.from_zoo(zoo.subset(SEEN), **SIZES, **(model_kwargs or {}))
         )
-        defaults = dict(output_dir=tmp_path / "out", max_steps=6, logging_steps=1, per_device_train_batch_size=8,
-                        save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True)  # fmt: skip
-        args = LoraGeneratorTrainingArguments(**(defaults | kwargs))
+        args = training_arguments(tmp_path, **kwargs)
         train, unseen = datasets
         return LoraGeneratorTrainer(model, args, train_dataset=train, eval_dataset=unseen, callbacks=callbacks)
 

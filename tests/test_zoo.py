@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import make_llama
+from conftest import files, make_llama
 from peft import PeftModel
 
 import hf_icm_lora.zoo
@@ -72,10 +72,6 @@ def banks(names, draws=4, size=3, modes=("demonstrations", "both", "description"
 
 def vectors(names, **kwargs):
     return TaskVectors(TaskVectorSpec(pooling="prompts"), ABOUT["base_model_fingerprint"], banks(names, **kwargs))
-
-
-def files(root):
-    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
 
 
 @pytest.fixture

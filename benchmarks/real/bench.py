@@ -128,6 +128,13 @@ def generated(given: Given, described: bool = False, refine_steps: int = 0, wron
     )
 
 
+def from_description(given: Given) -> PeftModel:
+    """The generator's adapter for the description, without an example."""
+    return given.generator.generate_adapter(
+        given.base, processing_class=given.tokenizer, description=given.task.description, template=given.template
+    )
+
+
 ARMS = {
     "base": Arm(base),
     "base_described": Arm(base, options={"described": True}),
@@ -145,6 +152,7 @@ ARMS = {
     "generated_chat": Arm(generated, CHAT),
     "generated_in_chat": Arm(generated, scored_in=CHAT),
     "generated_chat_in_plain": Arm(generated, CHAT, DEFAULT_TEMPLATE),
+    "from_description": Arm(from_description),
     "wrong_condition": Arm(generated, options={"wrong": True}),
     "refined": Arm(generated, options={"refine_steps": 20}),
     "peft_lora_examples_20": Arm(peft_lora_examples, options={"steps": 20}),

@@ -1,9 +1,12 @@
 """One change at a time, three seeds: `python benchmarks/suite/ablate.py`, after `collect.py` and `train.py`.
 
-Every arm gets the same budget: steps on the LoRAs of 48 seen tasks, then steps through the base model. It is scored on
-the validation tasks of `splits.json`, by mean recovered gain, and its seconds are kept. Finished runs are kept in the
-output and not repeated, so an interrupted call goes on and `--arms` adds to it. Calls side by side need an `--output`
-each: it names their work folder, too.
+Every arm is a call of `train_generator` and gets the same budget: steps on the LoRAs of 48 seen tasks, then steps
+through the base model. It is scored on the validation tasks of `splits.json`, by mean recovered gain, and its seconds
+are kept. Finished runs are kept in the output and not repeated, so an interrupted call goes on and `--arms` adds to
+it. Calls side by side need an `--output` each: it names their work folder, too.
+
+The output also keeps arms that no call of `train_generator` makes: two snapshots of each LoRA; 8 to 512 tasks in the
+second stage with the LoRAs of 48 in the first; and one distilled from LoRAs, which is gone.
 
 The arms with 24 LoRAs compare A shared with A trained; the second needs a zoo of its own:
 `python benchmarks/suite/collect.py --train_a --zoo build/suite/zoo-train-a --splits seen --per_split 24`.
@@ -19,19 +22,8 @@ import torch
 from bench import SPLITS, Bench, options_of, run_arms, with_lora
 from page import ablations
 from train import SIZES
-from transformers import set_seed
 
-from hf_icm_lora import (
-    BehaviouralDataset,
-    LoraGeneratorConfig,
-    LoraGeneratorModel,
-    LoraGeneratorTrainer,
-    LoraGeneratorTrainingArguments,
-    LoraZoo,
-    TaskVectorExtractor,
-    TaskVectors,
-    recovered_gain,
-)
+from hf_icm_lora import LoraZoo, RecipeArguments, TaskVectorExtractor, TaskVectors, recovered_gain, train_generator
 from hf_icm_lora.task_vectors import MODES
 
 
@@ -40,17 +32,14 @@ class Arm:
     """What differs from the default."""
 
     config: dict = field(default_factory=dict)  # of the generator
+    args: dict = field(default_factory=dict)  # of its training
     layers: tuple[int, ...] | None = None  # of the task vector, out of those that were extracted
     pooling: tuple[str, ...] | None = None
     modes: tuple[str, ...] = MODES
     draws: tuple[int | None, int | None] = (None, None)  # from, to; the first has most demonstrations, the last fewest
-    num_tasks: int | None = None  # in behavioural training
-    num_snapshots: int = 1
     num_loras: int = 48
     zoo: str | None = None  # beside the other arms' zoo: LoRAs of the same tasks, made in another way
-    behavioural: bool = True
-    with_lora: bool = False  # behavioural training on the tasks alone that have a LoRA
-    bf16: bool = False  # the generator's own products, by autocast
+    with_lora: bool = False  # the tasks alone that have a LoRA
 
 
 ARMS = {
@@ -77,19 +66,14 @@ ARMS = {
     "description alone": Arm(modes=("description",)),
     "one draw, 12 demonstrations": Arm(draws=(0, 1)),
     "one draw, 3 demonstrations": Arm(draws=(-1, None)),
-    "8 tasks": Arm(num_tasks=8),
-    "32 tasks": Arm(num_tasks=32),
-    "128 tasks": Arm(num_tasks=128),
-    "512 tasks": Arm(num_tasks=512),
     "loss on B @ A": Arm(config={"reconstruction": "products"}),
-    "in bf16": Arm(bf16=True),
-    "2 snapshots": Arm(num_snapshots=2),
+    "in bf16": Arm(args={"bf16": True}),
     "2 LoRAs": Arm(num_loras=2),
     "24 LoRAs": Arm(num_loras=24),
     "24 LoRAs, A trained": Arm(num_loras=24, zoo="zoo-train-a"),
     "tasks with a LoRA, labels": Arm(with_lora=True),
-    "LoRAs alone": Arm(behavioural=False),
-    "LoRAs alone, the paper's network": Arm(config={"architecture": "conv1d"}, behavioural=False),
+    "LoRAs alone": Arm(args={"max_steps": 0}),
+    "LoRAs alone, the paper's network": Arm(config={"architecture": "conv1d"}, args={"max_steps": 0}),
 }
 
 
@@ -118,7 +102,7 @@ def rows_of(spec, arm: Arm) -> tuple[list[int], dict]:
 def narrowed(vectors: TaskVectors, arm: Arm) -> TaskVectors:
     rows, changes = rows_of(vectors.spec, arm)
     banks = {
-        task: {mode: bank[slice(*arm.draws)][:, rows] for mode, bank in modes.items()}
+        task: {mode: bank[slice(*arm.draws)][:, rows] for mode, bank in modes.items() if mode in arm.modes}
         for task, modes in vectors.banks.items()
     }
     return TaskVectors(replace(vectors.spec, **changes), vectors.base_model_fingerprint, banks)
@@ -127,9 +111,9 @@ def narrowed(vectors: TaskVectors, arm: Arm) -> TaskVectors:
 class Ablation:
     """What all runs share: the bench, task vectors, and what the validation tasks' examples and descriptions give."""
 
-    def __init__(self, options: AblateOptions):
-        self.options, self.work = options, Path("build/suite") / Path(options.output).stem
-        self.bench = Bench(options.zoo)
+    def __init__(self, options: AblateOptions, bench: Bench):
+        self.options, self.bench = options, bench
+        self.work = Path(options.zoo).with_name(Path(options.output).stem)
         self.vectors = self.bench.zoo.task_vectors  # as train.py left them
         extractor, base, tokenizer = TaskVectorExtractor(self.vectors.spec), self.bench.base, self.bench.tokenizer
         self.read = {}
@@ -149,42 +133,27 @@ class Ablation:
         shutil.copytree(path, self.work / "zoo", copy_function=os.link)
         seen = LoraZoo(self.work / "zoo").subset(with_lora("seen")[: arm.num_loras])
         seen.add_task_vectors(vectors)
-        set_seed(seed)
-        sizes = SIZES[arm.config.get("architecture", "transformer")] | arm.config
-        generator = LoraGeneratorModel(LoraGeneratorConfig.from_zoo(seen, **sizes))
-        common = {
+        names = list(seen) if arm.with_lora else SPLITS["seen"] + SPLITS["samples"]
+        args = {
             "output_dir": str(self.work / "generator"),
+            "reconstruction_steps": options.reconstruction_steps,
+            "max_steps": options.behavioural_steps,
+            "learning_rate": 6e-3,
+            "lr_scheduler_type": "cosine",
             "seed": seed,
             "report_to": "none",
             "save_strategy": "no",
-            "logging_steps": 25,
-            "bf16": arm.bf16,
             "use_cpu": not torch.accelerator.is_available(),
         }
         start = time.perf_counter()
-        dataset, behaviour = seen.as_dataset(num_snapshots=arm.num_snapshots, modes=arm.modes), None
-        if arm.behavioural:
-            names = SPLITS["seen"] + SPLITS["samples"]
-            if arm.with_lora:
-                names = list(seen)
-            if arm.num_tasks:  # evenly over the list, whose order is by family
-                names = names[:: len(names) // arm.num_tasks][: arm.num_tasks]
-            tasks = [self.bench.suite[name] for name in names]
-            behaviour = BehaviouralDataset(tasks, vectors, num_samples=8, modes=arm.modes)
-        generator.fit_normalizer(dataset, behaviour)
-        LoraGeneratorTrainer(
-            generator,
-            LoraGeneratorTrainingArguments(max_steps=options.reconstruction_steps, learning_rate=2e-3, **common),
-            train_dataset=dataset,
-        ).train()
-        if behaviour is not None:
-            LoraGeneratorTrainer(
-                generator,
-                LoraGeneratorTrainingArguments(max_steps=options.behavioural_steps, learning_rate=6e-3, **common),
-                base_model=self.bench.base,
-                processing_class=self.bench.tokenizer,
-                train_dataset=behaviour,
-            ).train()
+        generator = train_generator(
+            seen,
+            self.bench.base,
+            self.bench.tokenizer,
+            [self.bench.suite[name] for name in names],
+            RecipeArguments(**args | arm.args),
+            **SIZES[arm.config.get("architecture", "transformer")] | arm.config,
+        )
         seconds = time.perf_counter() - start
         mode = "description" if arm.modes == ("description",) else "demonstrations"
         rows, _ = rows_of(self.vectors.spec, arm)
@@ -202,7 +171,7 @@ class Ablation:
 
 def main() -> None:
     options = options_of(AblateOptions)
-    ablation = Ablation(options)
+    ablation = Ablation(options, Bench(options.zoo))
     about = {
         "reconstruction_steps": options.reconstruction_steps,
         "behavioural_steps": options.behavioural_steps,
