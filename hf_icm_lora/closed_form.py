@@ -196,35 +196,55 @@ def check_additive(base_model: PreTrainedModel, block: Block, batch: dict[str, t
 
 @dataclass(frozen=True)
 class States:
-    """Hidden states at the answers of a conversation.
+    """Hidden states at the answers of a conversation, and at the memory tokens after it.
 
     Args:
         layers (`list[torch.Tensor]`): Per layer `(examples, a, hidden_size)`, fp32, where `a` is the longest answer.
+        memory (`list[torch.Tensor]`): Per layer `(num_memory, hidden_size)`, fp32.
         mask (`torch.Tensor` of shape `(examples, a)`): Where answers have tokens.
         order (`torch.Tensor` of shape `(examples,)`): Which examples these are.
     """
 
     layers: list[torch.Tensor]
+    memory: list[torch.Tensor]
     mask: torch.Tensor
     order: torch.Tensor
 
 
-def states_in_conversations(base_model: PreTrainedModel, reading: Reading, blocks: Sequence[Block]) -> list[States]:
-    """Return the hidden states after each layer at the answers of each conversation."""
+def states_in_conversations(
+    base_model: PreTrainedModel, reading: Reading, blocks: Sequence[Block], memory: torch.Tensor | None = None
+) -> list[States]:
+    """Return the hidden states after each layer at the answers of each conversation.
+
+    Args:
+        base_model, reading, blocks: As everywhere here.
+        memory (`torch.Tensor` of shape `(num_memory, hidden_size)`, *optional*): Input embeddings of tokens that are
+            read after each conversation, and whose states are returned too.
+    """
     device = next(base_model.parameters()).device
+    embed = base_model.get_input_embeddings()
     found = []
     for conversation in reading.conversations:
         at, mask = positions(conversation.starts, [reading.answers[index] for index in conversation.order], device)
+        ids = torch.tensor([conversation.ids], dtype=torch.long, device=device)
+        inputs = {"input_ids": ids}
+        if memory is not None:
+            embedded = embed(ids)
+            inputs = {"inputs_embeds": torch.cat([embedded, memory[None].to(embedded)], 1)}
         layers: list[torch.Tensor] = []
+        of_memory: list[torch.Tensor] = []
         with ExitStack() as stack:
             for block in blocks:
 
-                def keep(_module, _inputs, output, at=at, layers=layers):
-                    layers.append(hidden_of(output)[0, at].float())
+                def keep(_module, _inputs, output, at=at, end=ids.shape[1], layers=layers, of_memory=of_memory):
+                    hidden = hidden_of(output)[0]
+                    layers.append(hidden[at].float())
+                    of_memory.append(hidden[end:].float())
 
                 stack.enter_context(hook(block.module.register_forward_hook(keep)))
-            base_model.base_model(input_ids=torch.tensor([conversation.ids], device=device), use_cache=False)
-        found.append(States(layers, mask, torch.tensor(conversation.order, device=device)))
+            base_model.base_model(**inputs, use_cache=False)
+        order = torch.tensor(conversation.order, dtype=torch.long, device=device)
+        found.append(States(layers, of_memory, mask, order))
     return found
 
 

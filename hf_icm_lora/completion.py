@@ -73,6 +73,22 @@ def render(
     return heading + shown + read, scored
 
 
+def render_description(description: str, template: str, processing_class) -> str:
+    """Return what stands before the prompt of the first sample after a description, as in [`render`].
+
+    Raises:
+        TaskError: as [`render`].
+
+    Example:
+        >>> render_description("Give the capital.", "- {prompt}: {completion}\\n", None)
+        'Give the capital.\\n'
+    """
+    if template != CHAT:
+        return f"{description}\n"
+    mark = "\x00"  # stands in for the prompt
+    return _render_chat(Sample(mark, mark), processing_class, (), description)[0].partition(mark)[0]
+
+
 def is_chat(sample: Sample, template: str) -> bool:
     """Return whether a sample becomes turns of a chat. Their text holds all special tokens, so none may be added."""
     return template == CHAT and bool(sample.prompt)

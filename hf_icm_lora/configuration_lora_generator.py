@@ -45,7 +45,8 @@ class LoraGeneratorConfig(PreTrainedConfig):
         template (`str`, *optional*): Text with `{prompt}` and `{completion}` that the adapters were trained on, or
             `"chat"` for the tokenizer's chat template.
         closed_form (`dict`, *optional*): Sizes of the [`LearnedClosedForm`] that writes from examples: the `reader`'s
-            layout as a dictionary, `state_rank` and `label_rank`. The network then writes from descriptions alone.
+            layout as a dictionary, `state_rank`, `label_rank` and, 0 if absent, `num_memory`. The network then writes
+            from descriptions alone; with memory tokens the closed form does that, too.
         num_task_vectors (`int`, *optional*, defaults to 1): Rows of a task vector.
         task_vector_size (`int`, *optional*, defaults to 576): Columns, the base model's hidden size.
         condition_size (`int`, *optional*, defaults to 256): Principal directions of the training tasks' vectors that
@@ -230,10 +231,11 @@ def check_closed_form(sizes: Mapping[str, Any]) -> None:
     Raises:
         IncompatibleAdapterError: if one is missing, unknown or out of range.
     """
-    expected, found = ["label_rank", "reader", "state_rank"], sorted(sizes)
+    expected, found = ["label_rank", "num_memory", "reader", "state_rank"], sorted({*sizes, "num_memory"})
     if found != expected:
-        raise IncompatibleAdapterError(f"closed_form: expected the fields {expected}, found {found}.")
+        raise IncompatibleAdapterError(f"closed_form: expected the fields {expected}, found {sorted(sizes)}.")
     LoraLayout.from_dict(sizes["reader"])  # or its error
-    for name in ("state_rank", "label_rank"):
-        if not isinstance(sizes[name], int) or not 1 <= sizes[name] <= 65536:
-            raise IncompatibleAdapterError(f"closed_form, {name}: expected 1 to 65536, found {sizes[name]!r:.100}.")
+    for name, least in (("state_rank", 1), ("label_rank", 1), ("num_memory", 0)):
+        size = sizes.get(name, 0)
+        if not isinstance(size, int) or not least <= size <= 65536:
+            raise IncompatibleAdapterError(f"closed_form, {name}: expected {least} to 65536, found {size!r:.100}.")

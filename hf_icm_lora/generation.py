@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from peft import PeftModel
@@ -19,7 +19,7 @@ from .configuration_lora_generator import LoraGeneratorConfig
 from .errors import ArgumentError, IncompatibleAdapterError, TaskError, UnfamiliarTaskError
 from .layout import LoraLayout
 from .learned_closed_form import LearnedClosedForm
-from .reading import longest_reading, read_examples
+from .reading import longest_reading, read_description, read_examples
 from .task_vectors import TaskVectorExtractor, TaskVectorSpec
 from .tasks import Sample, to_sample
 
@@ -298,8 +298,9 @@ def write_adapter(
     template: str | None = None,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """Write an adapter for what is known of a task: in closed form from examples, if the generator has one, else by
-    the network.
+    """Write an adapter for what is known of a task: in closed form if the generator has one, else by the network.
+
+    A closed form without memory tokens needs examples.
 
     Args:
         lora_generator (`LoraGeneratorModel`): Its closed form, if any, moves to the base model's device.
@@ -314,12 +315,16 @@ def write_adapter(
     template = template or lora_generator.config.template
     texts = description if isinstance(description, Mapping) else {description: 1.0}
     shares = {text: weight / sum(texts.values()) for text, weight in texts.items()}
-    if lora_generator.closed_form is not None and examples:
+    learned = lora_generator.closed_form
+    if learned is not None and (examples or (description and learned.num_memory)):
         with frozen_base(base_model) as base:
-            learned = lora_generator.closed_form.to(next(base.parameters()).device)
-            most, written = longest_reading(base, processing_class), []
+            learned = learned.to(next(base.parameters()).device)
+            most, written = longest_reading(base, processing_class) - learned.num_memory, []
             for text in shares:
-                reading = read_examples(processing_class, examples, template, text, NUM_ORDERS, most)
+                if examples:
+                    reading = read_examples(processing_class, examples, template, text, NUM_ORDERS, most)
+                else:
+                    reading = read_description(processing_class, cast(str, text), template, most)
                 written.append(learned(base, reading).cpu())
         return _mean(written, shares.values())
     spec = TaskVectorSpec(**(lora_generator.config.task_vector_spec or {}))

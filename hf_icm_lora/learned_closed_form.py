@@ -6,6 +6,10 @@ of its own, the reader), which features of a token are regressed on (one A for a
 counts, and what is written beside the difference of hidden states: maps of the reader's state and of the token that
 comes next. The result is a plain LoRA, written layer by layer in two passes, without a gradient step.
 
+With memory tokens, the reader reads some learned embeddings at the end of what it reads. Each is one more position of
+the regression, with learned features and a value from the reader's state there. A description without examples is then
+enough: only the memory tokens are regressed on.
+
 Shapes: `n` examples with answers of up to `a` tokens, `r` the rank, `d` the base model's hidden size.
 """
 
@@ -31,6 +35,8 @@ from .lora_config import shortest_target_modules
 from .reading import MAX_EXAMPLES, Reading, positions
 
 MATRICES = ("keys", "constant", "state_in", "state_out", "label_in", "label_out")
+OF_MEMORY = ("memory_keys", "memory_in", "memory_out")  # further matrices, where there are memory tokens
+MEMORY_WEIGHT = 0.05  # before training: memory tokens then change little of what the examples say
 KINDS = 4  # of positions: what predicts an answer's first token, its second, its last, and any other
 
 
@@ -49,19 +55,20 @@ class LearnedClosedForm(nn.Module):
         layout (`LoraLayout`): Of the adapters: one module in each layer of the base, in the gauge `"frozen_a"`.
         reader (`LoraLayout`): Of the LoRA with which the base reads.
         state_rank, label_rank (`int`): Of the maps from the reader's state, and from the next token.
+        num_memory (`int`, *optional*, defaults to 0): Memory tokens.
     """
 
     key_scale: torch.Tensor  # (layers,): makes keys of unit length give features of about 1
     scale: torch.Tensor  # (layers,): of what a context changes in a layer's output
 
-    def __init__(self, layout: LoraLayout, reader: LoraLayout, state_rank: int, label_rank: int):
+    def __init__(self, layout: LoraLayout, reader: LoraLayout, state_rank: int, label_rank: int, num_memory: int = 0):
         super().__init__()
         if layout.gauge != "frozen_a" or len(layout.blocks) != 1:
             raise IncompatibleAdapterError(
                 "The learned closed form writes one matrix of one size in each layer, with an A that all tasks share."
             )
         (keys,), (values,) = layout.shared_blocks, layout.blocks
-        self.layout, self.reader_layout = layout, reader
+        self.layout, self.reader_layout, self.num_memory = layout, reader, num_memory
         count, rank, size = values.count, values.rank, values.width
         self.keys = Matrices(count, rank, keys.width)  # A
         self.constant = Matrices(count, rank, size)  # the part of B that all tasks have
@@ -74,6 +81,12 @@ class LearnedClosedForm(nn.Module):
         self.label_in = Matrices(count, size, label_rank)
         self.label_out = Matrices(count, label_rank, size)
         self.reader = nn.ModuleList(Matrices(block.count, block.rank, block.width) for block in reader.blocks)
+        if num_memory:
+            self.memory = nn.Parameter(torch.empty(num_memory, size))  # what the reader reads
+            self.memory_keys = Matrices(count, num_memory, rank)
+            self.memory_in = Matrices(count, size, state_rank)
+            self.memory_out = Matrices(count, state_rank, size)
+            self.log_memory = nn.Parameter(torch.empty(count, num_memory))
         self.register_buffer("key_scale", torch.ones(count))
         self.register_buffer("scale", torch.ones(count))
 
@@ -101,15 +114,22 @@ class LearnedClosedForm(nn.Module):
         init.ones_(self.gain)
         init.zeros_(self.log_kind)
         init.copy_(self.log_index, weight_of_place(torch.arange(MAX_EXAMPLES)).log())
+        if self.num_memory:
+            init.normal_(self.memory, std=0.1)  # about the size of embeddings
+            init.normal_(self.memory_keys.weight)
+            init.normal_(self.memory_in.weight, std=self.memory_in.weight.shape[1] ** -0.5)
+            init.zeros_(self.memory_out.weight)
+            init.constant_(self.log_memory, math.log(MEMORY_WEIGHT))
         init.ones_(self.key_scale)
         init.ones_(self.scale)
 
     def layers(self) -> list[dict[str, torch.Tensor]]:
         """Return what is learned of each layer, fp32, without the reader."""
-        matrices = {name: getattr(self, name).weight for name in MATRICES}  # which 8 bits compute anew at every use
-        stacks = matrices | {
-            name: getattr(self, name) for name in ("log_penalty", "gain", "log_kind", "key_scale", "scale")
-        }
+        matrices, others = MATRICES, ["log_penalty", "gain", "log_kind", "key_scale", "scale"]
+        if self.num_memory:
+            matrices, others = MATRICES + OF_MEMORY, [*others, "log_memory"]
+        stacks = {name: getattr(self, name).weight for name in matrices}  # which 8 bits compute anew at every use
+        stacks |= {name: getattr(self, name) for name in others}
         rows = zip(*(stack.float().unbind(0) for stack in stacks.values()), strict=True)
         return [dict(zip(stacks, row, strict=True)) for row in rows]
 
@@ -128,10 +148,13 @@ class LearnedClosedForm(nn.Module):
 
         Args:
             base_model (`PreTrainedModel`): Without adapters, at rest.
-            reading (`Reading`): As from [`read_examples`].
+            reading (`Reading`): As from [`read_examples`] or, if there are memory tokens, [`read_description`].
 
         Returns:
             `torch.Tensor` of shape `(num_weights,)`, fp32.
+
+        Raises:
+            IncompatibleAdapterError: if the base's layers are not those of the layout.
         """
         blocks, own = residual_blocks(base_model), [module.name for module in self.layout.modules]
         if (found := [block.writer_name for block in blocks]) != own:
@@ -140,14 +163,17 @@ class LearnedClosedForm(nn.Module):
                 f"layers that end with {found[0]} and its like."
             )
         states = self.states(base_model, reading, blocks)
+        if not reading.rows:
+            return self._from_memory(states)
         return self.write(base_model, reading, blocks, states)
 
     def states(self, base_model: PreTrainedModel, reading: Reading, blocks: Sequence[Block]) -> list[States]:
-        """Return the reader's hidden states at the answers of each conversation."""
+        """Return the reader's hidden states at the answers and at the memory tokens of each conversation."""
         device = next(base_model.parameters()).device
         weights, nothing = self.reader_weights[None].to(device), torch.empty(0, device=device)
+        memory = self.memory if self.num_memory else None
         with batched_lora(base_model, self.reader_layout, weights, nothing):
-            return states_in_conversations(base_model, reading, blocks)
+            return states_in_conversations(base_model, reading, blocks, memory)
 
     def write(
         self, base_model: PreTrainedModel, reading: Reading, blocks: Sequence[Block], states: Sequence[States]
@@ -177,8 +203,8 @@ class LearnedClosedForm(nn.Module):
                     features = u @ (own["keys"] * own["key_scale"]).to(u.dtype).T
                     constant = own["constant"] * own["scale"]
                     hidden = hidden + features @ constant.to(u.dtype)
-                    read = [(one.layers[index], one.mask, one.order) for one in states]
-                    b = self._solve(own, features[rows, at].float(), hidden[rows, at].float(), following, kind, read)
+                    alone = features[rows, at].float(), hidden[rows, at].float()
+                    b = self._solve(index, own, *alone, following, kind, states)
                     adapter.append(b + constant)
                     hidden = hidden + features @ b.to(u.dtype)
                     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
@@ -188,25 +214,35 @@ class LearnedClosedForm(nn.Module):
             base_model.base_model(**batch, use_cache=False)
         return torch.stack(adapter).flatten()
 
+    def _from_memory(self, states: Sequence[States]) -> torch.Tensor:
+        """Write an adapter without examples. No layer needs to know what those below it do to one."""
+        adapter = []
+        for index, own in enumerate(self.layers()):
+            regressed = [memory_positions(own, one.memory[index]) for one in states]
+            adapter.append(ridge_over(regressed, own) + own["constant"] * own["scale"])
+        return torch.stack(adapter).flatten()
+
     def _solve(
         self,
+        index: int,
         own: dict[str, torch.Tensor],
         features: torch.Tensor,
         hidden: torch.Tensor,
         following: torch.Tensor,
         kind: torch.Tensor,
-        read: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+        states: Sequence[States],
     ) -> torch.Tensor:
         """Return one layer's B `(r, d)`: the weighted ridge regression of values on features, over all that was read.
 
         Args:
-            own (`dict[str, torch.Tensor]`): What is learned of the layer.
+            index (`int`): Of the layer. own (`dict[str, torch.Tensor]`): What is learned of it.
             features (`(n, a, r)`), hidden (`(n, a, d)`): Of the examples alone, at their answers.
             following (`(n, a, d)`): The tokens that come next. kind (`(n, a)`): Of `KINDS`.
-            read: Per conversation what the reader read: its states, where they are, and of which examples.
+            states: As from `states`.
         """
         regressed = []
-        for state, mask, order in read:
+        for one in states:
+            state, mask, order = one.layers[index], one.mask, one.order
             longest = state.shape[1]
             from_state = F.rms_norm(state, state.shape[-1:]) @ own["state_in"] @ own["state_out"]
             from_label = following[order, :longest] @ own["label_in"] @ own["label_out"]
@@ -215,8 +251,25 @@ class LearnedClosedForm(nn.Module):
             place = self.log_index[: len(order), None].float()  # an example that was read after few says little
             weight = (own["log_kind"][kind[order, :longest]] + place).exp()
             regressed.append((features[order, :longest][mask], values[mask], weight[mask]))
-        inputs, outputs, weights = (torch.cat(parts) for parts in zip(*regressed, strict=True))
-        return weighted_ridge(inputs, outputs, weights, own["log_penalty"].exp())
+            if self.num_memory:
+                regressed.append(memory_positions(own, one.memory[index]))
+        return ridge_over(regressed, own)
+
+
+def memory_positions(
+    own: dict[str, torch.Tensor], state: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return features, values and weights of a layer's memory tokens, from the reader's states there."""
+    values = own["scale"] * (F.rms_norm(state, state.shape[-1:]) @ own["memory_in"] @ own["memory_out"])
+    return own["memory_keys"], values, own["log_memory"].exp()
+
+
+def ridge_over(
+    regressed: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], own: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    """Return one layer's B of several sets of positions: features, values and weights of each."""
+    features, values, weights = (torch.cat(parts) for parts in zip(*regressed, strict=True))
+    return weighted_ridge(features, values, weights, own["log_penalty"].exp())
 
 
 def closed_form_config(
@@ -226,6 +279,7 @@ def closed_form_config(
     reader_rank: int = 16,
     state_rank: int = 32,
     label_rank: int = 64,
+    num_memory: int = 0,
     **fields,
 ) -> LoraGeneratorConfig:
     """Make the configuration of a generator with a closed form, for a base model.
@@ -236,6 +290,8 @@ def closed_form_config(
         reader_rank (`int`, *optional*, defaults to 16): Of the LoRA, on all linear layers, with which the base reads.
         state_rank (`int`, *optional*, defaults to 32), label_rank (`int`, *optional*, defaults to 64): As in
             [`LearnedClosedForm`].
+        num_memory (`int`, *optional*, defaults to 0): Memory tokens. With some of them, the closed form also writes
+            from a description alone.
         fields: Further fields of the configuration.
 
     Raises:
@@ -262,8 +318,10 @@ def closed_form_config(
         "lora_config": lora_config,
         "base_model_name_or_path": base_model.config._name_or_path or None,
         "base_model_fingerprint": base_model_fingerprint(base_model),
-        "closed_form": {"reader": reader, "state_rank": state_rank, "label_rank": label_rank},
-    }
+        "closed_form": {
+            "reader": reader, "state_rank": state_rank, "label_rank": label_rank, "num_memory": num_memory,
+        },
+    }  # fmt: skip
     return LoraGeneratorConfig(**of_base | fields)
 
 

@@ -1,4 +1,4 @@
-"""Examples as a closed form reads them: one after another in a conversation, and each alone."""
+"""A task as a closed form reads it: examples one after another in a conversation, and each alone; or a description."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from .completion import encode_prompt, is_chat, render
+from .completion import CHAT, encode_prompt, is_chat, render, render_description
 from .errors import TaskError
 from .tasks import Sample
 
@@ -35,7 +35,8 @@ class Reading:
     """What is read of a task.
 
     Args:
-        conversations (`list[Conversation]`): The examples in their context, each in one of them or in more.
+        conversations (`list[Conversation]`): The examples in their context, each in one of them or in more; of a
+            description alone, one without examples.
         rows (`list[list[int]]`): Each example alone: prompt and answer.
         starts (`list[int]`): As in [`Conversation`], of the rows.
         answers (`list[list[int]]`): The tokens of each answer, with what ends it.
@@ -99,6 +100,23 @@ def read_examples(
     )
 
 
+def read_description(processing_class, description: str, template: str, max_length: int = MAX_LENGTH) -> Reading:
+    """Tokenize the description of a task, without examples.
+
+    Args:
+        processing_class, template, max_length: As in [`read_examples`].
+        description (`str`): What the task is.
+
+    Raises:
+        TaskError: if it is longer than that.
+    """
+    text = render_description(description, template, processing_class)
+    ids = encode_prompt(processing_class, text, in_chat=template == CHAT)
+    if len(ids) > max_length:
+        raise TaskError(f"The description has {len(ids)} tokens, and {max_length} at most can be read. Shorten it.")
+    return Reading([Conversation(ids, [], [])], rows=[], starts=[], answers=[])
+
+
 def longest_reading(base_model: PreTrainedModel, processing_class) -> int:
     """Return how many tokens a base model can be given in one go, at most `MAX_LENGTH`."""
     of_base = getattr(base_model.config, "max_position_embeddings", None) or MAX_LENGTH
@@ -150,7 +168,7 @@ def _encode(
 
 def positions(starts: Sequence[int], answers: Sequence[Sequence[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
     """Return where the tokens of answers are predicted `(n, a)`, and which of these there are."""
-    lengths = torch.tensor([len(answer) for answer in answers], device=device)[:, None]
-    steps = torch.arange(int(lengths.max()), device=device)
-    mask = steps < lengths
-    return (torch.tensor(list(starts), device=device)[:, None] + steps) * mask, mask
+    lengths = [len(answer) for answer in answers]
+    steps = torch.arange(max(lengths, default=0), device=device)
+    mask = steps < torch.tensor(lengths, dtype=torch.long, device=device)[:, None]
+    return (torch.tensor(list(starts), dtype=torch.long, device=device)[:, None] + steps) * mask, mask

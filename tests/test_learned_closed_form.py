@@ -13,7 +13,7 @@ from hf_icm_lora.behaviour import batched_lora
 from hf_icm_lora.completion import DEFAULT_TEMPLATE, CompletionCollator
 from hf_icm_lora.generation import write_adapter
 from hf_icm_lora.learned_closed_form import closed_form_config
-from hf_icm_lora.reading import read_examples
+from hf_icm_lora.reading import read_description, read_examples
 from hf_icm_lora.tasks import to_sample
 from tests.conftest import make_gpt2, make_llama
 from tests.test_real_benchmark import disturb, prepared, real_line, with_chat  # noqa: F401  # a fixture
@@ -21,6 +21,7 @@ from tests.test_real_benchmark import disturb, prepared, real_line, with_chat  #
 EXAMPLES = [("ab", "bc"), ("cd", "de"), ("fg", "gh"), ("xy", "yz"), ("mn", "no")]
 SAMPLES = [to_sample(example) for example in EXAMPLES]
 SIZES = {"rank": 8, "reader_rank": 2, "state_rank": 2, "label_rank": 2}
+MEMORY = {"num_memory": 3}
 NETWORK = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "basis_size": 2, "latent_size": 2}
 
 
@@ -63,25 +64,37 @@ def test_untrained_and_without_penalty_it_says_what_the_base_says_after_the_exam
     assert (prompted[-1] - bare[-1]).abs().max() > 0.1
 
 
+@pytest.mark.parametrize(("num_memory", "num_demos"), [(0, 6), (3, 6), (3, 0)])
 @pytest.mark.parametrize("template", ["plain", "chat"])
-def test_it_writes_what_the_training_script_writes(prepared, tokenizer, template):  # noqa: F811
+def test_it_writes_what_the_training_script_writes(
+    prepared,  # noqa: F811
+    tokenizer,
+    template,
+    num_memory,
+    num_demos,
+):
     """The script has a Llama of its own, which a GPU runs fast. Both must turn the same tokens into the same B."""
     torch.manual_seed(0)
     base = Base(prepared, "cpu", torch.float32)
-    writer = Writer(base, rank=8, reader_rank=2, state_rank=2, label_rank=2)
+    writer = Writer(base, num_memory=num_memory, **SIZES)
     torch.nn.init.normal_(writer.keys, std=0.2)
     disturb(writer)
     writer.save(prepared / "writer.safetensors")
     writer.load(prepared / "writer.safetensors")  # in 8 bits
-    batch = Episodes(prepared, {"validation": 1.0}).held_out([0], demos=6, queries=1, template=template)
+    line, describe = real_line(4, labels=True), num_memory > 0
+    batch = Episodes(prepared, {"validation": 1.0}).held_out([0], num_demos, 1, template, describe)
     with torch.no_grad():
         model = MetaClosedForm(base, writer)
         _, expected = model.write(batch, model.read(batch))
 
     llama = make_llama()
     generator = generator_of(prepared / "writer.safetensors", llama, **NETWORK)
-    demo = [to_sample(raw) for raw in real_line(4, labels=True)["demo"][:6]]
-    reading = read_examples(with_chat(tokenizer), demo, "chat" if template == "chat" else DEFAULT_TEMPLATE)
+    text = "chat" if template == "chat" else DEFAULT_TEMPLATE
+    if num_demos:
+        demo = [to_sample(raw) for raw in line["demo"][:num_demos]]
+        reading = read_examples(with_chat(tokenizer), demo, text, line["description"] if describe else None)
+    else:
+        reading = read_description(with_chat(tokenizer), line["description"], text)
     with frozen_base(llama) as frozen:
         written = generator.closed_form(frozen, reading)
     expected = torch.stack([b[0] for b in expected])
@@ -97,8 +110,9 @@ def test_the_adapter_in_peft_computes_what_it_was_written_for(base, tokenizer):
     torch.testing.assert_close(logits_alone(model, tokenizer, SAMPLES[0]), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_everything_in_it_can_be_trained_through_the_base(base, tokenizer):
-    generator = make_generator(base)
+@pytest.mark.parametrize("sizes", [{}, MEMORY])
+def test_everything_in_it_can_be_trained_through_the_base(base, tokenizer, sizes):
+    generator = make_generator(base, **sizes)
     with frozen_base(base) as frozen, torch.enable_grad():
         weights = generator.closed_form(frozen, read_examples(tokenizer, SAMPLES, DEFAULT_TEMPLATE))
     weights.square().sum().backward()
@@ -107,8 +121,19 @@ def test_everything_in_it_can_be_trained_through_the_base(base, tokenizer):
         assert parameter.grad.abs().max() > 0, name
 
 
-def test_eight_bits_and_a_saved_copy_write_the_same(base, tokenizer, tmp_path):
-    generator = make_generator(base)
+def test_a_description_alone_trains_all_that_it_goes_through(base, tokenizer):
+    generator = make_generator(base, **MEMORY)
+    with frozen_base(base) as frozen, torch.enable_grad():
+        weights = generator.closed_form(frozen, read_description(tokenizer, "Next letters.", DEFAULT_TEMPLATE))
+    weights.square().sum().backward()
+    moved = {name for name, p in generator.closed_form.named_parameters() if p.grad is not None and p.grad.any()}
+    assert {"memory", "memory_keys.weight", "memory_in.weight", "memory_out.weight", "log_memory"} <= moved
+    assert {f"reader.{index}.weight" for index in range(len(generator.closed_form.reader))} <= moved
+
+
+@pytest.mark.parametrize("sizes", [{}, MEMORY])
+def test_eight_bits_and_a_saved_copy_write_the_same(base, tokenizer, tmp_path, sizes):
+    generator = make_generator(base, **sizes)
     whole = write_adapter(generator, base, tokenizer, SAMPLES)
     small = generator.without_encoder().to_int8()
     rounded = write_adapter(small, base, tokenizer, SAMPLES)
@@ -129,6 +154,35 @@ def test_with_examples_the_closed_form_writes_and_without_the_network(base, toke
             basis.weight.fill_(0.1)
     assert write_adapter(generator, base, tokenizer, [], "Next letters.").any()
     assert torch.equal(write_adapter(generator, base, tokenizer, SAMPLES), from_examples)
+
+
+def test_with_memory_tokens_the_closed_form_writes_from_a_description_too(base, tokenizer):
+    """And says in PEFT what a LoRA of these weights says."""
+    generator = make_generator(base, **MEMORY)
+    weights = write_adapter(generator, base, tokenizer, [], "Next letters.")
+    other = write_adapter(generator, base, tokenizer, [], "Letters.")
+    assert (weights - other).norm() > 1e-3 * weights.norm()
+    mixed = write_adapter(generator, base, tokenizer, [], {"Next letters.": 3.0, "Letters.": 1.0})
+    torch.testing.assert_close(mixed, 0.75 * weights + 0.25 * other)
+    with batched_lora(base, generator.layout, weights[None], generator.shared_weights.detach()):
+        expected = logits_alone(base, tokenizer, SAMPLES[0])
+    model = generator.generate_adapter(base, processing_class=tokenizer, description="Next letters.")
+    torch.testing.assert_close(logits_alone(model, tokenizer, SAMPLES[0]), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_memory_tokens_change_little_before_training(base, tokenizer):
+    plain, with_memory = (
+        LoraGeneratorModel(closed_form_config(base, **SIZES | NETWORK | sizes)).eval() for sizes in ({}, MEMORY)
+    )
+    with_memory.closed_form.load_state_dict(plain.closed_form.state_dict(), strict=False)
+    before, after = (write_adapter(generator, base, tokenizer, SAMPLES) for generator in (plain, with_memory))
+    assert 0 < (after - before).norm() < 0.25 * before.norm()
+    assert not write_adapter(with_memory, base, tokenizer, [], "Next letters.").any()
+
+
+def test_a_description_that_is_too_long_is_refused(tokenizer):
+    with pytest.raises(TaskError, match="The description has 201 tokens, and 30 at most"):
+        read_description(tokenizer, "word " * 40, DEFAULT_TEMPLATE, max_length=30)
 
 
 def test_a_description_is_read_before_the_examples_and_alone_needs_a_trained_network(base, tokenizer):

@@ -1,8 +1,9 @@
 """From what train.py made to the generator that ships: `python -m benchmarks.real.generator --tasks DATA/real`.
 
-The closed form is the writer's, in the package's own terms. The network, the conditional VAE, which writes where there
-are no examples, is trained here: on adapters that the closed form wrote for training tasks, and on vectors of their
-descriptions. The adapters are kept, so that an interrupted call goes on.
+The closed form is the writer's, in the package's own terms. With memory tokens it also writes from a description, and
+that is all. Without them the network, the conditional VAE, writes where there are no examples. It is trained here: on
+adapters that the closed form wrote for training tasks, and on vectors of their descriptions. The adapters are kept, so
+that an interrupted call goes on.
 """
 
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from transformers import HfArgumentParser
 
 from benchmarks.real.prepare import suite_tasks
 from benchmarks.real.run import chosen
+from benchmarks.real.writer import stored_sizes
 from hf_icm_lora import (
     LoraGeneratorModel,
     LoraGeneratorTrainer,
@@ -29,10 +31,12 @@ from hf_icm_lora import (
 from hf_icm_lora.base_model import load_base_model
 from hf_icm_lora.files import sha256_of
 from hf_icm_lora.generation import write_adapter
-from hf_icm_lora.learned_closed_form import MATRICES, closed_form_config
+from hf_icm_lora.learned_closed_form import MATRICES, OF_MEMORY, closed_form_config
 
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SPEC = TaskVectorSpec(layers=(14, 22, 30))
+NETWORK = {"hidden_size": 64, "intermediate_size": 128, "basis_size": 4, "latent_size": 16, "condition_size": 128}
+UNUSED_NETWORK = NETWORK | {"basis_size": 1, "num_decoder_layers": 1, "condition_size": 1}
 PARTS = {"qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "o": ("self_attn.o_proj",),
          "gate_up": ("mlp.gate_proj", "mlp.up_proj"), "down": ("mlp.down_proj",)}  # fmt: skip
 
@@ -59,6 +63,7 @@ def generator_of(path: str | Path, base_model: torch.nn.Module, **sizes) -> Lora
         reader_rank=stored["reader_a.down"].shape[1],
         state_rank=stored["state_in"].shape[2],
         label_rank=stored["label_in"].shape[2],
+        num_memory=len(stored.get("memory", ())),
         base_model_name_or_path=BASE_MODEL,
         **sizes,
     )
@@ -73,7 +78,9 @@ def generator_of(path: str | Path, base_model: torch.nn.Module, **sizes) -> Lora
             factors[f"model.layers.*.{part}", "lora_A"] = stored[f"reader_a.{joined}"]
             factors[f"model.layers.*.{part}", "lora_B"] = b.mT
     matrices = {
-        f"{name}.weight" if name in MATRICES else name: t for name, t in stored.items() if "reader_" not in name
+        f"{name}.weight" if name in MATRICES + OF_MEMORY else name: tensor
+        for name, tensor in stored.items()
+        if "reader_" not in name
     }
     matrices |= {
         f"reader.{i}.weight": factors[block.kind, block.factor]
@@ -144,8 +151,17 @@ def main() -> None:
     generator = generator_of(
         options.writer, base, task_vector_spec=SPEC.to_dict(), num_task_vectors=len(SPEC.layers) * len(SPEC.pooling),
         training_tasks=[task.name for task in tasks] + [task["name"] for task in suite_tasks()],
-        hidden_size=64, intermediate_size=128, basis_size=4, latent_size=16, condition_size=128,
+        **(UNUSED_NETWORK if stored_sizes(options.writer)["num_memory"] else NETWORK),
     )  # fmt: skip
+    if not generator.closed_form.num_memory:
+        train_network(generator, tasks, base, tokenizer, options)
+    generator.without_encoder().to_int8().save_pretrained(options.output_dir)
+
+
+def train_network(
+    generator: LoraGeneratorModel, tasks: list[Task], base, tokenizer, options: GeneratorOptions
+) -> None:
+    """Train the network to write from descriptions what the closed form writes from examples."""
     folder = Path(options.adapters)
     folder.mkdir(parents=True, exist_ok=True)
     parts = []
@@ -160,7 +176,6 @@ def main() -> None:
         per_device_train_batch_size=32, report_to="none", save_strategy="no", logging_steps=20,
     )  # fmt: skip
     LoraGeneratorTrainer(generator, args, train_dataset=DescribedAdapters(parts, generator.shared_weights)).train()
-    generator.without_encoder().to_int8().save_pretrained(options.output_dir)
 
 
 if __name__ == "__main__":
