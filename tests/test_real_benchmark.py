@@ -207,6 +207,29 @@ def test_renamed_labels_are_renamed_alike(prepared, tokenizer):
     assert renamed >= 5  # of 24: three in five draw from the label sets, which are all of the same two words here
 
 
+@pytest.mark.parametrize("template", ["plain", "chat"])
+def test_prompt_and_answer_change_places_where_answers_are_unique(prepared, tokenizer, template):
+    episodes = Episodes(prepared, {"train": 1.0})
+    assert episodes.invertible == [False, True, False]  # the others have labels
+    asked = {"remap": 0.0, "describe": 1.0, "mix": 0.0}
+    batch = episodes.draw(np.random.default_rng(0), 4, 3, 4000, template, **asked, inverse=1.0)
+    texts = prepare.Templates(with_chat(tokenizer))
+    before, after = (" ", "\n") if template == "plain" else ("", "<|im_end|>")
+    words = {word for word, _ in real_line(1, labels=False)["train"]}
+    inverted = 0
+    for task, row in np.ndindex(len(batch["mask"]), 7):
+        mask = batch["mask"][task, row]
+        answer = texts.tokenizer.decode(batch["targets"][task, row][mask])
+        word = answer.removeprefix(before).removesuffix(after)
+        if word not in words:
+            continue
+        prompt = f"- {word[::-1]}:" if template == "plain" else f"{word[::-1]}{texts.after}"
+        start = int(batch["rows_at"][task, row][0]) + 1
+        assert texts.tokenizer.decode(batch["rows_ids"][task, row, :start]).endswith(prompt)
+        inverted += 1
+    assert inverted == 7  # all samples of the one task
+
+
 def test_a_batch_follows_from_seed_and_step(prepared):
     def batches(first_step: int):
         return iter(Stream(Episodes(prepared, {"train": 1.0}), seed=3, budget=2000, first_step=first_step))

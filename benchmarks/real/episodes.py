@@ -10,6 +10,8 @@ from torch.utils.data import IterableDataset
 
 EDGES = (20, 28, 40, 56, 80, 120, 200)  # tokens of a sample; tasks of one length share a batch
 TEMPLATES = ("plain", "chat")
+INVERSE = "inverse"  # in the place of an answer: the prompt is the answer to the completion
+LONGEST_INVERSE = 12  # tokens of a prompt that becomes an answer
 KINDS = 4  # of an answer's positions: what predicts its first token, its second, its last, and any other
 
 
@@ -47,15 +49,37 @@ class Episodes:
         typical = [np.percentile(self.lengths[slice(*task["train"])], 90) for task in self.tasks]
         self.bucket = np.minimum(np.searchsorted(EDGES, typical), len(EDGES) - 1)
         self.label_sets = [list(task["labels"].values()) for task in self.tasks if len(task["labels"]) > 1]
+        ends = self.arrays["plain_prompt"][self.arrays["plain_prompt_at"][1:] - 1]
+        self.colon = np.bincount(ends).argmax()
+        self.invertible = [self.can_be_inverted(task) for task in self.tasks]
 
     def ids(self, name: str, index: int) -> list[int]:
         at = self.arrays[f"{name}_at"]
         return self.arrays[name][at[index] : at[index + 1]].tolist()
 
-    def sample(self, index: int, template: str, answer: list | None) -> tuple[list[int], list[int]]:
+    def can_be_inverted(self, task: dict) -> bool:
+        """Return whether a task's answers are almost unique, and its prompts short and apart from the template."""
+        first, last = task["train"]
+        at = self.arrays["plain_prompt_at"][first : last + 1]
+        apart = (
+            self.arrays["plain_prompt"][at[1:] - 1] == self.colon
+        ).all()  # and no token of a full stop and a colon
+        if task["labels"] or not apart or np.diff(at).max() > LONGEST_INVERSE:
+            return False
+        answers = {tuple(self.ids("plain_completion", row)) for row in range(first, last)}
+        return len(answers) >= 0.95 * (last - first)
+
+    def sample(self, index: int, template: str, answer: list | str | None) -> tuple[list[int], list[int]]:
         """Return the prompt's ids, and those of the completion, or of another answer, with what ends it."""
-        prompt = self.ids(f"{template}_prompt", index)
-        completion = answer[TEMPLATES.index(template)] if answer else self.ids(f"{template}_completion", index)
+        prompt, completion = (self.ids(f"{template}_{part}", index) for part in ("prompt", "completion"))
+        if answer == INVERSE and template == "chat":
+            prompt, completion = completion, prompt
+        elif answer == INVERSE:
+            dash, *prompt, colon = prompt
+            *completion, end = completion
+            prompt, completion = [dash, *completion, colon], [*prompt, end]
+        elif answer:
+            completion = answer[TEMPLATES.index(template)]
         if template == "chat":
             return [*prompt, *self.constants["chat_after"]], [*completion, *self.constants["chat_end"]]
         return prompt, completion
@@ -100,6 +124,7 @@ class Episodes:
         remap: float,
         describe: float,
         mix: float,
+        inverse: float = 0.0,
     ) -> dict[str, torch.Tensor]:
         """Return one batch of tasks of one bucket.
 
@@ -112,6 +137,7 @@ class Episodes:
             remap: how often the labels of a classification are replaced by other words.
             describe: how often the reader begins with a description of the task.
             mix: how often a task is made of several: the answer is a word for the task that a prompt comes from.
+            inverse: how often prompt and answer change places, where answers are almost unique.
         """
         mass = np.bincount(self.bucket, self.weights, minlength=len(EDGES))
         bucket = int(rng.choice(len(EDGES), p=mass / mass.sum()))
@@ -137,6 +163,8 @@ class Episodes:
                     own = [tuple(ids[0]) for ids in task["labels"].values()]
                     words = dict(zip(own, self.renaming(task, rng), strict=True))
                     rows = [(row, words[tuple(self.ids("plain_completion", row))]) for row in order]
+                elif self.invertible[index] and rng.random() < inverse:
+                    rows = [(row, INVERSE) for row in order]
                 elif rng.random() < describe:
                     description = 4 * index + int(rng.integers(4))
             episodes.append((rows, description))
@@ -212,9 +240,9 @@ class Stream(IterableDataset):
         while True:
             rng = np.random.default_rng([self.seed, step])
             demos = int(rng.choice([0, 4, 8, 12, 16], p=[0.15, 0.1, 0.2, 0.4, 0.15]))
-            shares = {"remap": 0.4, "describe": 0.4, "mix": 0.1}
+            shares = {"remap": 0.4, "describe": 0.4, "mix": 0.1, "inverse": 0.1}
             if not demos:  # the description is all that tells what the task is
-                shares = {"remap": 0.0, "describe": 1.0, "mix": 0.0}
+                shares = {"remap": 0.0, "describe": 1.0, "mix": 0.0, "inverse": 0.0}
             template = "chat" if rng.random() < 0.3 else "plain"
             yield self.episodes.draw(rng, demos, 8, self.budget, template, **shares)
             step += stride

@@ -3,7 +3,7 @@
     python -m benchmarks.real.prepare --tasks DATA/real --output_dir build/real/prepared
 
 Samples become token ids once per template. `plain` is `- {prompt}: {completion}\\n`; `chat` is the base's own.
-The base stays in the 4 bits that it is packaged in, in two files.
+The base stays in the 4 bits that it is packaged in, in files of at most 31 MB.
 """
 
 import gzip
@@ -22,6 +22,7 @@ from hf_icm_lora import built_in_tasks, smollm2_path
 from hf_icm_lora.smollm2 import smollm2_gguf_path
 
 PARTS = ("train", "demo", "test")
+PART_BYTES = 31_000_000  # of a file of the base, whose embeddings alone have 30 million
 REMAPS = [  # words that stand in for the labels of a task, so that only the examples tell what a label means
     list("ABCDEFGHIJ"),
     [str(number) for number in range(1, 11)],
@@ -164,11 +165,14 @@ def quantised_base() -> dict[str, torch.Tensor]:
 
 
 def save_base(tensors: dict[str, torch.Tensor], config, output: Path) -> None:
-    """Write a Llama's tensors in two files of about the same size, and what its config says of them."""
-    names, sizes = list(tensors), [tensor.nbytes for tensor in tensors.values()]
-    half = next(count for count in range(len(names)) if sum(sizes[:count]) >= sum(sizes) / 2)
-    for part, chosen in enumerate((names[:half], names[half:])):
-        save_file({name: tensors[name] for name in chosen}, output / f"base.{part}.safetensors")
+    """Write a Llama's tensors in files of at most 31 MB, and what its config says of them."""
+    parts: list[dict[str, torch.Tensor]] = [{}]
+    for name, tensor in tensors.items():
+        if sum(other.nbytes for other in parts[-1].values()) + tensor.nbytes > PART_BYTES:
+            parts.append({})
+        parts[-1][name] = tensor
+    for number, part in enumerate(parts):
+        save_file(part, output / f"base.{number}.safetensors")
     shape = {
         "heads": config.num_attention_heads, "kv_heads": config.num_key_value_heads, "head_dim": config.head_dim,
         "epsilon": config.rms_norm_eps, "theta": config.rope_parameters["rope_theta"],
