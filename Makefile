@@ -13,8 +13,9 @@ export MALLOC_TRIM_THRESHOLD_ := 8589934592
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py --output_dir build/demo
 
+# Two processes, for machines of two cores; each file is the work of one of them.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 slow-test: $(VENV)/.test $(VENV)/.demo
 	$(BIN)/python -m pytest -m slow

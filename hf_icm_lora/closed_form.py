@@ -110,12 +110,14 @@ def closed_form(
     with frozen_base(base_model) as base:
         blocks = residual_blocks(base)
         check_additive(base, blocks[0], _batch(base, processing_class, samples[:1], template))
-        batch = _batch(base, processing_class, samples, template)
         if base.config.is_encoder_decoder:  # which answers one prompt at a time
+            batch = _batch(base, processing_class, samples, template)
             targets, weights = states_in_context(base, processing_class, samples, description, template, blocks), None
         else:
             most = longest_reading(base, processing_class)
             reading = read_examples(processing_class, samples, template, description, NUM_ORDERS, most)
+            device = next(base.parameters()).device
+            batch = reading.batch(device) | {"labels": reading.labels(device)}
             targets, weights = mean_states(states_in_conversations(base, reading, blocks), len(samples))
         factors = fit(base, batch, blocks, targets, weights, rank, penalty)
         names = [block.writer_name for block in blocks]

@@ -1,4 +1,4 @@
-"""The closed form, meta-learned: the prior's mean of a generator that reads examples of a task.
+"""The closed form, meta-learned: how a generator writes an adapter from examples.
 
 [`in_context_adapter`] carries a base model without examples to the hidden states that it has with them. Here the parts
 of that regression were trained, through the base model, on many tasks: who reads the examples (the base with a LoRA

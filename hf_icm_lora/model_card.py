@@ -21,6 +21,14 @@ AUTO_CLASSES = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_2_SEQ_LM": "AutoModelF
 KINDS = ("mean", "median", "min")  # of figures over tasks
 FOLDER = "path/to/this/folder"  # stands in a card for the repository, while it is not in one
 MOST_TASKS, MOST_EXAMPLES = 200, 32  # in a card
+CLOSED_FORM = (
+    "With examples, it writes in closed form: the base model, with a LoRA of its own, reads the examples, and a "
+    "regression in each layer carries what it has read into weights. Without examples, a network writes: "
+)
+NETWORK = (
+    "a conditional VAE, trained over a zoo of adapters and conditioned on task vectors, after *In-Context Meta LoRA "
+    "Generation* ([arXiv 2501.17635](https://arxiv.org/abs/2501.17635))."
+)
 NOT_EVALUATED = (
     "Not evaluated yet: `evaluate_generator` makes the table, `hf-icm-lora push --evaluation` puts it here."
 )
@@ -65,7 +73,9 @@ def generator_card(
         auto_class=_auto_class(config.lora_config),
         rank=layout.max_rank,
         target_modules=_target_modules(config.lora_config),
+        method=CLOSED_FORM + NETWORK if config.closed_form else NETWORK[0].upper() + NETWORK[1:],
         template=_form(config.template),
+        other_templates=' `template=` chooses another one, such as `"chat"`.' if config.closed_form else "",
         fingerprint=(config.base_model_fingerprint or "")[:12],
         num_weights=f"{layout.num_weights:,}",
         architecture="the paper's convolutions" if config.architecture == "conv1d" else "a transformer over matrices",

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from .completion import CHAT, encode_prompt, is_chat, render, render_description
+from .completion import CHAT, IGNORED, encode_prompt, is_chat, render, render_description
 from .errors import TaskError
 from .tasks import Sample
 
@@ -51,6 +51,12 @@ class Reading:
         """Return the rows as `input_ids` `(n, length)`. What pads one on its right changes nothing before it."""
         length = max(map(len, self.rows))
         return {"input_ids": torch.tensor([row + [0] * (length - len(row)) for row in self.rows], device=device)}
+
+    def labels(self, device: torch.device) -> torch.Tensor:
+        """Return the answers where they stand in the rows `(n, length)`, and `IGNORED` elsewhere."""
+        length = max(map(len, self.rows))
+        rows = [[IGNORED] * (start + 1) + answer for start, answer in zip(self.starts, self.answers, strict=True)]
+        return torch.tensor([row + [IGNORED] * (length - len(row)) for row in rows], device=device)
 
 
 def read_examples(
@@ -156,13 +162,21 @@ def _encode(
     pieces, done = [], ""
     for index, sample in enumerate(samples):
         read, scored = render(sample, template, processing_class, samples[:index], description)
-        prompt = read[len(done) :]
+        if not read.startswith(done):
+            raise TaskError(
+                "The tokenizer's chat template rewrites an answer once it is followed by another turn, so examples "
+                f"cannot be read one after another: {done[-100:]!r} became {read[: len(done)][-100:]!r}. Use a "
+                "template with {prompt} and {completion}."
+            )
+        prompt, done = read[len(done) :], read + scored
         if index or is_chat(sample, template):
             prompt_ids = processing_class(prompt, add_special_tokens=False)["input_ids"]
         else:
             prompt_ids = encode_prompt(processing_class, prompt)
-        pieces.append((prompt_ids, processing_class(scored, add_special_tokens=False)["input_ids"]))
-        done = read + scored
+        answer_ids = processing_class(scored, add_special_tokens=False)["input_ids"]
+        if not sample.prompt and processing_class.bos_token_id is None:  # nothing could predict its first token
+            prompt_ids, answer_ids = prompt_ids + answer_ids[:1], answer_ids[1:]
+        pieces.append((prompt_ids, answer_ids))
     return pieces
 
 

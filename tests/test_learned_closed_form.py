@@ -1,5 +1,7 @@
 """The learned closed form: examples become a LoRA by a regression whose parts were trained."""
 
+import copy
+
 import pytest
 import torch
 
@@ -214,6 +216,26 @@ def test_examples_are_read_in_several_orders_and_in_parts(tokenizer):
     assert [index for part in parts for index in part.order] == [0, 1, 2, 3, 4]
     assert len(parts) > 1
     assert all(len(part.ids) <= longest for part in parts)
+
+
+def test_plain_texts_are_read_from_the_token_that_something_predicts(tokenizer):
+    """This tokenizer has no token that begins a text: the first one of each is read, the others are its answer."""
+    samples = [to_sample(text) for text in ("abcd", "efg")]
+    assert tokenizer.bos_token_id is None
+    reading = read_examples(tokenizer, samples, DEFAULT_TEMPLATE)
+    assert [tokenizer.decode(answer) for answer in reading.answers] == ["bcd", "fg"]
+    assert reading.starts == [0, 0]
+    (conversation,) = reading.conversations
+    assert tokenizer.decode(conversation.ids) == "abcdefg"
+    assert conversation.starts == [0, 4]
+
+
+def test_a_chat_template_that_rewrites_answers_is_refused(chat_tokenizer):
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    last = "{% if loop.last and message.role == 'assistant' %}<think></think>{% endif %}"
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ message.content }}", last + "{{ message.content }}")
+    with pytest.raises(TaskError, match="rewrites an answer once it is followed by another turn"):
+        read_examples(tokenizer, SAMPLES, "chat")
 
 
 def test_more_examples_than_are_read_at_once_are_all_used(base, tokenizer):

@@ -6,9 +6,10 @@ import pytest
 import torch
 from peft import PeftModel
 
-from benchmarks.real.bench import ARMS, Arm, Given, Prompt, base, few_shot_prompt, score
+from benchmarks.real.bench import ARMS, Arm, Given, Prompt, base, few_shot_prompt, score, train_lora
 from benchmarks.real.choices import ChoiceOptions
 from benchmarks.real.choices import run as run_choices
+from benchmarks.real.multi_task import batches
 from benchmarks.real.run import RunOptions, chosen, run
 from hf_icm_lora import LoraGeneratorModel, Task, save_tasks
 from hf_icm_lora.completion import DEFAULT_TEMPLATE, CompletionCollator, score_completions
@@ -45,10 +46,15 @@ def given(tokenizer, generator, task=TASKS[2]) -> Given:
 
 
 @pytest.mark.parametrize("name", ARMS)
-def test_every_arm_is_scored_and_leaves_the_base_as_it_was(name, chat_tokenizer, generator):
+def test_every_arm_is_scored_and_leaves_the_base_as_it_was(name, chat_tokenizer, generator, tmp_path):
     own, arm = given(chat_tokenizer, generator), ARMS[name]
     if "steps" in arm.options:
         arm = Arm(arm.make, options={"steps": 2})
+    if name == "multi_task_lora":
+        drawn = batches(TASKS, size=4, longest=100)
+        model = train_lora(make_llama(), chat_tokenizer, DEFAULT_TEMPLATE, drawn, steps=2, rate=1e-2)
+        model.save_pretrained(tmp_path / "multi_task")
+        arm = Arm(arm.make, options={"folder": str(tmp_path / "multi_task")})
     before = {key: tensor.clone() for key, tensor in own.base.state_dict().items()}
     scores = score(own, arm, own.task.test)
     assert 0 <= scores["exact_match"] <= 1
@@ -134,3 +140,10 @@ def test_choices_are_kept_and_summed_up(tmp_path, tokenizer, generator):
         own = next(task for task in TASKS if task.name == name)
         model = generator.generate_adapter(make_llama(), processing_class=tokenizer, examples=own.demo[:12])
         assert task["gain_on_examples"] == pytest.approx(model.lora_generation["default"].gain_on_examples, abs=0.01)
+
+
+def test_all_kinds_are_drawn_alike_for_the_lora_of_all_tasks():
+    drawn = batches(TASKS, size=400, longest=100)
+    answers = [sample.completion for sample in next(drawn)]
+    share = sum(answer in ("early", "late") for answer in answers) / 400
+    assert 0.4 < share < 0.6  # one of two kinds, though one of three tasks

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hf_icm_lora import LoraGeneratorModel, Sample, Task, in_context_adapter
@@ -25,6 +26,7 @@ from hf_icm_lora.completion import (
     score_completions,
 )
 
+MULTI_TASK = "build/real/multi_task"  # where multi_task.py leaves its adapter
 BATCH = 16
 MOST_TOKENS = 2048  # of a prompt with the examples before it
 
@@ -135,6 +137,11 @@ def from_description(given: Given) -> PeftModel:
     )
 
 
+def multi_task_lora(given: Given, folder: str = MULTI_TASK) -> PeftModel:
+    """One LoRA of all training tasks together, made by `multi_task.py`, which knows nothing of this task."""
+    return PeftModel.from_pretrained(given.base, folder)
+
+
 ARMS = {
     "base": Arm(base),
     "base_described": Arm(base, options={"described": True}),
@@ -155,6 +162,7 @@ ARMS = {
     "from_description": Arm(from_description),
     "wrong_condition": Arm(generated, options={"wrong": True}),
     "refined": Arm(generated, options={"refine_steps": 20}),
+    "multi_task_lora": Arm(multi_task_lora),
     "peft_lora_examples_20": Arm(peft_lora_examples, options={"steps": 20}),
     "peft_lora_examples_100": Arm(peft_lora_examples, options={"steps": 100}),
     "task_lora": Arm(task_lora),
@@ -162,16 +170,21 @@ ARMS = {
 
 
 def peft_lora(given: Given, samples: Sequence[Sample], steps: int, batch_size: int, rate: float) -> PeftModel:
+    """Train a LoRA on some samples."""
+    return train_lora(given.base, given.tokenizer, given.template, _batches(samples, batch_size), steps, rate)
+
+
+def train_lora(
+    base, tokenizer, template: str, batches: Iterator[Sequence[Sample]], steps: int, rate: float
+) -> PeftModel:
     """Train a LoRA of rank 16 on all linear layers, with AdamW and a rate that falls to zero."""
     torch.manual_seed(0)  # of PEFT's A
-    config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(given.base, config)
+    model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
-    collate = CompletionCollator(given.tokenizer, False, given.template)
-    batches = _batches(samples, batch_size)
+    collate = CompletionCollator(tokenizer, False, template)
     model.train()
-    for step in range(steps):
+    for step in tqdm(range(steps), desc="Training", leave=False, disable=steps < 200):
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1, (step + 1) / 5) * (1 - step / steps)
         scores = score_completions(model, collate(next(batches)))

@@ -29,7 +29,7 @@ from hf_icm_lora import (
     load_tasks,
 )
 from hf_icm_lora.base_model import load_base_model
-from hf_icm_lora.files import sha256_of
+from hf_icm_lora.files import read_json, sha256_of
 from hf_icm_lora.generation import write_adapter
 from hf_icm_lora.learned_closed_form import MATRICES, OF_MEMORY, closed_form_config
 
@@ -171,6 +171,7 @@ def train_network(
             save_file(adapter_of(task, generator, base, tokenizer, options.num_samples), path)
         parts.append(load_file(path))
     generator.closed_form.requires_grad_(False)
+    generator.config.training_runs = [read_json(Path(options.writer).with_suffix(".json"))]
     args = LoraGeneratorTrainingArguments(
         options.output_dir, max_steps=options.steps, learning_rate=options.learning_rate,
         per_device_train_batch_size=32, report_to="none", save_strategy="no", logging_steps=20,

@@ -257,6 +257,23 @@ def real_row(name: str, arm: Mapping[str, Any]) -> list[str]:
     return [name, *shares, f"{seconds:.1f}" if size else "-", f"{size / 1e6:.1f}" if size else "-"]
 
 
+def real_short(report: Report) -> str:
+    """Right answers of the arms that decide, in the plain and in the chat template."""
+    arms = report["splits"]["validation"]
+    names = {
+        "the base model alone": "base",
+        "the examples in its prompt": "few_shot_prompt",
+        "`in_context_adapter`": "closed_form",
+        "**the shipped generator's adapter**": "generated",
+        "the same from another task's examples": "wrong_condition",
+    }
+    rows = [
+        [told, *(share(arms.get(f"{name}{chat}", {}), "exact_match") for chat in ("", "_chat"))]
+        for told, name in names.items()
+    ]
+    return lines(["", "plain template", "chat template"], rows)
+
+
 def real_rows(report: Report) -> str:
     """What each arm is."""
     return "\n".join(f"- `{arm}`: {text}" for arm, text in report["rows"].items())
@@ -279,6 +296,7 @@ TABLES = {
         performance,
         real,
         real_rows,
+        real_short,
     )
 }
 
@@ -290,7 +308,7 @@ def report_of(name: str) -> Report:
 
 def table(name: str) -> str:
     """Return the table of a report."""
-    return TABLES.get(name, evaluation)(report_of(name.removesuffix("_rows")))
+    return TABLES.get(name, evaluation)(report_of(name.removesuffix("_rows").removesuffix("_short")))
 
 
 def evaluated(card: str) -> str:

@@ -19,14 +19,14 @@ from hf_icm_lora import IcmLoraError
 
 TITLE = "A LoRA adapter from a few examples, without fine-tuning"
 INTRODUCTION = """\
-A generator reads your task and writes a LoRA for its base model in one forward pass, without a gradient step.
+A generator reads your task and writes a LoRA for its base model in seconds, without a gradient step.
 """
 SHIPPED = """\
-It has learned tasks on dates, times, numbers, words, countries and currencies, and is worth little on others. The base
+It writes from examples; from a description alone it learns the form of the answers and seldom the answers. The base
 model is **SmolLM2-135M**, a very small one: expect wrong answers, too.
 """
 
-# Description, examples, query. The generator has learned none of these; the last is not even like one that it has.
+# Description, examples, query. The generator has learned none of these.
 EXAMPLES = {
     "Italian dates": (
         "Translate the date from Italian into English.",
@@ -40,12 +40,14 @@ EXAMPLES = {
         "spend => to spend\nmeet => to meet\nwish => to wish\naccept => to accept\nguess => to guess\neat => to eat",
         "understand",
     ),
-    "Continents, from a sentence": (
-        "Name the continent of the country with the two-letter ISO code.",
-        "",
-        "KE",
+    "Reviews": (
+        "Say whether the review is positive or negative.",
+        "The plot was dull and slow => negative\nA joy from start to end => positive\n"
+        "I want my money back => negative\nBest film of the year => positive\n"
+        "Great acting and music => positive\nBoring, boring, boring => negative",
+        "It put me to sleep",
     ),
-    "Opposites (new to it)": (
+    "Opposites": (
         "Give the opposite.",
         "hot => cold\nbig => small\nearly => late\nopen => closed\nrich => poor\nwet => dry",
         "happy",
