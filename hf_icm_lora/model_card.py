@@ -25,6 +25,10 @@ CLOSED_FORM = (
     "With examples, it writes in closed form: the base model, with a LoRA of its own, reads the examples, and a "
     "regression in each layer carries what it has read into weights. Without examples, a network writes: "
 )
+WITH_MEMORY = (
+    "It writes in closed form: the base model, with a LoRA of its own, reads the examples, the description, or both, "
+    "and a regression in each layer carries what it has read into weights."
+)
 NETWORK = (
     "a conditional VAE, trained over a zoo of adapters and conditioned on task vectors, after *In-Context Meta LoRA "
     "Generation* ([arXiv 2501.17635](https://arxiv.org/abs/2501.17635))."
@@ -73,7 +77,7 @@ def generator_card(
         auto_class=_auto_class(config.lora_config),
         rank=layout.max_rank,
         target_modules=_target_modules(config.lora_config),
-        method=CLOSED_FORM + NETWORK if config.closed_form else NETWORK[0].upper() + NETWORK[1:],
+        method=_method(config),
         template=_form(config.template),
         other_templates=' `template=` chooses another one, such as `"chat"`.' if config.closed_form else "",
         fingerprint=(config.base_model_fingerprint or "")[:12],
@@ -312,6 +316,12 @@ def _told_run(run: Mapping[str, Any]) -> str:
     return "\n".join([f"`{run['command']}`\n", "| | |", "| --- | --- |", *rows, f"| machine | {machine} |"]) + (
         f"\n| versions | {versions} |"
     )
+
+
+def _method(config) -> str:
+    if config.closed_form is None:
+        return NETWORK[0].upper() + NETWORK[1:]
+    return WITH_MEMORY if config.closed_form.get("num_memory") else CLOSED_FORM + NETWORK
 
 
 def _described(description: str | Mapping[str, float] | None) -> str | None:

@@ -15,6 +15,7 @@ from hf_icm_lora.behaviour import batched_lora
 from hf_icm_lora.completion import DEFAULT_TEMPLATE, CompletionCollator
 from hf_icm_lora.generation import write_adapter
 from hf_icm_lora.learned_closed_form import closed_form_config
+from hf_icm_lora.model_card import generator_card
 from hf_icm_lora.reading import read_description, read_examples
 from hf_icm_lora.tasks import to_sample
 from tests.conftest import make_gpt2, make_llama
@@ -161,6 +162,7 @@ def test_with_examples_the_closed_form_writes_and_without_the_network(base, toke
 def test_with_memory_tokens_the_closed_form_writes_from_a_description_too(base, tokenizer):
     """And says in PEFT what a LoRA of these weights says."""
     generator = make_generator(base, **MEMORY)
+    assert "It writes in closed form" in str(generator_card(generator))
     weights = write_adapter(generator, base, tokenizer, [], "Next letters.")
     other = write_adapter(generator, base, tokenizer, [], "Letters.")
     assert (weights - other).norm() > 1e-3 * weights.norm()

@@ -1,7 +1,7 @@
 """Train the meta-learned closed form from prepared files: no tokenizer, no Hub, no network.
 
     python -m benchmarks.real.train --device cuda --max_minutes 8
-    python -m benchmarks.real.train --max_steps 3 --budget 2000 --eval_tasks 2     (a smoke run on a CPU)
+    python -m benchmarks.real.train --max_steps 3 --budget 2000 --eval_tasks 1     (a smoke run on a CPU)
 
 Each step draws its tasks from (seed, step), so an interrupted run goes on as if nothing had happened: with
 `--keep_state True` the optimizer's state lies beside the result. `log.jsonl` gets a line every 10 s.
@@ -95,7 +95,8 @@ class Run:
         return self.minutes / self.options.max_minutes
 
     def note(self, **values) -> None:
-        line = json.dumps({"step": self.step, "minutes": round(self.minutes, 2), **values})
+        minutes = round((time.perf_counter() - self.began) / 60, 2)
+        line = json.dumps({"step": self.step, "minutes": minutes, **values})
         print(line, flush=True)
         with (self.output / "log.jsonl").open("a") as log:
             log.write(line + "\n")
