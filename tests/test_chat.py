@@ -79,7 +79,7 @@ def loss_in_chat(model, tokenizer, samples, examples=()) -> float:
             for pair in (*examples, sample)
             for role, text in zip(("user", "assistant"), pair, strict=True)
         ]
-        whole = tokenizer.apply_chat_template(messages, return_dict=False)
+        whole = tokenizer.apply_chat_template(messages, return_dict=False)[:-1]  # without the line break at the end
         asked = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
         labels = [-100] * len(asked) + whole[len(asked) :]
         with torch.no_grad():

@@ -509,12 +509,12 @@ def test_the_most_probable_label_counts(make, tokenizer, batch_size):
     assert label_accuracy(model, collate, OF_LABELS, LABELS, batch_size) == right / len(OF_LABELS)
 
 
-@pytest.mark.parametrize(("length", "context", "passes"), [(2, "", 1), (90, "", 16), (4, "a b c d e f g h " * 20, 2)])
-def test_long_prompts_are_read_once_for_all_labels(tokenizer, length, context, passes):
+@pytest.mark.parametrize(("length", "num_examples", "passes"), [(2, 0, 1), (90, 0, 16), (4, 40, 2)])
+def test_long_prompts_are_read_once_for_all_labels(tokenizer, length, num_examples, passes):
     """And short ones in few passes: each after a context takes one for it, and one for the rest."""
     model, calls = make_llama(), []
     samples = [Sample(f"{i} {'x ' * length}", LABELS[i % 3]) for i in range(8)]
-    collate = collator(tokenizer, model, context=context)
+    collate = collator(tokenizer, model, examples=[Sample("a b", "c")] * num_examples)
     expected = label_accuracy(model, collate, samples, LABELS, batch_size=1)
     model.model.register_forward_pre_hook(lambda *_: calls.append(1))
     assert label_accuracy(model, collate, samples, LABELS) == expected

@@ -320,7 +320,7 @@ def test_thoughts_before_the_last_answer_alone_do_no_harm(chat_tokenizer):
     tokenizer.chat_template = chat_tokenizer.chat_template.replace(
         "{{ message.content }}", thought + "{{ message.content }}"
     )
-    assert render(Sample("a", "b"), "chat", tokenizer)[1] == "<think>\n\n</think>\n\nb<|im_end|>\n"
+    assert render(Sample("a", "b"), "chat", tokenizer)[1] == "<think>\n\n</think>\n\nb<|im_end|>"
     samples = [Sample(*example) for example in EXAMPLES]
     found, expected = (
         TaskVectorExtractor(CHAT).prompts(each, samples, "Do it.", "both") for each in (tokenizer, chat_tokenizer)

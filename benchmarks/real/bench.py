@@ -204,14 +204,17 @@ def _batches(samples: Sequence[Sample], size: int) -> Iterator[list[Sample]]:
             yield [samples[index] for index in order[start : start + size]]
 
 
-def score(given: Given, arm: Arm, test: Sequence[Sample]) -> dict[str, float]:
-    """Return an arm's right answers and loss on test samples, its seconds, and the bytes that it leaves behind."""
+def score(given: Given, arm: Arm, test: Sequence[Sample], by_label: bool = True) -> dict[str, float]:
+    """Return an arm's right answers and loss on test samples, its seconds, and the bytes that it leaves behind.
+
+    With `by_label`, classifications also get the share of samples whose label is the most probable one.
+    """
     given = replace(given, template=arm.template)
     start = time.perf_counter()
     made = arm.make(given, **arm.options)
     seconds = time.perf_counter() - start
     template = arm.scored_in or arm.template
-    labels = given.task.labels
+    labels = given.task.labels if by_label else None
     if isinstance(made, PeftModel):
         try:
             scores = _scores(made, given.tokenizer, template, Prompt(), test, labels)

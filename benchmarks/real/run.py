@@ -26,6 +26,7 @@ class RunOptions:
     per_kind: int = field(default=1, metadata={"help": "Tasks of each kind: some kinds have many."})
     num_examples: int = field(default=12, metadata={"help": "Examples that each arm is given."})
     num_test: int = field(default=32, metadata={"help": "Test samples of each task."})
+    by_label: bool = field(default=True, metadata={"help": "Classifications also by their most probable label."})
     generator: str | None = field(default=None, metadata={"help": "A folder; by default the shipped one."})
     output: str = field(default="benchmarks/results/real.json", metadata={"help": "Where the scores go."})
 
@@ -65,7 +66,7 @@ def run(options: RunOptions, base, tokenizer, generator: LoraGeneratorModel) -> 
                 progress.set_postfix_str(f"{task.name}, {name}")
                 known = arms.setdefault(name, {})
                 if task.name not in known:
-                    known[task.name] = score(given, ARMS[name], task.test[: options.num_test])
+                    known[task.name] = score(given, ARMS[name], task.test[: options.num_test], options.by_label)
             report["splits"][split] = summaries(arms, tasks)
             about = {"num_examples": options.num_examples, "by_family": True}
             rows = {arm: str(ARMS[arm]) for arm in arms}
