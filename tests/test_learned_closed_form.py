@@ -13,6 +13,7 @@ from hf_icm_lora.adapter import attach_adapter
 from hf_icm_lora.base_model import frozen_base
 from hf_icm_lora.behaviour import batched_lora
 from hf_icm_lora.completion import DEFAULT_TEMPLATE, CompletionCollator
+from hf_icm_lora.configuration_lora_generator import check_closed_form
 from hf_icm_lora.generation import write_adapter
 from hf_icm_lora.learned_closed_form import closed_form_config
 from hf_icm_lora.model_card import generator_card
@@ -258,3 +259,13 @@ def test_what_cannot_be_read_is_refused(base, tokenizer):
         generator.generate_adapter(base, processing_class=tokenizer, description="Next letters.")
     with pytest.raises(IncompatibleAdapterError, match="layers end with"):
         write_adapter(generator, base, tokenizer, SAMPLES)
+
+
+def test_sizes_are_checked_and_a_configuration_from_before_memory_tokens_is_one():
+    sizes = closed_form_config(make_llama(), **SIZES, **NETWORK).closed_form
+    assert sizes.pop("num_memory") == 0
+    check_closed_form(sizes)
+    with pytest.raises(IncompatibleAdapterError, match="num_memory: expected 0 to 65536, found -1"):
+        check_closed_form(sizes | {"num_memory": -1})
+    with pytest.raises(IncompatibleAdapterError, match=r"found \['memory', 'reader', 'state_rank'\]"):
+        check_closed_form({"reader": sizes["reader"], "state_rank": 2, "memory": 2})
