@@ -125,9 +125,10 @@ class LearnedClosedForm(nn.Module):
 
     def layers(self) -> list[dict[str, torch.Tensor]]:
         """Return what is learned of each layer, fp32, without the reader."""
-        matrices, others = MATRICES, ["log_penalty", "gain", "log_kind", "key_scale", "scale"]
+        matrices, others = [*MATRICES], ["log_penalty", "gain", "log_kind", "key_scale", "scale"]
         if self.num_memory:
-            matrices, others = MATRICES + OF_MEMORY, [*others, "log_memory"]
+            matrices += OF_MEMORY
+            others.append("log_memory")
         stacks = {name: getattr(self, name).weight for name in matrices}  # which 8 bits compute anew at every use
         stacks |= {name: getattr(self, name) for name in others}
         rows = zip(*(stack.float().unbind(0) for stack in stacks.values()), strict=True)
