@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hf_icm_lora.report import score_table, share
 
 ROOT = Path(__file__).parent.parent.parent
@@ -278,6 +280,25 @@ def real_short(report: Report) -> str:
     return lines(["", "plain template", "chat template"], rows)
 
 
+def real_ratios(report: Report) -> str:
+    """Right answers of adapters over those of the prompt with the same examples; resampled over kinds, in pairs."""
+    arms = report["splits"]["validation"]
+    count = len(arms["base"]["tasks"])
+    drawn = torch.randint(count, (4000, count), generator=torch.Generator().manual_seed(0))
+    rows = []
+    for name in ("generated", "closed_form"):
+        cells = []
+        for chat in ("", "_chat"):
+            adapter, prompt = (
+                torch.tensor([task["exact_match"] for task in arms[arm + chat]["tasks"].values()])
+                for arm in (name, "few_shot_prompt")
+            )
+            ends = (adapter[drawn].mean(1) / prompt[drawn].mean(1)).quantile(torch.tensor([0.025, 0.975])).tolist()
+            cells.append(f"{number((adapter.mean() / prompt.mean()).item())} [{number(ends[0])}, {number(ends[1])}]")
+        rows.append([name, *cells])
+    return lines(["right answers, of the prompt's", "plain template", "chat template"], rows)
+
+
 def real_choices(report: Report) -> str:
     """What was chosen for the closed form, and what tells a good adapter without test samples."""
     names = {
@@ -317,6 +338,7 @@ TABLES = {
         performance,
         real,
         real_choices,
+        real_ratios,
         real_rows,
         real_short,
     )
@@ -330,7 +352,8 @@ def report_of(name: str) -> Report:
 
 def table(name: str) -> str:
     """Return the table of a report."""
-    return TABLES.get(name, evaluation)(report_of(name.removesuffix("_rows").removesuffix("_short")))
+    report = "real" if name in ("real_rows", "real_ratios", "real_short") else name
+    return TABLES.get(name, evaluation)(report_of(report))
 
 
 def evaluated(card: str) -> str:
