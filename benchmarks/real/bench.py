@@ -79,12 +79,20 @@ class Arm:
     def __str__(self) -> str:
         """What the arm is, in a sentence or two."""
         about = [" ".join((inspect.getdoc(self.make) or "").split())]
-        about += [f"{name.replace('_', ' ').capitalize()}: {value}." for name, value in self.options.items()]
+        about += [TOLD[name].format(value) for name, value in self.options.items() if name in TOLD]
         if self.scored_in:
             about.append(f"Made in the {named(self.template)} template, scored in the {named(self.scored_in)} one.")
         elif self.template == CHAT:
             about.append("Chat template.")
         return " ".join(about)
+
+
+TOLD = {
+    "described": "With the description, too.",
+    "wrong": "They are those of another task.",
+    "steps": "{} steps.",
+    "refine_steps": "Then {} gradient steps on them.",
+}
 
 
 def named(template: str) -> str:
