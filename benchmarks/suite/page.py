@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import EvalResult, ModelCard
 
 from hf_icm_lora.report import score_table, share
 
@@ -357,12 +358,30 @@ def table(name: str) -> str:
 
 
 def evaluated(card: str) -> str:
-    """Return the shipped generator's card with its right answers on real tasks."""
+    """Return the shipped generator's card with its right answers on real tasks, which are also in its metadata."""
     report = report_of("real")
     made = f"Made by `{report['command']}` on {report['date'][:10]}."
     start, end = "<!-- evaluation -->", "<!-- end evaluation -->"
     shown = "\n\n".join((start, real(report), REAL_LEGEND, real_rows(report), made, end))
-    return re.sub(f"{start}.*?{end}", lambda _: shown, card, flags=re.DOTALL)
+    renewed = ModelCard(re.sub(f"{start}.*?{end}", lambda _: shown, card, flags=re.DOTALL))
+    data: Any = renewed.data
+    data.model_name = "Generator of LoRA adapters for SmolLM2-135M-Instruct"
+    data.eval_results = [
+        EvalResult(
+            task_type="text-generation",
+            task_name="LoRA generation",
+            dataset_type="tasks",
+            dataset_name=f"{split} tasks of {len(arm['tasks'])} kinds",
+            dataset_split=split,
+            metric_type="exact_match",
+            metric_name=f"right answers, {name}",
+            metric_value=round(arm["exact_match"], 4),
+        )
+        for split, arms in report["splits"].items()
+        for name, arm in arms.items()
+        if "exact_match" in arm
+    ]
+    return str(renewed)
 
 
 def filled(page: str) -> str:
