@@ -1,11 +1,13 @@
 """The base model at rest: how it is loaded, which one it is, and how it is left as it was found."""
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import cast
+from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftModel
@@ -24,6 +26,9 @@ from transformers import (
 from .errors import IncompatibleAdapterError
 from .files import sha256_of
 from .smollm2 import smollm2_path
+
+_LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()  # base model -> held by who reads it
+_LOCKING = threading.Lock()
 
 
 def load_base_model(
@@ -117,12 +122,14 @@ def fast_dtype() -> torch.dtype:
 def frozen_base(model: nn.Module) -> Iterator[PreTrainedModel]:
     """Within this context the base model is as it was before any adapter: adapters off, eval mode, no gradients.
 
+    One thread at a time has it: what reads a base model puts hooks on it, which another thread would run into.
+
     Yields:
         `PreTrainedModel`: the base model itself, also when a `PeftModel` was given. Every module's mode is restored.
     """
     # Also in a base that PEFT changed in place while the caller still holds it unwrapped.
     layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not m.disable_adapters]
-    with restored(model), torch.no_grad():  # PEFT unfreezes an adapter that it turns on
+    with _lock_of(unwrapped(model)), restored(model), torch.no_grad():  # PEFT unfreezes an adapter that it turns on
         model.eval()
         try:
             for layer in layers:
@@ -131,6 +138,11 @@ def frozen_base(model: nn.Module) -> Iterator[PreTrainedModel]:
         finally:
             for layer in layers:
                 layer.enable_adapters(True)
+
+
+def _lock_of(base_model: nn.Module) -> threading.RLock:
+    with _LOCKING:
+        return _LOCKS.setdefault(base_model, threading.RLock())
 
 
 @contextmanager

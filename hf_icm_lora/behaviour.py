@@ -19,7 +19,8 @@ from .base_model import frozen_base
 from .completion import DEFAULT_TEMPLATE, IGNORED, CompletionCollator, score_completions
 from .errors import TaskError
 from .layout import LoraLayout
-from .tasks import to_sample
+from .reading import longest_reading
+from .tasks import to_samples
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of B @ A; a stronger adapter than the generated one gained nothing
 
@@ -111,14 +112,15 @@ class ExampleLoss:
         examples: Sequence,
         template: str = DEFAULT_TEMPLATE,
     ):
-        samples = [to_sample(raw, f"examples[{index}]") for index, raw in enumerate(examples)]
+        samples = to_samples(examples)
         if not samples:
             raise TaskError("Expected at least one example to take a loss on, found none.")
         self.base_model, self.layout = base_model, layout
         device = next(base_model.parameters()).device
         self.shared_weights = shared_weights.to(device)
         is_encoder_decoder = cast(PreTrainedModel, base_model).config.is_encoder_decoder
-        collate = CompletionCollator(processing_class, is_encoder_decoder, template, row_length=64)
+        most = longest_reading(cast(PreTrainedModel, base_model), processing_class)
+        collate = CompletionCollator(processing_class, is_encoder_decoder, template, max_length=most, row_length=64)
         self.batch = {name: tensor.to(device) for name, tensor in collate(samples).items()}  # (rows, length) each
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from huggingface_hub import ModelCard
@@ -30,6 +30,7 @@ from .evaluation import MORE_ROWS, descriptions, evaluate_generator
 from .files import as_plain
 from .hub import CARD_FILE, push_files, require_hub_id, save_adapter_card
 from .importing import import_zoo
+from .lora_config import lora_config_to_dict
 from .model_card import add_evaluation, addressed
 from .modeling_lora_generator import LoraGeneratorModel
 from .plots import require_matplotlib, write_plots
@@ -115,6 +116,7 @@ class GenerateOptions(BaseOptions):
     )
     examples: str | None = field(default=None, metadata={"help": "JSON Lines with prompt and completion."})
     description: str | None = field(default=None, metadata={"help": "The task in a sentence."})
+    template: str | None = field(default=None, metadata={"help": "Of prompts, or chat; by default the generator's."})
     fit_scale: bool = field(default=True, metadata={"help": "Whether to weaken it to what suits the examples."})
     refine_steps: int = field(default=0, metadata={"help": "Gradient steps on the examples after that."})
     on_unfamiliar: Literal["generate", "base", "raise"] = field(
@@ -268,12 +270,16 @@ def generate(options: GenerateOptions) -> Result:
         processing_class=tokenizer,
         examples=examples,
         description=options.description,
+        template=options.template,
         fit_scale=options.fit_scale,
         refine_steps=options.refine_steps,
         on_unfamiliar=options.on_unfamiliar,
     )
     state_dict = get_peft_model_state_dict(model, save_embedding_layers=False)
-    save_adapter(options.output_dir, generator.adapter_config(), state_dict)
+    known_as = generator.config.base_model_name_or_path if name == known else name  # and not a path of this machine
+    lora_config = lora_config_to_dict(cast(LoraConfig, model.peft_config["default"]))
+    lora_config["base_model_name_or_path"] = known_as
+    save_adapter(options.output_dir, lora_config, state_dict)
     save_adapter_card(model, options.output_dir)
     return options.output_dir, {"adapter": options.output_dir, **model.lora_generation["default"].to_dict()}
 

@@ -9,6 +9,8 @@ Closed-form edits of this map are known from ROME (arXiv 2202.05262) and MEMIT (
 Here the target is a hidden state that the same model has with examples in its prompt.
 """
 
+import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -26,12 +28,12 @@ from transformers.utils import logging
 
 from .adapter import attach_adapter
 from .base_model import frozen_base
-from .completion import DEFAULT_TEMPLATE, IGNORED, CompletionCollator, logits_only_at
-from .errors import IncompatibleAdapterError, TaskError
+from .completion import DEFAULT_TEMPLATE, IGNORED, CompletionCollator, encode_prompt, logits_only_at, render
+from .errors import ArgumentError, IncompatibleAdapterError, TaskError
 from .layout import PREFIX
 from .lora_config import shortest_target_modules
 from .reading import Reading, longest_reading, positions, read_examples
-from .tasks import Sample, to_sample
+from .tasks import Sample, to_samples
 
 NUM_ORDERS = 2  # in which examples are read: each then comes after about half of the others, for a twelfth of the time
 
@@ -74,7 +76,9 @@ def in_context_adapter(
         `PeftModel`: the base with an ordinary LoRA on the last linear map of each layer (`down_proj` of a Llama).
 
     Raises:
-        TaskError: if there are fewer than two examples, one is no sample, or the template is none.
+        ArgumentError: if rank or penalty is no positive number.
+        TaskError: if there are fewer than two examples, one is no sample, or the template is none; or if one is too
+            long to be read, for an encoder all of them together.
         IncompatibleAdapterError: if the layers of the base do not add a linear map to the residual stream, or an
             adapter of this name has another layout.
 
@@ -83,7 +87,7 @@ def in_context_adapter(
         >>> model = in_context_adapter(base, tokenizer, examples)  # doctest: +SKIP
         >>> model.save_pretrained("capitals")  # doctest: +SKIP
     """
-    samples = [to_sample(raw, f"examples[{index}]") for index, raw in enumerate(examples)]
+    samples = to_samples(examples)
     lora_config, state_dict = closed_form(base_model, processing_class, samples, description, template, rank, penalty)
     return attach_adapter(base_model, lora_config, state_dict, adapter_name)
 
@@ -103,13 +107,16 @@ def closed_form(
         `tuple[dict, dict[str, torch.Tensor]]`: fields of `LoraConfig`, and a PEFT state dict.
 
     Raises:
-        TaskError, IncompatibleAdapterError: as [`in_context_adapter`].
+        ArgumentError, TaskError, IncompatibleAdapterError: as [`in_context_adapter`].
     """
+    if not (penalty > 0 and math.isfinite(penalty)) or rank < 1:
+        raise ArgumentError(f"Expected a rank of 1 or more and a positive penalty, found {rank} and {penalty}.")
     if len(samples) < 2:
         raise TaskError(f"Expected two examples or more, since each is read after the others; found {len(samples)}.")
     with frozen_base(base_model) as base:
         blocks = residual_blocks(base)
-        check_additive(base, blocks[0], _batch(base, processing_class, samples[:1], template))
+        for block in unlike(blocks):
+            check_additive(base, block, _batch(base, processing_class, samples[:1], template))
         if base.config.is_encoder_decoder:  # which answers one prompt at a time
             batch = _batch(base, processing_class, samples, template)
             targets, weights = states_in_context(base, processing_class, samples, description, template, blocks), None
@@ -154,6 +161,12 @@ def residual_blocks(base_model: PreTrainedModel) -> list[Block]:
             raise IncompatibleAdapterError(f"{paths[block]} has no linear map that an adapter could change.")
         blocks.append(Block(block, paths[linear[-1]], linear[-1]))
     return blocks
+
+
+def unlike(blocks: Sequence[Block]) -> list[Block]:
+    """Return one block of each sort: hybrid models have layers of several."""
+    sorts = {(type(block.module), re.sub(r"\d+", "*", block.writer_name)): block for block in reversed(blocks)}
+    return list(sorts.values())
 
 
 def base_layer(module: nn.Module) -> nn.Module:
@@ -296,6 +309,13 @@ def states_in_context(
     steps = tqdm(range(len(samples)), desc="Reading", leave=False, disable=not logging.is_progress_bar_enabled())
     for index in steps:
         others = [other for place, other in enumerate(samples) if place != index]
+        read, _ = render(samples[index], template, processing_class, others, description)
+        length, most = len(encode_prompt(processing_class, read)), longest_reading(base_model, processing_class)
+        if length > most:
+            raise TaskError(
+                f"The examples have {length} tokens together, and the encoder reads {most} at most. Give fewer or "
+                "shorter ones."
+            )
         batch = _batch(base_model, processing_class, [samples[index]], template, others, description)
         mask = answer_positions(base_model, batch)
         with ExitStack() as stack:
@@ -369,6 +389,7 @@ def low_rank_ridge(
         `tuple[torch.Tensor, torch.Tensor]`: A `(rank, in_features)` with rows of unit length, and B
         `(out_features, rank)`.
     """
+    inputs, changes = inputs.double(), changes.double()  # tokens may be alike, and the kernel nearly singular
     kernel = inputs @ inputs.T
     kernel.diagonal().add_(penalty * kernel.diagonal().mean().clamp_min(torch.finfo(kernel.dtype).tiny))
     right, small_right = torch.linalg.qr(inputs.T)
@@ -377,7 +398,7 @@ def low_rank_ridge(
     kept = min(rank, len(core.S))
     lora_a = core.Vh[:kept] @ right.T
     lora_b = left @ (core.U[:, :kept] * core.S[:kept])
-    return F.pad(lora_a, (0, 0, 0, rank - kept)), F.pad(lora_b, (0, rank - kept))
+    return F.pad(lora_a, (0, 0, 0, rank - kept)).float(), F.pad(lora_b, (0, rank - kept)).float()
 
 
 def answer_positions(base_model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:

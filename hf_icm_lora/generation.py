@@ -21,7 +21,7 @@ from .layout import LoraLayout
 from .learned_closed_form import LearnedClosedForm
 from .reading import longest_reading, read_description, read_examples
 from .task_vectors import TaskVectorExtractor, TaskVectorSpec
-from .tasks import Sample, to_sample
+from .tasks import Sample, to_samples
 
 logger = logging.get_logger(__name__)
 FALLBACKS = ("generate", "base", "raise")
@@ -120,7 +120,8 @@ def generate_adapter(
             `{completion}`, or `"chat"`. By default the generator's own; another one needs a generator with a closed
             form.
         adapter_name (`str`, *optional*, defaults to `"default"`): Name of the adapter, which becomes active.
-        generator (`torch.Generator`, *optional*): If given, the latent is drawn instead of being its mean.
+        generator (`torch.Generator`, *optional*): If given, the latent is drawn instead of being its mean. A closed
+            form has none.
         fit_scale (`bool`, *optional*, defaults to `True`): Whether to weaken the adapter to what suits the examples,
             if there are any: to 0, 1/4, 1/2 or 3/4 of itself, if the loss on them is least then. An adapter in closed
             form stays whole or becomes nothing.
@@ -150,12 +151,14 @@ def generate_adapter(
         >>> model = generator.generate_adapter(base, processing_class=tokenizer,  # doctest: +SKIP
         ...     description="Give the capital of the country.", examples=[("France", "Paris")])
     """
-    samples = tuple(to_sample(raw, f"examples[{index}]") for index, raw in enumerate(examples or ()))
+    samples = tuple(to_samples(() if examples is None else examples))
     made_from = _made_from(task_vector, samples, description)
     if made_from != "task_vector" and processing_class is None:
         raise TaskError("Examples and descriptions are read by the base model: pass its processing_class too.")
     _check_choices(samples, description, refine_steps, on_unfamiliar)
     _check_template(lora_generator, template)
+    if generator is not None and samples and lora_generator.closed_form is not None:
+        raise ArgumentError("generator: a closed form has no latent to draw, so the adapter of examples has no seed.")
     if not isinstance(base_model, PeftModel):
         require_bare(base_model)
     knows_base = not check_base_model or _knows(lora_generator, base_model, len(samples))
@@ -190,6 +193,10 @@ def generate_adapter(
             losses = example_loss.at_scales(lora_weights, scales)
             record = _judged(record, losses, fit_scale, on_unfamiliar)
             lora_weights = layout.scaled(lora_weights, record.scale)
+            if record.scale == 0:
+                logger.warning(
+                    "The adapter changes nothing: at any strength it would make the loss on its own examples larger."
+                )
         if refine_steps:
             lora_weights = example_loss.refine(lora_weights, refine_steps)
 
@@ -246,9 +253,7 @@ def _knows(lora_generator: Generator, base_model: nn.Module, num_examples: int) 
     except IncompatibleAdapterError as error:
         if num_examples < 2:
             raise
-        logger.warning(
-            f"{error} For this base model the adapter is written by in_context_adapter, without a generator."
-        )
+        logger.warning(f"The adapter is written by in_context_adapter, without the generator. {error}")
         return False
     return True
 

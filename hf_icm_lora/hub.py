@@ -93,7 +93,8 @@ def save_adapter_card(
 
     Args:
         model (`PeftModel`): With adapters that `generate_adapter` made. The active one stands first in the card.
-        output_dir (`str` or `Path`): The folder that `model.save_pretrained` wrote.
+        output_dir (`str` or `Path`): The folder that `model.save_pretrained` wrote. If it holds some of the adapters,
+            the card is of these.
         repo_id (`str`, *optional*): Where it will be on the Hub.
         tags (`Sequence[str]`, *optional*): More tags, for the card.
         describe_task (`bool`, *optional*, defaults to `True`): Whether the card holds description and examples.
@@ -106,7 +107,9 @@ def save_adapter_card(
         >>> save_adapter_card(model, "capital-lora")  # doctest: +SKIP
     """
     records = getattr(model, "lora_generation", {})
-    there = {name: record.to_dict(describe_task) for name, record in records.items() if name in model.peft_config}
+    known = [name for name in records if name in model.peft_config]
+    saved = [name for name in known if _folder_of(name, output_dir).joinpath("adapter_config.json").exists()]
+    there = {name: records[name].to_dict(describe_task) for name in saved or known}
     if not there:
         raise IncompatibleAdapterError(
             f"Expected a PeftModel with an adapter that generate_adapter made, found {list(model.peft_config)}."
@@ -114,6 +117,11 @@ def save_adapter_card(
     first = model.active_adapter if model.active_adapter in there else next(iter(there))
     card = adapter_card(model.peft_config[first].to_dict(), {first: there[first], **there}, repo_id, tags)
     card.save(Path(output_dir) / CARD_FILE)
+
+
+def _folder_of(adapter_name: str, output_dir: str | Path) -> Path:
+    """Return where PEFT saves an adapter."""
+    return Path(output_dir) if adapter_name == "default" else Path(output_dir) / adapter_name
 
 
 def push_adapter(

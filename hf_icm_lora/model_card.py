@@ -212,7 +212,6 @@ def adapter_card(
         auto_class=_auto_class(lora_config).replace("AutoModel", "AutoPeftModel"),
         generator=generator,
         after=", then refined by gradient steps on the examples" if about.get("refine_steps") else "",
-        template=_form(about["template"]),
         adapters=[
             (
                 f"Adapter `{name}`",
@@ -221,6 +220,7 @@ def adapter_card(
                 "\n".join(
                     json.dumps(e, ensure_ascii=False) for e in generated[name].get("examples", [])[:MOST_EXAMPLES]
                 ),
+                _form(generated[name]["template"]),
             )
             for name, table in rows
         ],

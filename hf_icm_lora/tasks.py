@@ -187,6 +187,23 @@ def to_sample(raw: Sample | Mapping | Sequence[str] | str, where: str = "sample"
     return Sample(prompt, completion)
 
 
+def to_samples(raws: Iterable, where: str = "examples") -> list[Sample]:
+    """Read samples in any of the accepted forms, each as [`to_sample`] does.
+
+    Raises:
+        TaskError: if this is one text or one mapping, and no sequence of samples; or as [`to_sample`].
+
+    Example:
+        >>> to_samples([("France", "Paris")])
+        [Sample(prompt='France', completion='Paris')]
+    """
+    if isinstance(raws, (str, Mapping)) or not isinstance(raws, Iterable):
+        raise TaskError(
+            f"Expected {where} to be a sequence of samples, such as (prompt, completion) pairs, found {raws!r:.200}."
+        )
+    return [to_sample(raw, f"{where}[{index}]") for index, raw in enumerate(raws)]
+
+
 def check_unique_names(tasks: Iterable[Task]) -> list[Task]:
     """Return the tasks as a list after checking that no name stands twice.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SEEN, UNSEEN, make_tasks, save_base_and_tasks
+from conftest import SEEN, UNSEEN, make_llama, make_tasks, save_base_and_tasks
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -130,6 +130,19 @@ def test_training_reports_unseen_tasks_and_resumes(folder, tmp_path, capsys):
     assert train(folder, tmp_path / "out", *more, "--resume_from_checkpoint", "True") == 0  # the last one
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "resumed"))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_adapter_for_another_base_model_is_read_by_peft(folder, tokenizer, tmp_path):
+    """The closed form writes it, in a layout of its own."""
+    other = tmp_path / "other"
+    make_llama(seed=1).save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    argv = ["--generator", str(folder / "generator"), "--examples", str(folder / "examples.jsonl")]
+    argv += ["--fit_scale", "False", "--base_model", str(other), "--out", str(tmp_path / "adapter")]
+    assert main(["generate", *argv]) == 0
+    model = PeftModel.from_pretrained(make_llama(seed=1), tmp_path / "adapter")
+    assert set(model.peft_config["default"].target_modules) == {"down_proj"}
+    assert any(tensor.any() for name, tensor in model.state_dict().items() if "lora_B" in name)
 
 
 def test_generated_adapter_is_refined_on_the_examples(folder, tmp_path):

@@ -1,17 +1,29 @@
 """The closed form: examples become a LoRA without training, on every way to build a language model."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from peft import PeftModel
-from transformers import Gemma2Config, Gemma2ForCausalLM, OPTConfig, OPTForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    JambaConfig,
+    JambaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
-from hf_icm_lora import IncompatibleAdapterError, TaskError, in_context_adapter
-from hf_icm_lora.closed_form import answer_positions, low_rank_ridge, residual_blocks
+from hf_icm_lora import ArgumentError, IncompatibleAdapterError, TaskError, in_context_adapter
+from hf_icm_lora.closed_form import answer_positions, closed_form, low_rank_ridge, residual_blocks
 from hf_icm_lora.completion import DEFAULT_TEMPLATE, CompletionCollator
 from hf_icm_lora.tasks import to_sample
 from tests.conftest import make_gpt2, make_llama, make_t5
 
 SIZES = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+SWAPPED = [("bc", "ab"), ("de", "cd"), ("gh", "fg"), ("yz", "xy"), ("no", "mn")]
 EXAMPLES = [("ab", "bc"), ("cd", "de"), ("fg", "gh"), ("xy", "yz"), ("mn", "no")]
 
 
@@ -178,3 +190,54 @@ def test_low_rank_ridge_of_nothing_is_nothing():
     lora_a, lora_b = low_rank_ridge(torch.zeros(3, 8), torch.ones(3, 4), rank=2, penalty=0.3)
     assert torch.isfinite(lora_a).all()
     assert not (lora_b @ lora_a).any()
+
+
+def test_every_sort_of_layer_is_checked(tokenizer):
+    """Jamba's layers end with a linear map that is added, or with experts, before which there is an attention's."""
+    torch.manual_seed(0)
+    config = JambaConfig(
+        vocab_size=128, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=64, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1,
+        num_experts=2, num_experts_per_tok=1, initializer_range=0.2,
+    )  # fmt: skip
+    with pytest.raises(IncompatibleAdapterError, match="expected each layer to add the output of"):
+        in_context_adapter(JambaForCausalLM(config).eval(), tokenizer, EXAMPLES)
+
+
+@pytest.mark.parametrize("options", [{"penalty": 0.0}, {"penalty": -1.0}, {"penalty": float("nan")}, {"rank": 0}])
+def test_rank_and_penalty_are_positive(tokenizer, options):
+    with pytest.raises(ArgumentError, match="positive penalty"):
+        in_context_adapter(make_llama(), tokenizer, EXAMPLES, **options)
+
+
+@pytest.mark.parametrize("examples", [{"walk": "walked", "go": "went"}, "ab", 7])
+def test_one_text_or_mapping_is_no_list_of_examples(tokenizer, examples):
+    with pytest.raises(TaskError, match="to be a sequence of samples"):
+        in_context_adapter(make_llama(), tokenizer, examples)
+
+
+def test_examples_that_an_encoder_cannot_read_together_are_refused(tokenizer):
+    with pytest.raises(TaskError, match=r"The examples have \d+ tokens together, and the encoder reads 2048 at most"):
+        in_context_adapter(make_t5(), tokenizer, [("word " * 500, "x"), ("a", "b")])
+
+
+def test_equal_examples_are_no_singular_regression(tokenizer):
+    model = in_context_adapter(make_llama(), tokenizer, [EXAMPLES[0]] * 4, penalty=1e-9)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_threads_read_a_base_one_after_another(tokenizer):
+    base = make_llama()
+    expected = [closed_form(base, tokenizer, [to_sample(one) for one in given])[1] for given in (EXAMPLES, SWAPPED)]
+    found = [[], []]
+
+    def work(place: int) -> None:
+        samples = [to_sample(one) for one in (EXAMPLES, SWAPPED)[place]]
+        for _ in range(4):
+            found[place].append(closed_form(base, tokenizer, samples)[1])
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(work, range(2)))
+    for own, right in zip(found, expected, strict=True):
+        assert len(own) == 4
+        assert all(torch.equal(each[key], right[key]) for each in own for key in right)

@@ -283,6 +283,19 @@ def test_several_descriptions_are_weighed(base, generator, tokenizer, load_base)
             generator.generate_adapter(load_base(), description=weights, **task)
 
 
+def test_the_card_is_of_the_adapters_in_the_folder(generator, tokenizer, tmp_path):
+    public, private = [("ab", "bc"), ("cd", "de")], [("secret", "x"), ("fg", "gh")]
+    model = generator.generate_adapter(
+        make_llama(), processing_class=tokenizer, examples=public, adapter_name="public"
+    )
+    model = generator.generate_adapter(model, processing_class=tokenizer, examples=private, adapter_name="private")
+    model.save_pretrained(tmp_path, selected_adapters=["public"], save_embedding_layers=False)
+    save_adapter_card(model, tmp_path)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert '"prompt": "ab"' in card
+    assert "secret" not in card
+
+
 def test_the_card_names_all_descriptions(base, generator, tokenizer, tmp_path):
     weights = {"Shift by 1.": 0.75, "Shift by 2.": 0.25}
     model = generator.generate_adapter(base, processing_class=tokenizer, description=weights)

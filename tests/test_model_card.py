@@ -161,7 +161,7 @@ def test_adapter_card(made):
     }
     card = adapter_card(generator.adapter_config(), {"default": about})
     assert (card.data.library_name, card.data.pipeline_tag) == ("peft", "text-generation")
-    assert "a generator of LoRAs (`mine`) wrote it" in card.text
+    assert "It was written by a generator of LoRAs (`mine`)" in card.text
     assert "then refined by gradient steps" in card.text
     assert "| gain on examples | 0.1235 |" in card.text
     assert "| seed | - |" in card.text
