@@ -38,7 +38,7 @@ EXTRAS["compat_tests"] = [name.replace(">=", "==") for name in INSTALL_REQUIRES 
 setup(
     name="hf_icm_lora",
     version="0.1.0",
-    description="LoRA adapters from a few examples, without fine-tuning: in closed form, or by a generator trained once",
+    description="LoRA adapters from a few examples, without fine-tuning: in closed form, or by a generator",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
