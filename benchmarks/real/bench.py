@@ -90,7 +90,7 @@ class Arm:
 TOLD = {
     "described": "With the description, too.",
     "wrong": "They are those of another task.",
-    "steps": "{} steps.",
+    "steps": "{} steps, of four examples each.",
     "refine_steps": "Then {} gradient steps on them.",
 }
 

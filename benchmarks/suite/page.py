@@ -273,6 +273,7 @@ def real_short(report: Report) -> str:
         "`in_context_adapter`": "closed_form",
         "**the shipped generator's adapter**": "generated",
         "the same from another task's examples": "wrong_condition",
+        "an ordinary LoRA after 20 gradient steps on the examples": "peft_lora_examples_20",
     }
     rows = [
         [told, *(share(arms.get(f"{name}{chat}", {}), "exact_match") for chat in ("", "_chat"))]
