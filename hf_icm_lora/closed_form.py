@@ -35,7 +35,7 @@ from .lora_config import shortest_target_modules
 from .reading import Reading, longest_reading, positions, read_examples
 from .tasks import Sample, to_samples
 
-NUM_ORDERS = 2  # in which examples are read: each then comes after about half of the others, for a twelfth of the time
+NUM_ORDERS = 2  # in which the examples are read, one pass of the base each
 
 
 class Block(NamedTuple):
@@ -264,8 +264,7 @@ def states_in_conversations(
 
 
 def weight_of_place(place: torch.Tensor) -> torch.Tensor:
-    """Return how much the reading of an example counts that so many others were read before: about its share of what
-    reading more of them would tell."""
+    """Return how much the reading of an example counts after so many others: little after none, near 1 after many."""
     return (place + 0.2) / (place + 2)
 
 
